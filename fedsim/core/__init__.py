@@ -1,0 +1,1 @@
+"""The shared vocabulary: messages, contracts, configuration, plug-ins, randomness, errors."""

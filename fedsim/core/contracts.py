@@ -1,0 +1,310 @@
+"""What a plug-in promises. One class per file, named as here; the file's name is the plug-in's name.
+
+Every plug-in is a frozen dataclass whose fields are its YAML schema. Rules are pure: no self-mutation, no device, no Ray;
+what they remember is the `State` they are handed and hand back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, State, Tensors
+from fedsim.core.tensors import sum_in_order
+
+if TYPE_CHECKING:
+    from fedsim.core.config import SimConfig
+
+IntArray = NDArray[np.int64]
+BUNDLE = 8  # updates summed at a time by additive rules: part of the bits, so a constant
+
+
+# ---------------------------------------------------------------- server side
+
+
+@dataclass(frozen=True)
+class Aggregator(ABC):
+    """Merges clients, every round.
+
+    exempt: law of the contract suite -> why this rule cannot keep it.
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = {}
+
+    def init(self, params: Tensors) -> State:
+        """State at the start of every task (empty by default). `params` are the tensors this rule is in charge of."""
+        return {}
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        """What the clients are asked to do in this round of the task (0-based). Default: train and send everything."""
+        return RoundPlan()
+
+    @abstractmethod
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        """New state and new parameters (all of them, same layout), from updates in client-id order.
+
+        Raises AggregationError when there are no updates.
+        """
+
+
+@dataclass(frozen=True)
+class AdditiveAggregator(Aggregator):
+    """A rule whose clients' contributions are closed under `+`, so that they may be summed anywhere.
+
+    `combine` sums what `lift` makes of each update, in bundles of `BUNDLE` clients, and hands the total to `finish`.
+    """
+
+    @abstractmethod
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """One client's contribution, float64; every client gives the same names and shapes. May run next to the client."""
+
+    @abstractmethod
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        """New state and parameters from the total."""
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        require_updates(updates)
+        bundles = []
+        for start in range(0, len(updates), BUNDLE):
+            lifted = [self.lift(u) for u in updates[start : start + BUNDLE]]
+            bundles.append({n: sum_in_order([one[n] for one in lifted]) for n in lifted[0]})
+        return self.finish(state, params, {n: sum_in_order([b[n] for b in bundles]) for n in bundles[0]})
+
+
+def require_updates(updates: Sequence[ClientUpdate]) -> None:
+    """Raise AggregationError unless somebody sent something that is based on data."""
+    if not updates:
+        raise AggregationError("nothing to merge: no client sent an update in this round")
+    if sum(u.num_samples for u in updates) <= 0:
+        raise AggregationError("nothing to merge: the clients of this round hold no samples")
+
+
+@dataclass(frozen=True)
+class Consolidator(ABC):
+    """Merges tasks at a task's end, and says which tensors are deployed for evaluation.
+
+    Works on `adapter.*`; the head is one for all classes and goes on.
+    """
+
+    def init(self) -> State:
+        """State before the first task."""
+        return {}
+
+    @abstractmethod
+    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
+        """Parameters that a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients."""
+
+    def background(self, state: State) -> tuple[Tensors, float]:
+        """Modules of past tasks (already weighted) and the weight of the current one, for blended statistics."""
+        return {}, 1.0
+
+    def plan(self, state: State, params: Tensors) -> RoundPlan | None:
+        """A statistics pass over all clients at the task's end; None if none is needed."""
+        return None
+
+    @abstractmethod
+    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
+        """State after the task. `updates` hold the statistics of `plan` (empty if that was None)."""
+
+    @abstractmethod
+    def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
+        """Tensors that evaluation uses: during a task (`finished` False) and after `end_task` (True)."""
+
+
+@dataclass(frozen=True)
+class Calibrator(ABC):
+    """Repairs the head after a round from statistics that clients sent."""
+
+    def init(self) -> State:
+        return {}
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        """Statistics that are asked for on top of the aggregator's; `train` is ignored."""
+        return RoundPlan(train=())
+
+    @abstractmethod
+    def calibrate(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], task: int, seen: Sequence[int], generator: torch.Generator
+    ) -> tuple[State, Tensors]:
+        """New state and parameters, of which only `head.*` may differ."""
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """One split as arrays: inputs keyed like the backbone's (`pixel_values` uint8 (N, H, W) or (N, H, W, C);
+    `input_ids` and `attention_mask` (N, L)), labels (N,), and the domain of every sample where there are domains."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    labels: IntArray
+    domains: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a source gives. `groups`: name of a grouping (e.g. "alphabet") -> group id of every class."""
+
+    train: ArraySplit
+    test: ArraySplit
+    class_names: tuple[str, ...]
+    groups: Mapping[str, IntArray] = field(default_factory=dict)
+    group_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    domain_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Loads a data set. `tokenizer_of` is the backbone's name or folder, for sources of text."""
+
+    @abstractmethod
+    def load(self, tokenizer_of: str | None = None) -> Dataset:
+        """Raises DataError (one line: which file, what is wrong, what to do)."""
+
+
+@dataclass(frozen=True)
+class Partition(ABC):
+    """Splits one task's training samples over clients."""
+
+    clients: int = 10
+    min_samples: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that can never work."""
+
+    @abstractmethod
+    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+        """Positions into `labels`, one array per client: a disjoint cover, every client with `min_samples` or more.
+
+        Raises PartitionError when that is impossible or not found in a bounded number of draws.
+        """
+
+
+# ---------------------------------------------------------------- models and clients
+
+
+class BackboneLike(Protocol):
+    """What adapters see of a backbone: the frozen encoder and its width."""
+
+    encoder: nn.Module
+    width: int
+
+
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix)."""
+
+    @abstractmethod
+    def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh tensors; with them the backbone computes what it computes without an adapter (prompts apart)."""
+
+    @abstractmethod
+    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
+        """While open, the encoder's forward runs with these tensors, and gradients flow to them.
+        `dropout`: the generator of dropout masks while training, None otherwise. The base weights are never touched."""
+
+    def merged(self, backbone: BackboneLike, tensors: Tensors) -> AbstractContextManager[None]:
+        """Like `applied`, in the cheapest form for inference; the base weights come back bit for bit."""
+        return self.applied(backbone, tensors)
+
+
+class ModelLike(Protocol):
+    """What objectives and statistics see of a client's model. `adapter.*` and `head.*` are in the tensors they are given."""
+
+    num_classes: int
+
+    def features(self, inputs: Tensors) -> Tensor: ...
+    def logits(self, features: Tensor, params: Tensors) -> Tensor: ...
+    def layer(self, parameter: str) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """An extra loss term of local training."""
+
+    @abstractmethod
+    def term(self, params: Tensors, start: Tensors, logits: Tensor, labels: Tensor) -> Tensor:
+        """A scalar that is added to the cross-entropy. `params`: tensors being trained; `start`: the same, as received;
+        `logits` (b, C) over all classes, unmasked; `labels` (b,)."""
+
+
+@dataclass(frozen=True)
+class Statistic(ABC):
+    """A statistic of a client's data under its trained model, as an accumulator over batches."""
+
+    @abstractmethod
+    def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
+        """Open for one pass over the client's samples. `params` are the client's own tensors; `subjects` the parameter
+        names that the request matched."""
+
+
+class Accumulator(Protocol):
+    """Sees every batch of a statistics pass, after the forward."""
+
+    def update(self, features: Tensor, labels: Tensor) -> None: ...
+    def result(self) -> dict[str, Tensor]:
+        """Named `<form>/<subject>`; float32 on the CPU."""
+        ...
+
+
+class Pool(ABC):
+    """Runs clients somewhere. Results come in the order of the jobs, whatever finished first."""
+
+    @abstractmethod
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
+        """One result per job. A client's own failure is yielded, a pool's is raised (PoolError)."""
+
+    @abstractmethod
+    def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
+        """One result per job."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back workers and memory. May be called twice."""
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class WorkSpec:
+    """All that a worker needs to build its model and find a client's shard; sent once.
+
+    shard_offsets (T·K + 1,): client k's samples of task t are `shard_indices[offsets[t*K+k] : offsets[t*K+k+1]]`,
+    positions into `train`; test_offsets (T + 1,): the same for `test`. Labels are already in the order of the head's rows.
+    """
+
+    config: SimConfig
+    train: ArraySplit
+    test: ArraySplit
+    task_classes: tuple[tuple[int, ...], ...]
+    num_clients: int
+    shard_indices: IntArray
+    shard_offsets: IntArray
+    test_indices: IntArray
+    test_offsets: IntArray
+
+    def shard(self, task: int, client_id: int) -> IntArray:
+        """Positions into `train` of one client's samples of one task."""
+        cell = task * self.num_clients + client_id
+        return self.shard_indices[self.shard_offsets[cell] : self.shard_offsets[cell + 1]]
+
+    def test_of(self, task: int) -> IntArray:
+        """Positions into `test` of one task's samples."""
+        return self.test_indices[self.test_offsets[task] : self.test_offsets[task + 1]]

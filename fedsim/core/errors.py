@@ -1,0 +1,101 @@
+"""Every error that fedsim raises on purpose.
+
+    FedsimError
+    ├── ConfigError          a key, a value or a combination in a config           exit code 2
+    ├── PluginError          a plug-in that is not there, does not load, is wrong  exit code 2
+    ├── DataError            a data file that is missing, damaged or does not fit  exit code 2
+    ├── PartitionError       a split that is impossible                            exit code 2
+    ├── ModelError           weights or layers that do not fit                     exit code 2
+    ├── RunDirError          a run directory that is in the way or damaged         exit code 2
+    ├── StorageError         a disk that is full or cannot be written              exit code 1
+    ├── AggregationError     a merge that is impossible                            exit code 1
+    ├── ClientFailed         a client that raised or sent numbers that are not finite  exit code 1
+    └── PoolError            workers that cannot be started or keep dying          exit code 1
+
+A message is one line that names what failed and says what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class FedsimError(Exception):
+    """Base of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(FedsimError):
+    exit_code = 2
+
+
+class PluginError(FedsimError):
+    exit_code = 2
+
+
+class DataError(FedsimError):
+    exit_code = 2
+
+
+class PartitionError(FedsimError):
+    exit_code = 2
+
+
+class ModelError(FedsimError):
+    exit_code = 2
+
+
+class RunDirError(FedsimError):
+    exit_code = 2
+
+
+class StorageError(FedsimError):
+    pass
+
+
+class AggregationError(FedsimError):
+    pass
+
+
+class PoolError(FedsimError):
+    pass
+
+
+class NonFinite(FedsimError):
+    """A loss, a statistic or an update that holds NaN or infinity; becomes a `ClientFailed` once the client is known."""
+
+
+@dataclass
+class ClientFailed(FedsimError):
+    """A client that raised, or whose loss or update is not finite.
+
+    A value that a pool yields in place of an update; the server's policy decides whether it is raised.
+    `stage` is one of "training", "statistics", "update", "worker".
+    """
+
+    client_id: int
+    task: int
+    round: int
+    stage: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"client {self.client_id} failed in task {self.task}, round {self.round}, stage {self.stage}: {self.reason} "
+            f"(server.on_client_failure: skip goes on without it)"
+        )
+
+    def __reduce__(self) -> tuple[type[ClientFailed], tuple[int, int, int, str, str]]:
+        return ClientFailed, (self.client_id, self.task, self.round, self.stage, self.reason)
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all of them. Starts with a space, for appending."""
+    names = sorted(known)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(names)}." if names else ""

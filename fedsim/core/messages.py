@@ -1,0 +1,119 @@
+"""What travels between server and clients, as frozen values.
+
+Wire tensors are CPU float32 in flat mappings. Names of trainable tensors:
+    adapter.<layer>.lora_A (r, d)   adapter.<layer>.lora_B (m, r)   other adapters: adapter.<block>.<tensor>
+    head.weight (C, D)   head.bias (C,)
+Statistics are named `<statistic>.<form>/<subject>`, e.g. `gram.diagonal/adapter.layers.0.mlp.fc1.lora_A`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+State: TypeAlias = Any  # nested dicts, lists and tuples of tensors, numbers, strings and None: what a file can hold
+
+
+@dataclass(frozen=True)
+class StatisticRequest:
+    """One statistic that a rule asks its clients for, after local training.
+
+    name: plug-in in `clients/statistics`; options: fields of that plug-in.
+    match: globs over parameter names (the subjects).
+    blended: run the pass through the mean of past tasks' modules and this one (`RoundPlan.background`), as LoRM does.
+    """
+
+    name: str
+    match: tuple[str, ...] = ("*",)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    blended: bool = False
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What the clients of a round are asked to do.
+
+    train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
+    statistics: what is computed after training.
+    background: modules of past tasks, already weighted; `share` is the weight of the client's own module beside them.
+    """
+
+    train: tuple[str, ...] = ("*",)
+    statistics: tuple[StatisticRequest, ...] = ()
+    background: Tensors = field(default_factory=dict)
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """One client's work as a value. `params` and `plan` are the same objects for all clients of a round."""
+
+    client_id: int
+    task: int
+    round: int
+    params: Tensors
+    plan: RoundPlan
+    memory: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory."""
+
+    client_id: int
+    num_samples: int
+    params: Tensors
+    statistics: Tensors = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": mean of the last epoch, "seconds": ...}
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """Predict test samples `test_tasks[task][start:stop]` with deployed parameters.
+
+    seen: classes for the argmax over all classes seen so far; the argmax inside the task's own classes is counted too.
+    """
+
+    task: int
+    start: int
+    stop: int
+    params: Tensors
+    seen: Sequence[int]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Raw counts: `correct` among the classes seen, `correct_in_task` among the task's own classes, out of `total`."""
+
+    task: int
+    correct: int
+    correct_in_task: int
+    total: int
+
+
+def num_bytes(tensors: Tensors) -> int:
+    """Σ numel × itemsize, in bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def bytes_down(job: ClientJob) -> dict[str, int]:
+    """Bytes that a client receives for this job, by kind of object. Memory is the client's own and does not travel."""
+    return _by_kind(job.params) | {"background": num_bytes(job.plan.background)}
+
+
+def bytes_up(update: ClientUpdate) -> dict[str, int]:
+    """Bytes that a client sends, by kind of object."""
+    return _by_kind(update.params) | {"statistics": num_bytes(update.statistics)}
+
+
+def _by_kind(params: Tensors) -> dict[str, int]:
+    kinds: dict[str, int] = {}
+    for name, tensor in params.items():
+        kind = name.partition(".")[0]
+        kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
+    return kinds

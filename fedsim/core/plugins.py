@@ -1,0 +1,113 @@
+"""Plug-ins are found by name: the file name is the plug-in's name, and its class is named after the contract.
+
+    lorm                      server/aggregators/lorm.py
+    ./my_rule.py              a file of the user's own
+    my_package.rules.robust   a dotted module name
+No registry: a table filled by decorators is empty in a worker process, an import by name is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fedsim.core import contracts
+from fedsim.core.errors import PluginError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of plug-ins: where the files lie, and the contract that gives their class its name."""
+
+    package: str
+    contract: type
+
+    @property
+    def class_name(self) -> str:
+        return self.contract.__name__
+
+
+KINDS = {
+    "aggregators": Kind("server.aggregators", contracts.Aggregator),
+    "consolidators": Kind("server.consolidators", contracts.Consolidator),
+    "calibrators": Kind("server.calibrators", contracts.Calibrator),
+    "adapters": Kind("fedsim.models.adapters", contracts.Adapter),
+    "sources": Kind("fedsim.data.sources", contracts.Source),
+    "partitions": Kind("fedsim.data.partitions", contracts.Partition),
+    "objectives": Kind("clients.objectives", contracts.Objective),
+    "statistics": Kind("clients.statistics", contracts.Statistic),
+    "pools": Kind("clients.pools", contracts.Pool),
+}
+
+
+def names(kind: str) -> list[str]:
+    """Names of the plug-ins of a kind that come with fedsim, without importing them."""
+    package = importlib.import_module(KINDS[kind].package)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """The class of a plug-in. Raises PluginError that says what is known, or what is wrong with the user's file."""
+    what = KINDS[kind]
+    module = _module(kind, name)
+    found = getattr(module, what.class_name, None)
+    if found is None or found is what.contract:
+        raise PluginError(f"{name} defines no class named {what.class_name}: {kind[:-1]} plug-ins are found by that name")
+    if not (isinstance(found, type) and issubclass(found, what.contract)):
+        raise PluginError(f"{name}: class {what.class_name} must derive from fedsim.core.contracts.{what.class_name}")
+    if is_dataclass(what.contract) and not ("__dataclass_params__" in vars(found) and vars(found)["__dataclass_params__"].frozen):
+        raise PluginError(f"{name}: class {what.class_name} must be decorated with @dataclass(frozen=True)")
+    abstract = sorted(getattr(found, "__abstractmethods__", ()))
+    if abstract:
+        raise PluginError(f"{name}: class {what.class_name} lacks the method{'s' * (len(abstract) > 1)} {', '.join(abstract)}")
+    return found
+
+
+def is_path(name: str) -> bool:
+    """Whether a plug-in is named by the path of its file."""
+    return name.endswith(".py")
+
+
+def fingerprint(name: str) -> str:
+    """What a plug-in's name adds to the identity of a run: the content of a user's file, else the name itself."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest() if is_path(name) else name
+
+
+def _module(kind: str, name: str) -> ModuleType:
+    package = KINDS[kind].package
+    if is_path(name):
+        return _module_from_file(Path(name).resolve())
+    dotted = name if "." in name else f"{package}.{name}"
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError as e:
+        if e.name is None or not (dotted == e.name or dotted.startswith(e.name + ".")):
+            raise PluginError(f"{kind[:-1]} '{name}' needs the package '{e.name}', which is not installed") from e
+        if "." in name:
+            raise PluginError(f"no module '{name}' for {KINDS[kind].class_name}: is it on PYTHONPATH?") from e
+        raise PluginError(f"unknown {kind[:-1]} '{name}'.{did_you_mean(name, names(kind))}") from e
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise PluginError(f"no file {path}: a plug-in named by path is looked for beside the YAML that names it")
+    name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        raise PluginError(f"{path} does not load: {type(e).__name__}: {e}") from e
+    return module

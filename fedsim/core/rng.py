@@ -1,0 +1,25 @@
+"""Randomness with an address: every draw comes from a stream named by what it is for, never from a global generator."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def seed_sequence(seed: int, *address: str | int) -> np.random.SeedSequence:
+    """The seed sequence of `(seed, *address)`: words are hashed, numbers are taken as they are (non-negative)."""
+    words = [int.from_bytes(hashlib.sha256(a.encode()).digest()[:8], "little") if isinstance(a, str) else a for a in address]
+    return np.random.SeedSequence([seed, *words])
+
+
+def stream(seed: int, *address: str | int) -> np.random.Generator:
+    """A numpy generator for one purpose, e.g. `stream(seed, "partition", task)`."""
+    return np.random.default_rng(seed_sequence(seed, *address))
+
+
+def torch_stream(seed: int, *address: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for one purpose, e.g. `torch_stream(seed, "dropout", client_id, task, round)`."""
+    state = seed_sequence(seed, *address).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(state))

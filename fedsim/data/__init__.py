@@ -1,0 +1,1 @@
+"""Data: sources, streams of tasks, partitions over clients, and the manifest that pins them."""

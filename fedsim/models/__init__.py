@@ -1,0 +1,1 @@
+"""Models: frozen backbones, adapters that are injected into them, and the head."""

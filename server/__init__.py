@@ -1,0 +1,1 @@
+"""What the server does: the round loop, merging rules, evaluation and checkpoints. Read `loop.py` first."""

@@ -1,0 +1,27 @@
+"""FedAvg: the mean weighted by numbers of samples (McMahan et al. 2017, "Communication-efficient learning of deep networks")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.messages import ClientUpdate, State, Tensors
+
+
+@dataclass(frozen=True)
+class Aggregator(contracts.AdditiveAggregator):
+    """w⁺ = Σ n_i w_i / Σ n_i, tensor by tensor; tensors that nobody trained stay as they are.
+
+    Asks for no statistics. Raises AggregationError when nobody sent an update or nobody holds samples.
+    """
+
+    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
+        n = torch.tensor(float(update.num_samples), dtype=torch.float64)
+        return {name: n * t.double() for name, t in update.params.items()} | {"num_samples": n}
+
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        n = total["num_samples"]
+        return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}
