@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.core import plugins
-from fedsim.core.errors import ConfigError, FedsimError, PluginError, did_you_mean
+from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
@@ -241,8 +241,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> SimConfig:
     """
     layers = _read_layers(Path(path), ())
     merged: dict[str, Any] = {"name": Path(path).stem}
-    for layer in [*layers, _override_layer(overrides)]:
-        merged = _merge(merged, layer)
+    for layer in [*layers, parse_overrides(overrides)]:
+        merged = merge(merged, layer)
     return from_dict(merged)
 
 
@@ -251,7 +251,7 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     values = dict(_plain(values, "config"))
     for name, cls in SECTIONS.items():
         values[name] = typed(cls, values.get(name) or {}, name)  # type: ignore[arg-type]
-    config = typed(SimConfig, values, "")
+    config: SimConfig = typed(SimConfig, values, "")
     data, partition, adapter = (expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items())
     server = config.server
     if isinstance(server.aggregator, list):
@@ -280,6 +280,8 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
         section = {key: section}
     if not isinstance(section, Mapping) or not isinstance(section.get(key), str):
         raise ConfigError(f"{where} must be the name of one of the {kind}, or a mapping with the key '{key}', got {section!r}")
+    if section[key].startswith("python:"):
+        raise ConfigError(f"{where}: the rule '{section[key]}' was a Python object: resume from Python with the same object (aggregator=...)")
     options = {k: v for k, v in section.items() if k != key}
     instance = _build(kind, section[key], options, where)
     name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]
@@ -375,7 +377,8 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
     return [*layers, _anchored(layer, path.parent)]
 
 
-def _override_layer(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides such as "partition.alpha=0.1" as a nested mapping."""
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override '{item}' must look like key.sub=value, e.g. partition.alpha=0.1")
@@ -399,7 +402,7 @@ def _anchored(value: Any, folder: Path) -> Any:
     return value
 
 
-def _merge(base: dict[str, Any], layer: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Deep merge. A section that names another plug-in keeps only what its contract declares (e.g. partition.clients)."""
     out = dict(base)
     for key, new in layer.items():
@@ -409,7 +412,7 @@ def _merge(base: dict[str, Any], layer: Mapping[str, Any], path: str = "") -> di
         if kind is not None:
             out[key] = _merge_plugin(kind, old, new)
         elif isinstance(old, dict) and isinstance(new, Mapping):
-            out[key] = _merge(old, new, f"{where}.")
+            out[key] = merge(old, new, f"{where}.")
         else:
             out[key] = new
     return out
@@ -454,6 +457,3 @@ def _require(ok: bool, key: str, what: str, got: object) -> None:
 def _choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")
-
-
-__all__ = ["ClientConfig", "FedsimError", "ModelConfig", "RuntimeConfig", "ServerConfig", "SimConfig", "StreamConfig", "TransformConfig", "build", "expand", "from_dict", "load", "typed"]

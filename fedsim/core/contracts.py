@@ -35,10 +35,12 @@ BUNDLE = 8  # updates summed at a time by additive rules: part of the bits, so a
 class Aggregator(ABC):
     """Merges clients, every round.
 
-    exempt: law of the contract suite -> why this rule cannot keep it.
+    exempt: law of the contract suite (`server/laws.py`) -> why this rule cannot keep it.
+    examples: options under which the suite holds this rule against the laws.
     """
 
     exempt: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def init(self, params: Tensors) -> State:
         """State at the start of every task (empty by default). `params` are the tensors this rule is in charge of."""

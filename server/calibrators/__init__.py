@@ -1,1 +1,1 @@
-"""Plug-ins: one per file, the file name is the name."""
+"""Plug-ins that repair the head after a round: one per file, the file name is the name."""

@@ -1,0 +1,187 @@
+"""What one client does with a job: train what the plan names, then compute the statistics it asks for.
+
+Knows no Ray, no files, no server. Every random draw has an address (client, task, round), so any worker may run any client.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients import optim
+from clients.samples import Samples
+from fedsim.core import config as configs
+from fedsim.core import contracts, rng
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import IntArray
+from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
+from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.tensors import matching, require_finite, stack_modules, with_prefix
+from fedsim.models.head import masked_cross_entropy
+from fedsim.models.model import Model
+
+
+@dataclass
+class StageFailed(Exception):
+    """Something went wrong in one stage of a client's work."""
+
+    stage: str
+    reason: str
+
+
+def train(
+    model: Model,
+    samples: Samples,
+    shard: IntArray,
+    classes: Sequence[int],
+    job: ClientJob,
+    config: SimConfig,
+    objectives: Sequence[contracts.Objective] = (),
+) -> ClientUpdate | ClientFailed:
+    """One client's round: `shard` are its positions into `samples`, `classes` the head rows of its task.
+
+    Returns the trained tensors and statistics as CPU tensors, or a `ClientFailed` that names the stage.
+    A client without samples sends back what it received, with `num_samples` 0.
+    """
+    start = time.perf_counter()
+    local = {n: t.to(model.device) for n, t in job.params.items()}
+    trained = matching(local, job.plan.train)
+    for name in trained:
+        local[name] = local[name].detach().clone().requires_grad_()
+    try:
+        metrics = {}
+        with stage("training"):
+            if trained and len(shard):
+                metrics["loss"] = fit(model, samples, shard, classes, local, trained, job, config, objectives)
+        local = {n: t.detach() for n, t in local.items()}
+        with stage("update"):
+            update = {n: local[n].cpu() for n in trained}
+            require_finite(update, "trained tensor")
+        with stage("statistics"):
+            statistics = collect(model, samples, shard, local, job.plan, config.runtime.eval_batch)
+            require_finite(statistics, "statistic")
+    except StageFailed as e:
+        return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
+    metrics["seconds"] = time.perf_counter() - start
+    return ClientUpdate(job.client_id, len(shard), update, statistics, job.memory, metrics)
+
+
+def fit(
+    model: Model,
+    samples: Samples,
+    shard: IntArray,
+    classes: Sequence[int],
+    local: dict[str, Tensor],
+    trained: Sequence[str],
+    job: ClientJob,
+    config: SimConfig,
+    objectives: Sequence[contracts.Objective],
+) -> float:
+    """Train `local[trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite."""
+    client, seed, address = config.client, config.seed, (job.client_id, job.task, job.round)
+    order = rng.stream(seed, "batches", *address)
+    augment = rng.torch_stream(seed, "augment", *address, device=model.device)
+    dropout = rng.torch_stream(seed, "dropout", *address, device=model.device)
+    parameters = [local[n] for n in trained]
+    steps = client.epochs * math.ceil(len(shard) / client.batch_size)
+    optimizer, schedule = optim.build(client, parameters, steps)
+    start = {n: job.params[n].to(model.device) for n in trained} if objectives else {}
+    losses: list[Tensor] = []
+    with model.applied(local, dropout):
+        for _ in range(client.epochs):
+            for positions in batches(order.permutation(shard), client.batch_size):
+                inputs, labels = samples.batch(positions)
+                logits = model.logits(model.features(inputs, augment), local)
+                loss = masked_cross_entropy(logits, labels, classes)
+                for objective in objectives:
+                    loss = loss + objective.term({n: local[n] for n in trained}, start, logits, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if client.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, client.clip_norm)
+                optimizer.step()
+                if schedule is not None:
+                    schedule.step()
+                losses.append(loss.detach())
+    every = torch.stack(losses)  # looked at once, after the round: a look at every step would wait for the GPU
+    if not bool(torch.isfinite(every).all()):
+        step = int((~torch.isfinite(every)).nonzero()[0])
+        raise NonFinite(f"the loss is {every[step].item()} at step {step + 1} of {len(losses)}: lower client.lr or set client.clip_norm")
+    return float(every[-(len(losses) // client.epochs) :].mean())
+
+
+@torch.no_grad()
+def collect(model: Model, samples: Samples, shard: IntArray, local: Tensors, plan: RoundPlan, batch_size: int) -> dict[str, Tensor]:
+    """The statistics of a plan, named `<statistic>.<form>/<subject>`.
+
+    One pass over the shard without augmentation through the client's model, and one through the blend of past tasks'
+    modules and the client's own, for the requests that want each.
+    """
+    out: dict[str, Tensor] = {}
+    for blended in (False, True):
+        requests = [r for r in plan.statistics if r.blended == blended]
+        if not requests:
+            continue
+        through = dict(local)
+        if blended and plan.background:
+            background = {n: t.to(model.device) for n, t in plan.background.items()}
+            through |= stack_modules([background, with_prefix(local, "adapter.")], [1.0, plan.share])
+        out |= one_pass(model, samples, shard, local, through, requests, batch_size)
+    return out
+
+
+def one_pass(
+    model: Model, samples: Samples, shard: IntArray, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], batch_size: int
+) -> dict[str, Tensor]:
+    """Statistics of several requests in one pass of the model with the parameters `through`."""
+    out: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(model.merged(through))
+        collecting = []
+        for request in requests:
+            statistic = configs.build("statistics", {"name": request.name, **request.options})
+            subjects = matching(local, request.match)
+            collecting.append((request.name, stack.enter_context(statistic.collect(model, local, subjects))))
+        for positions in batches(shard, batch_size):
+            inputs, labels = samples.batch(positions)
+            features = model.features(inputs)
+            for _, accumulator in collecting:
+                accumulator.update(features, labels)
+        for name, accumulator in collecting:
+            out |= {f"{name}.{key}": value for key, value in accumulator.result().items()}
+    return out
+
+
+def batches(positions: IntArray, size: int) -> Iterator[IntArray]:
+    """Consecutive batches; the last one may be smaller."""
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size]
+
+
+def round_shard(shard: IntArray, config: SimConfig, job: ClientJob) -> IntArray:
+    """The samples of this round: all of the task's shard, or with `stream.online` its own part of a single pass.
+
+    The statistics pass at a task's end (round = number of rounds) sees the last part again: nothing older is kept.
+    """
+    if not config.stream.online:
+        return shard
+    once = rng.stream(config.seed, "online", job.client_id, job.task).permutation(shard)
+    return np.array_split(once, config.server.rounds)[min(job.round, config.server.rounds - 1)]
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name the stage in which an error happened."""
+    try:
+        yield
+    except FedsimError as e:
+        raise StageFailed(name, str(e)) from e
+    except Exception as e:
+        raise StageFailed(name, f"{type(e).__name__}: {' '.join(str(e).split())}") from e

@@ -1,0 +1,31 @@
+"""The proximal term of FedProx (Li et al. 2020, "Federated optimization in heterogeneous networks")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import Tensors
+
+
+@dataclass(frozen=True)
+class Objective(contracts.Objective):
+    """μ/2 · Σ ‖w − w_g‖² over the tensors being trained; w_g are the server's, as received.
+
+    mu: weight of the term, 0 or more.
+    """
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.mu >= 0:
+            raise ConfigError(f"mu must not be negative, got {self.mu}")
+
+    def term(self, params: Tensors, start: Tensors, logits: Tensor, labels: Tensor) -> Tensor:
+        """A scalar; zero at the first step of a round."""
+        squares = [(w - start[name].detach()).square().sum() for name, w in params.items()]
+        return self.mu / 2 * torch.stack(squares).sum() if squares else logits.new_zeros(())

@@ -1,0 +1,60 @@
+"""Optimizers and schedules by name: any class of `torch.optim` and `torch.optim.lr_scheduler`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedsim.core.config import ClientConfig
+from fedsim.core.errors import ConfigError, did_you_mean
+
+
+def build(client: ClientConfig, parameters: Sequence[Tensor], steps: int) -> tuple[Optimizer, LRScheduler | None]:
+    """A new optimizer over the parameters, and its schedule over `steps` steps (None: constant learning rate).
+
+    Raises ConfigError for names and options that torch does not have.
+    """
+    options: dict[str, Any] = {"lr": client.lr, **_numbers(client.optimizer_options, steps)}
+    cls = _find(torch.optim, Optimizer, client.optimizer, "client.optimizer")
+    if "weight_decay" in inspect.signature(cls).parameters:
+        options.setdefault("weight_decay", client.weight_decay)
+    optimizer = _make(cls, "client.optimizer_options", list(parameters), **options)
+    if client.schedule is None:
+        return optimizer, None
+    schedule = _find(lr_scheduler, LRScheduler, client.schedule, "client.schedule")
+    return optimizer, _make(schedule, "client.schedule_options", optimizer, **_numbers(client.schedule_options, steps))
+
+
+def check(client: ClientConfig) -> None:
+    """Build once on a dummy parameter, so that a wrong name or option is an error before any training."""
+    build(client, [torch.zeros(2, 2, requires_grad=True)], steps=10)
+
+
+def _find(module: Any, base: type[Any], name: str, key: str) -> type[Any]:
+    known = {n.lower(): c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base) and c is not base and n[0] != "_"}
+    known.pop("reducelronplateau", None)  # wants a loss at every step, which a schedule per batch does not have
+    if name.lower() not in known:
+        raise ConfigError(f"{key} '{name}' is unknown.{did_you_mean(name.lower(), known)}")
+    return known[name.lower()]
+
+
+def _make(cls: type[Any], key: str, *args: Any, **options: Any) -> Any:
+    allowed = list(inspect.signature(cls).parameters)
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"{key}.{name} is no option of {cls.__name__}.{did_you_mean(name, allowed)}")
+    try:
+        return cls(*args, **options)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{key} does not suit {cls.__name__}: {e}") from e
+
+
+def _numbers(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The word "steps" stands for the number of steps of this client's round."""
+    return {k: steps if v == "steps" else v for k, v in options.items()}

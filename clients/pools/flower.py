@@ -1,0 +1,571 @@
+"""Clients as a Flower `ClientApp` on Flower's own simulation engine: the same jobs, the same bits as the serial pool.
+
+What is notable here:
+- The converters between our messages and Flower's `RecordDict` are plain functions. They are what a deployment on real
+  devices would use too; only the engine below them would change.
+- Flower wants to own the loop, and so do we. Its engine therefore runs on a background thread, with a `ServerApp` that
+  does nothing but hand out its `Grid` and wait; the caller's thread pushes messages to that grid and pulls the replies.
+- A Flower node is a slot, not a client: a message carries the client's id and everything the client remembers, so any
+  node may run any client. Nodes cost a scan every 0.1 s whether they work or not, so there are few (`_num_nodes`).
+- Model and data do not travel in messages: they lie in a file that every worker process maps once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import math
+import mmap
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import fedsim
+from fedsim.core import contracts, errors
+from fedsim.core.errors import ClientFailed, FedsimError, PoolError
+from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+with warnings.catch_warnings():  # flwr's own dependencies warn on import
+    warnings.simplefilter("ignore")
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+
+ROOT = str(Path(fedsim.__file__).resolve().parents[1])
+MAX_NODES = 32
+START_TIMEOUT_S = 120.0
+CLOSE_TIMEOUT_S = 5.0
+POLL_S = 0.005
+
+
+class Pool(contracts.Pool):
+    """Longest shard first over the nodes; results in the order of the jobs. Starts on first use.
+
+    A worker process that dies is replaced by Ray and its client runs again, with the same result, `runtime.max_restarts`
+    times; then it is a PoolError, as is an engine that does not start. One such pool per process at a time.
+    """
+
+    worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
+
+    def __init__(self, spec: contracts.WorkSpec) -> None:
+        if spec.config.runtime.address is not None:
+            raise PoolError("runtime.pool=flower runs on this machine only and cannot join runtime.address: use runtime.pool=ray")
+        self._spec = spec
+        self._engine: _Engine | None = None
+
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
+        sizes = [len(self._spec.shard(job.task, job.client_id)) for job in jobs]
+        names = [f"client {job.client_id}, task {job.task}, round {job.round}" for job in jobs]
+        arrays = _shared_arrays()
+        for reply in self._run(MessageType.TRAIN, lambda i: job_to_record(jobs[i], arrays), sizes, names):
+            yield failure_from_record(reply) if _kind(reply) == "failed" else record_to_update(reply)
+
+    def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
+        sizes = [job.stop - job.start for job in jobs]
+        names = [f"evaluation of task {job.task}, samples {job.start}..{job.stop}" for job in jobs]
+        arrays = _shared_arrays()
+        for reply in self._run(MessageType.EVALUATE, lambda i: eval_job_to_record(jobs[i], arrays), sizes, names):
+            yield record_to_result(reply)
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _run(self, message_type: str, record: Any, sizes: Sequence[int], names: Sequence[str]) -> Iterator[RecordDict]:
+        """One message per job, one at a time per node, largest first; replies as soon as the order of the jobs allows."""
+        if not sizes:
+            return
+        if self._engine is None:
+            self._engine = _Engine(self._spec, self.worker)
+        engine = self._engine
+        grid, idle = engine.grid, list(engine.nodes)
+        waiting = deque(sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)))
+        running: dict[str, tuple[int, int]] = {}  # message id -> job, node
+        done: dict[int, RecordDict] = {}
+        next_out = 0
+        while next_out < len(sizes):
+            while waiting and idle:
+                job, node = waiting.popleft(), idle.pop(0)
+                sent = list(grid.push_messages([Message(record(job), node, message_type)]))
+                if not sent:
+                    raise PoolError(f"Flower's engine took no message for {names[job]}{engine.last_words()}")
+                running[sent[0]] = job, node
+            replies = list(grid.pull_messages(running.keys()))
+            for reply in replies:
+                job, node = running.pop(reply.metadata.reply_to_message_id)
+                idle.append(node)
+                done[job] = _content(reply, names[job])
+            while next_out in done:
+                yield done.pop(next_out)
+                next_out += 1
+            if not replies:
+                engine.check()
+                time.sleep(POLL_S)
+
+
+# ---------------------------------------------------------------- converters: our messages <-> Flower's records
+
+
+def job_to_record(job: ClientJob, arrays: Any = None) -> RecordDict:
+    """Tensors as ArrayRecords in order and with their names, the plan and the numbers as ConfigRecords.
+
+    `arrays`: tensors -> ArrayRecord (a cached one saves work: all clients of a round are sent the same parameters).
+    Tensors come back with their dtype and bits; TypeError for a dtype that numpy does not have (bfloat16).
+    """
+    arrays = arrays or tensors_to_arrays
+    return RecordDict(
+        {
+            "job": ConfigRecord({"kind": "train", "client-id": job.client_id, "task": job.task, "round": job.round}),
+            "plan": _plan_to_config(job.plan),
+            "params": arrays(job.params),
+            "background": arrays(job.plan.background),
+            "memory": tensors_to_arrays(job.memory),
+        }
+    )
+
+
+def record_to_job(record: RecordDict) -> ClientJob:
+    """The job that `job_to_record` was given."""
+    numbers = record.config_records["job"]
+    return ClientJob(
+        client_id=_int(numbers["client-id"]),
+        task=_int(numbers["task"]),
+        round=_int(numbers["round"]),
+        params=_tensors(record, "params"),
+        plan=_config_to_plan(record.config_records["plan"], _tensors(record, "background")),
+        memory=_tensors(record, "memory"),
+    )
+
+
+def update_to_record(update: ClientUpdate) -> RecordDict:
+    """Tensors as ArrayRecords, the client's metrics as a MetricRecord."""
+    return RecordDict(
+        {
+            "update": ConfigRecord({"kind": "update", "client-id": update.client_id, "num-examples": update.num_samples}),
+            "params": tensors_to_arrays(update.params),
+            "statistics": tensors_to_arrays(update.statistics),
+            "memory": tensors_to_arrays(update.memory),
+            "metrics": MetricRecord(dict(update.metrics)),
+        }
+    )
+
+
+def record_to_update(record: RecordDict) -> ClientUpdate:
+    """The update that `update_to_record` was given."""
+    numbers = record.config_records["update"]
+    return ClientUpdate(
+        client_id=_int(numbers["client-id"]),
+        num_samples=_int(numbers["num-examples"]),
+        params=_tensors(record, "params"),
+        statistics=_tensors(record, "statistics"),
+        memory=_tensors(record, "memory"),
+        metrics={name: value for name, value in record.metric_records["metrics"].items() if not isinstance(value, list)},
+    )
+
+
+def eval_job_to_record(job: EvalJob, arrays: Any = None) -> RecordDict:
+    """`arrays` as in `job_to_record`."""
+    seen = [int(c) for c in job.seen]
+    numbers = ConfigRecord({"kind": "evaluate", "task": job.task, "start": job.start, "stop": job.stop, "seen": seen})
+    return RecordDict({"job": numbers, "params": (arrays or tensors_to_arrays)(job.params)})
+
+
+def record_to_eval_job(record: RecordDict) -> EvalJob:
+    """The job that `eval_job_to_record` was given, `seen` as a list."""
+    numbers = record.config_records["job"]
+    seen = numbers["seen"]
+    assert isinstance(seen, list)
+    task, start, stop = (_int(numbers[key]) for key in ("task", "start", "stop"))
+    return EvalJob(task, start, stop, _tensors(record, "params"), [int(c) for c in seen])
+
+
+def result_to_record(result: EvalResult) -> RecordDict:
+    """The counts as a MetricRecord."""
+    counts = {"task": result.task, "correct": result.correct, "correct-in-task": result.correct_in_task, "total": result.total}
+    return RecordDict({"result": ConfigRecord({"kind": "result"}), "counts": MetricRecord(dict(counts))})
+
+
+def record_to_result(record: RecordDict) -> EvalResult:
+    """The result that `result_to_record` was given."""
+    counts = record.metric_records["counts"]
+    return EvalResult(*(_int(counts[key]) for key in ("task", "correct", "correct-in-task", "total")))
+
+
+def failure_to_record(failed: ClientFailed) -> RecordDict:
+    """A client's own failure is a value like any other."""
+    values = ConfigRecord({"kind": "failed", "client-id": failed.client_id, "task": failed.task, "round": failed.round})
+    values["stage"], values["reason"] = failed.stage, failed.reason
+    return RecordDict({"failed": values})
+
+
+def failure_from_record(record: RecordDict) -> ClientFailed:
+    """The failure that `failure_to_record` was given."""
+    values = record.config_records["failed"]
+    client_id, task, round = (_int(values[key]) for key in ("client-id", "task", "round"))
+    return ClientFailed(client_id, task, round, str(values["stage"]), str(values["reason"]))
+
+
+def tensors_to_arrays(tensors: Tensors) -> ArrayRecord:
+    """Each tensor in numpy's own format, under its name, in order."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+
+
+def arrays_to_tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """The tensors that `tensors_to_arrays` was given, in memory of their own."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+
+
+def _tensors(record: RecordDict, key: str) -> dict[str, torch.Tensor]:
+    return arrays_to_tensors(record.array_records[key])
+
+
+def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
+    requests = [{"name": s.name, "match": list(s.match), "options": _to_json(s.options), "blended": s.blended} for s in plan.statistics]
+    return ConfigRecord({"train": list(plan.train), "statistics": json.dumps(requests), "share": float(plan.share)})
+
+
+def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
+    train, share = config["train"], config["share"]
+    assert isinstance(train, list) and isinstance(share, float)
+    requests = (
+        StatisticRequest(r["name"], tuple(r["match"]), _from_json(r["options"]), r["blended"]) for r in json.loads(str(config["statistics"]))
+    )
+    return RoundPlan(tuple(str(glob) for glob in train), tuple(requests), background, share)
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no tuples and only text as keys, so both are written as tagged lists; TypeError for anything else unknown."""
+    if isinstance(value, Mapping):
+        return {"mapping": [[_to_json(k), _to_json(v)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_to_json(v) for v in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"an option of a statistic must be plain values, got {type(value).__name__}")
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((tag, items),) = value.items()
+    if tag == "mapping":
+        return {_from_json(k): _from_json(v) for k, v in items}
+    return (tuple if tag == "tuple" else list)(_from_json(v) for v in items)
+
+
+def _int(value: Any) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _shared_arrays() -> Any:
+    """`tensors_to_arrays` that converts the same mapping once: it is one object for all jobs of a round."""
+    known: dict[int, tuple[Tensors, ArrayRecord]] = {}  # the mapping is kept, so that its id stays its own
+
+    def arrays(tensors: Tensors) -> ArrayRecord:
+        if id(tensors) not in known:
+            known[id(tensors)] = tensors, tensors_to_arrays(tensors)
+        return known[id(tensors)][1]
+
+    return arrays
+
+
+def _kind(record: RecordDict) -> str:
+    return next((str(c["kind"]) for c in record.config_records.values() if "kind" in c), "")
+
+
+def _content(reply: Message, what: str) -> RecordDict:
+    """The records of a reply; an error of the worker's own is raised here."""
+    if reply.has_error():
+        hint = "out of memory? fewer runtime.workers or a smaller client.batch_size"
+        raise PoolError(f"a Flower worker was lost on {what}: {_one_line(reply.error.reason)} ({hint})")
+    if _kind(reply.content) == "error":
+        values = reply.content.config_records["error"]
+        known = getattr(errors, str(values["class"]), None)
+        if isinstance(known, type) and issubclass(known, FedsimError):
+            raise known(str(values["message"]))
+        raise PoolError(f"a Flower worker failed on {what}: {values['class']!s}: {values['message']!s}")
+    return reply.content
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())[:400]
+
+
+# ---------------------------------------------------------------- in the worker processes
+
+
+def client_app(folder: str, worker: str) -> ClientApp:
+    """The ClientApp. `folder` holds the work spec; `worker` is `module:class`."""
+    root = ROOT
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        # A function inside a function travels by value: one that travels by name would make the worker process import
+        # `clients` before any line of ours runs there, and find a clients.py in the user's working directory.
+        import importlib
+        import sys
+
+        if sys.path[0] != root:
+            sys.path.insert(0, root)
+        for name in [n for n in sys.modules if n.split(".")[0] in ("fedsim", "clients", "server")]:
+            if not str(getattr(sys.modules[name], "__file__", None) or root).startswith(root):
+                del sys.modules[name]
+        served: Message = importlib.import_module("clients.pools.flower").serve(message, folder, worker)
+        return served
+
+    app.train()(handle)
+    app.evaluate()(handle)
+    return app
+
+
+def serve(message: Message, folder: str, worker: str) -> Message:
+    """Do what a message asks. Every error goes back as a value, with its class and message."""
+    try:
+        content = _work(message.content, _worker(folder, worker))
+    except Exception as e:  # noqa: BLE001 - raised again on the other side
+        content = RecordDict({"error": ConfigRecord({"kind": "error", "class": type(e).__name__, "message": _one_line(e)})})
+    return Message(content, reply_to=message)
+
+
+def _work(record: RecordDict, worker: Any) -> RecordDict:
+    if _kind(record) == "evaluate":
+        return result_to_record(worker.evaluate(record_to_eval_job(record)))
+    result = worker.train(record_to_job(record))
+    return failure_to_record(result) if isinstance(result, ClientFailed) else update_to_record(result)
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(folder: str, worker: str) -> Any:
+    """The worker of this process: model and data are loaded once."""
+    spec = read_spec(Path(folder))
+    torch.set_num_threads(spec.config.runtime.threads)
+    module, _, name = worker.partition(":")
+    return getattr(importlib.import_module(module), name)(spec)
+
+
+def write_spec(spec: contracts.WorkSpec, folder: Path) -> None:
+    """Pickle a work spec with its arrays apart, 64-byte aligned in one file, so that all workers can map the same pages."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(spec, protocol=5, buffer_callback=buffers.append)
+    sizes: list[int] = []
+    with open(folder / "arrays", "wb") as f:
+        for buffer in buffers:
+            raw = buffer.raw()
+            f.write(raw)
+            f.write(bytes(-raw.nbytes % 64))
+            sizes.append(raw.nbytes)
+    (folder / "spec").write_bytes(pickle.dumps((pickled, sizes)))
+
+
+def read_spec(folder: Path) -> contracts.WorkSpec:
+    """The spec that `write_spec` wrote. Its arrays are private maps of the file: written to, a page becomes this process's own."""
+    pickled, sizes = pickle.loads((folder / "spec").read_bytes())
+    data = memoryview(b"")
+    if (folder / "arrays").stat().st_size:
+        with open(folder / "arrays", "rb") as f:
+            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
+    buffers, start = [], 0
+    for size in sizes:
+        buffers.append(data[start : start + size])
+        start += size + -size % 64
+    spec = pickle.loads(pickled, buffers=buffers)
+    assert isinstance(spec, contracts.WorkSpec)
+    return spec
+
+
+# ---------------------------------------------------------------- the engine
+
+
+class _Engine:
+    """Flower's simulation on a background thread. `grid` and `nodes` are there once the constructor returns."""
+
+    grid: Grid
+    nodes: list[int]
+
+    def __init__(self, spec: contracts.WorkSpec, worker: str) -> None:
+        _refuse_foreign_ray()
+        self._environment = {key: os.environ.get(key) for key in ("PYTHONPATH", "FLWR_HOME")}
+        self._ray_level = logging.getLogger("ray").level
+        self._log = _FlowerLog()
+        self._stop, self._over = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+        self._grid: Grid | None = None
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="fedsim-flower-"))
+            write_spec(spec, self._folder)
+        except OSError as e:
+            raise PoolError(f"the data cannot be handed to Flower's workers through {tempfile.gettempdir()}: {e} (set TMPDIR)") from e
+        os.environ["FLWR_HOME"] = str(self._folder)  # else Flower leaves a file with an id in the user's home
+        self._log.install()
+        self._thread = threading.Thread(target=self._simulate, args=(spec, worker), name="fedsim-flower", daemon=True)
+        self._thread.start()
+        try:
+            self._wait_for_nodes(_num_nodes(spec))
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        """Raise PoolError if the engine has stopped."""
+        if self._over.is_set():
+            cause: object = self._error
+            while isinstance(cause, BaseException) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            words = f": {type(cause).__name__}: {_one_line(cause)}" if cause is not None else self.last_words()
+            raise PoolError(f"Flower's simulation engine has stopped{words} (runtime.pool=serial or ray runs without Flower)")
+
+    def last_words(self) -> str:
+        """What Flower logged last as an error, for a message."""
+        return f": {_one_line(self._log.last)}" if self._log.last else ""
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():  # a client is still being trained, and Flower would wait for it
+            _shut_ray_down()
+            self._thread.join(CLOSE_TIMEOUT_S)
+        self._log.remove()
+        logging.getLogger("ray").setLevel(self._ray_level)
+        for key, value in self._environment.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_for_nodes(self, count: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            if self._grid is not None:
+                self.grid, self.nodes = self._grid, sorted(self._grid.get_node_ids())
+                if len(self.nodes) == count:
+                    return
+            self.check()
+            if time.monotonic() > deadline:
+                raise PoolError(f"Flower's simulation engine did not start within {START_TIMEOUT_S:.0f} s{self.last_words()}")
+            time.sleep(POLL_S)
+
+    def _simulate(self, spec: contracts.WorkSpec, worker: str) -> None:
+        try:
+            _run_simulation(self._server_app(), client_app(str(self._folder), worker), _num_nodes(spec), _backend_config(spec))
+        except BaseException as e:  # noqa: BLE001 - raised by check(); flwr ends with SystemExit when Ray is missing
+            self._error = e
+        finally:
+            self._stop.set()
+            self._over.set()
+
+    def _server_app(self) -> ServerApp:
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self._grid = grid
+            # Flower's threads are no daemons: without the second condition a pool that nobody closed would keep Python alive.
+            while not self._stop.wait(0.1) and threading.main_thread().is_alive():
+                pass
+
+        return app
+
+
+def _run_simulation(server: ServerApp, client: ClientApp, num_nodes: int, backend: dict[str, dict[str, Any]]) -> None:
+    """The engine's only public door from Python. Flower means to drop it in favour of the command `flwr run`, which owns the
+    process; `flwr.simulation.run_simulation._run_simulation`, which that command calls too, takes the same arguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flwr.simulation import run_simulation
+    run_simulation(server, client, num_nodes, backend_config=backend)
+
+
+def _backend_config(spec: contracts.WorkSpec) -> dict[str, dict[str, Any]]:
+    """Ray starts with exactly the cores that `workers` actors need, because Flower fills whatever Ray has.
+
+    Flower hands `client_resources` to Ray as options of its actors, so restarts can be asked for there.
+    """
+    runtime, workers = spec.config.runtime, _num_workers(spec)
+    gpus = _num_gpus(spec)
+    share = runtime.gpus_per_worker or (math.floor(1e4 * gpus / workers) / 1e4 if gpus < workers else float(gpus // workers))
+    return {
+        "init_args": {"num_cpus": workers * runtime.threads, "include_dashboard": False, "log_to_driver": False, "logging_level": "error"},
+        "client_resources": {
+            "num_cpus": runtime.threads,
+            "num_gpus": share if gpus else 0.0,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+        },
+    }
+
+
+def _num_gpus(spec: contracts.WorkSpec) -> int:
+    return torch.cuda.device_count() if spec.config.runtime.device != "cpu" else 0
+
+
+def _num_workers(spec: contracts.WorkSpec) -> int:
+    """As asked, or one per `threads` cores (one per GPU when there are GPUs), at most one per client."""
+    runtime = spec.config.runtime
+    if runtime.workers != "auto":
+        return int(runtime.workers)
+    gpus = _num_gpus(spec)
+    if gpus:
+        return max(1, min(spec.num_clients, int(gpus / runtime.gpus_per_worker) if runtime.gpus_per_worker else gpus))
+    return max(1, min(spec.num_clients, (os.cpu_count() or 1) // runtime.threads))
+
+
+def _num_nodes(spec: contracts.WorkSpec) -> int:
+    """A node for every client up to MAX_NODES, and for every worker.
+
+    The engine hands each node at most one message per 0.1 s, so a node per worker would starve workers on short jobs;
+    every node more makes its scan (nodes x messages) dearer, so it is not a node per client of a large federation.
+    """
+    return max(_num_workers(spec), min(spec.num_clients, MAX_NODES))
+
+
+def _refuse_foreign_ray() -> None:
+    """Flower would use a Ray that is up already, whatever its size, and shut it down at the end."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        raise PoolError("Ray is in use in this process already, and Flower's engine would shut it down: close that pool or call ray.shutdown() first")
+
+
+def _shut_ray_down() -> None:
+    """Ends jobs that are running: Flower has no call for it, and its threads wait in `ray.get`."""
+    ray = sys.modules.get("ray")
+    if ray is not None:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+
+class _FlowerLog(logging.Filter):
+    """While installed, nothing of Flower's log is shown; the last error is kept. The user's logging is as before once removed."""
+
+    last: str = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            text = record.getMessage()
+            self.last = self.last if text.startswith("Traceback") else text
+        return False
+
+    def install(self) -> None:
+        logging.getLogger("flwr").addFilter(self)
+
+    def remove(self) -> None:
+        logging.getLogger("flwr").removeFilter(self)

@@ -1,0 +1,33 @@
+"""The oracle of all pools: one client after the other, in this process. Easy to debug."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from clients.worker import Worker, torch_threads
+from fedsim.core import contracts
+from fedsim.core.errors import ClientFailed
+from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult
+
+
+class Pool(contracts.Pool):
+    """Runs jobs in order, with the same number of torch threads as a worker of any other pool has."""
+
+    def __init__(self, spec: contracts.WorkSpec) -> None:
+        self._threads = spec.config.runtime.threads
+        self._worker = Worker(spec)
+
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
+        for job in jobs:
+            with torch_threads(self._threads):  # not across the yield: the caller's own work keeps its threads
+                update = self._worker.train(job)
+            yield update
+
+    def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
+        for job in jobs:
+            with torch_threads(self._threads):
+                result = self._worker.evaluate(job)
+            yield result
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,136 @@
+"""Gram matrices of the inputs of linear maps, for rules that merge in closed form (RegMean, LoRM).
+
+Shapes: N rows (all tokens of a batch), I inputs of a layer, R rank (x_NI, A_RI, gram_II = Σ x xᵀ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core import contracts
+from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.messages import Tensors
+from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
+
+HEAD = "head.weight"
+FORMS = {  # form -> what its subjects may be
+    "diagonal": (HEAD, LORA_A),
+    "full": (HEAD, LORA_A),
+    "projected": (LORA_B,),
+    "cross": (LORA_B,),
+}
+
+
+@dataclass(frozen=True)
+class Statistic(contracts.Statistic):
+    """Ĝ = decay·G + (1 − decay)·diag(G), G = Σ x xᵀ over the inputs x of the map whose weight is the subject.
+
+    Subjects: `head.weight` (x = features); `<layer>.lora_A` (x = inputs of the layer); `<layer>.lora_B` (x = inputs of the
+    layer too, seen through the client's own A, since B is applied to A x). Forms:
+        diagonal   g = diag(G), (d,)                          for head.weight and lora_A
+        full       upper triangle of Ĝ, (d(d+1)/2,)           for head.weight and lora_A
+        projected  A Ĝ Aᵀ, (r, r)                             for lora_B
+        cross      A Ĝ, (r, d)                                for lora_B
+    The last two never form a d×d matrix: A Ĝ Aᵀ = decay·Σ (Ax)(Ax)ᵀ + (1 − decay)·A diag(g) Aᵀ.
+
+    A sum, not a mean: clients with more samples weigh more. Every token counts, padding too (as in the code of LoRM).
+    Inputs are cast to float64 before any product (half precision would overflow); the result is float32 on the CPU.
+    """
+
+    form: str = "diagonal"
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"form '{self.form}' is unknown.{did_you_mean(self.form, FORMS)} Choose from: {', '.join(FORMS)}.")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay must be in [0, 1], got {self.decay}")
+
+    @contextmanager
+    def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[_Accumulator]:
+        """Raises ConfigError for a subject that has no Gram of this form."""
+        sums = {subject: self._sum(params, subject) for subject in subjects}
+        with ExitStack() as hooks:
+            for subject, one in sums.items():
+                if subject != HEAD:
+                    hooks.callback(model.layer(subject).register_forward_pre_hook(_feeding(one)).remove)
+            yield _Accumulator(self.form, sums)
+
+    def _sum(self, params: Tensors, subject: str) -> _DecayedSum:
+        if not subject.endswith(FORMS[self.form]):
+            raise ConfigError(
+                f"there is no gram of form '{self.form}' for '{subject}': it is for {' and '.join(FORMS[self.form])}"
+            )
+        if self.form == "diagonal":
+            return _DecayedSum(params[subject].shape[1], None, None, decay=0.0)
+        if self.form == "full":
+            return _DecayedSum(params[subject].shape[1], None, None, self.decay)
+        a_RI = params[subject.removesuffix(LORA_B) + LORA_A].detach()
+        return _DecayedSum(a_RI.shape[1], a_RI, a_RI if self.form == "projected" else None, self.decay)
+
+
+class _DecayedSum:
+    """L Ĝ Rᵀ over batches, L and R being a matrix (·, I) or, for None, the identity. Sums only what the decay leaves."""
+
+    def __init__(self, size: int, left: Tensor | None, right: Tensor | None, decay: float) -> None:
+        self.left, self.right, self.decay = left, right, decay
+        self.energy_I = torch.zeros(size, dtype=torch.float64)
+        rows, cols = (size if side is None else len(side) for side in (left, right))
+        self.products = torch.zeros((rows, cols) if decay > 0 else (), dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        x_NI = _wide(inputs.flatten(0, -2))
+        if self.decay < 1:
+            self.energy_I = self.energy_I.to(x_NI.device) + x_NI.square().sum(0)
+        if self.decay > 0:
+            left, right = (x_NI if side is None else x_NI @ _wide(side).to(x_NI.device).T for side in (self.left, self.right))
+            self.products = self.products.to(x_NI.device) + left.T @ right
+
+    def energies(self) -> Tensor:
+        """diag(G), (I,)."""
+        return self.energy_I
+
+    def total(self) -> Tensor:
+        """L Ĝ Rᵀ, float64."""
+        g = self.energy_I
+        diagonal = torch.zeros((), dtype=torch.float64, device=self.products.device)
+        if self.decay < 1:
+            diagonal = torch.diag(g) if self.left is None else _wide(self.left).to(g.device) * g
+            diagonal = diagonal if self.right is None else diagonal @ _wide(self.right).to(g.device).T
+        return self.decay * self.products.to(diagonal.device) + (1 - self.decay) * diagonal
+
+
+@dataclass(frozen=True)
+class _Accumulator:
+    form: str
+    sums: Mapping[str, _DecayedSum]
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        if HEAD in self.sums:
+            self.sums[HEAD].add(features)
+
+    def result(self) -> dict[str, Tensor]:
+        return {f"{self.form}/{subject}": self._value(one).float().cpu() for subject, one in self.sums.items()}
+
+    def _value(self, one: _DecayedSum) -> Tensor:
+        if self.form == "diagonal":
+            return one.energies()
+        return upper_triangle(one.total()) if self.form == "full" else one.total()
+
+
+def _feeding(one: _DecayedSum) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        one.add(args[0].detach())
+
+    return hook
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64, on the CPU where the device has none (Apple's)."""
+    return x.detach().to(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Studies run with fedsim: one folder each; nothing imports this package."""

@@ -1,0 +1,1 @@
+"""The first table: every preset on the embedded stream."""

@@ -1,0 +1,1 @@
+"""How the shipped pretrained backbone was made."""

@@ -1,0 +1,89 @@
+"""What a run tells about itself while it goes: frozen values that a progress display consumes.
+
+Tasks, rounds and clients are 0-based, as in result files and error messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedsim.core.errors import ClientFailed
+
+
+@dataclass(frozen=True)
+class Row:
+    """Raw counts of one test: the deployed model after `round` of `task`, on the test samples of task `tested`.
+
+    stage: "round", or "task_end" for the model after the task's consolidation, whose `round` is the number of rounds.
+    correct: argmax among the classes seen so far; correct_in_task: argmax among the tested task's own classes.
+    """
+
+    task: int
+    round: int
+    stage: str
+    tested: int
+    correct: int
+    correct_in_task: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunDirOpened:
+    """Results go to the folder `path`: from here on a run that is stopped can be resumed."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """`rounds` per task; `clients` per round; `finished`: rounds that are already done when a run is resumed."""
+
+    tasks: int
+    rounds: int
+    clients: int
+    task_names: Sequence[str] = ()
+    finished: int = 0
+
+
+@dataclass(frozen=True)
+class ClientDone:
+    """`done` of the `total` clients of this round have answered; `client_id` is the latest."""
+
+    task: int
+    round: int
+    done: int
+    total: int
+    client_id: int
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """A round with its evaluation. `rows` is empty where nothing was tested; `loss` is the clients' mean; `seconds` wall time."""
+
+    task: int
+    round: int
+    rows: Sequence[Row]
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """A task with its consolidation: counts and percent on every task seen, in order; `seconds` wall time of its end."""
+
+    task: int
+    rows: Sequence[Row]
+    accuracies: Sequence[float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientSkipped:
+    """A client that failed and that the round went on without."""
+
+    failure: ClientFailed
+
+
+Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped

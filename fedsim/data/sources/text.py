@@ -1,0 +1,124 @@
+"""Labelled texts in JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.core import contracts
+from fedsim.core.contracts import ArraySplit, Dataset, IntArray
+from fedsim.core.errors import DataError, did_you_mean
+from fedsim.data.sources import _common
+from fedsim.data.tokenise import tokenise
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Source(contracts.Source):
+    """Texts and labels, tokenised by the backbone's own tokenizer (`model.backbone` must be a text model).
+
+    path: JSON, either {"train": [...], "test": [...]} (other keys, such as val, are ignored), or a list for training with
+        `test_path` naming the other list. An item is [text, label] or {"text": ..., "label": ...}.
+    groups_path: JSON {group: [class names]}; the grouping is called "domain", and every class must be in one group.
+    Classes are in the order of `groups_path` if it is given, else by first appearance in the training list.
+    max_length: tokens per text at most; shorter data is padded only to its longest text.
+    train_per_class: only the first n training texts of every class.
+    """
+
+    path: str
+    test_path: str | None = None
+    groups_path: str | None = None
+    max_length: int = 64
+    train_per_class: int | None = None
+
+    def __post_init__(self) -> None:
+        _common.at_least_one(max_length=self.max_length, train_per_class=self.train_per_class)
+
+    def load(self, tokenizer_of: str | None = None) -> Dataset:
+        train, test = self._pairs()
+        grouping = _read_groups(self.groups_path) if self.groups_path is not None else None
+        names = list(dict.fromkeys(label for _, label in train))
+        if grouping is not None:
+            names = _grouped_names(grouping, names, str(self.groups_path))
+        ids = {name: i for i, name in enumerate(names)}
+        labels = [_labels(pairs, ids, self.path) for pairs in (train, test)]
+        kept = _common.first_per_class(labels[0], self.train_per_class)
+        texts = [[train[i][0] for i in kept], [text for text, _ in test]]
+        inputs = tokenise(texts, tokenizer_of, self.max_length)
+        groups = {} if grouping is None else {"domain": np.repeat(np.arange(len(grouping)), [len(g) for g in grouping.values()])}
+        return Dataset(
+            train=ArraySplit(inputs[0], labels[0][kept]),
+            test=ArraySplit(inputs[1], labels[1]),
+            class_names=tuple(names),
+            groups=groups,
+            group_names={} if grouping is None else {"domain": tuple(grouping)},
+        )
+
+    def _pairs(self) -> tuple[Pairs, Pairs]:
+        content = _read_json(self.path)
+        if self.test_path is not None:
+            train = content.get("train") if isinstance(content, dict) else content
+            other = _read_json(self.test_path)
+            test = other.get("test") if isinstance(other, dict) else other
+            return _checked(train, self.path, "train"), _checked(test, self.test_path, "test")
+        if not isinstance(content, dict):
+            raise DataError(
+                f"{self.path} holds one list: name the test list with data.test_path, or use {{'train': [...], 'test': [...]}}"
+            )
+        return _checked(content.get("train"), self.path, "train"), _checked(content.get("test"), self.path, "test")
+
+
+def _read_json(path: str) -> Any:
+    found = _common.existing(path, "JSON file")
+    try:
+        return json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{found} is not readable JSON: {' '.join(str(e).split())}") from e
+
+
+def _checked(items: Any, path: str, split: str) -> Pairs:
+    if not isinstance(items, list) or not items:
+        raise DataError(f"{path} holds no list of '{split}' samples: expected [[text, label], ...]")
+    return [_pair(item, f"{path}: {split} sample {i}") for i, item in enumerate(items)]
+
+
+def _pair(item: Any, where: str) -> tuple[str, str]:
+    if isinstance(item, dict) and "text" in item and "label" in item:
+        item = [item["text"], item["label"]]
+    if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], (str, int))):
+        raise DataError(f"{where} must be [text, label] or {{'text': ..., 'label': ...}}, got {str(item)[:80]}")
+    return item[0], str(item[1])
+
+
+def _labels(pairs: Iterable[tuple[str, str]], ids: Mapping[str, int], path: str) -> IntArray:
+    for i, (_, label) in enumerate(pairs):
+        if label not in ids:
+            raise DataError(f"{path}: label '{label}' of test sample {i} is not among the training labels")
+    return np.array([ids[label] for _, label in pairs], dtype=np.int64)
+
+
+def _read_groups(path: str) -> dict[str, list[str]]:
+    content = _read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        raise DataError(f"{path} must hold {{group: [class names]}}")
+    return {str(group): [str(name) for name in names] for group, names in content.items()}
+
+
+def _grouped_names(grouping: Mapping[str, list[str]], names: list[str], path: str) -> list[str]:
+    """Class names in the order of the groups, which must hold every class exactly once."""
+    ordered = [name for members in grouping.values() for name in members]
+    for i, name in enumerate(ordered):
+        if name not in names:
+            raise DataError(f"{path} names class '{name}', which the training data does not hold.{did_you_mean(name, names)}")
+        if name in ordered[:i]:
+            raise DataError(f"{path} names class '{name}' twice")
+    for name in names:
+        if name not in ordered:
+            raise DataError(f"{path} has no group for class '{name}'")
+    return ordered

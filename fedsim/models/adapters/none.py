@@ -1,0 +1,24 @@
+"""No adapter: the backbone as it is, only the head is trained."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.contracts import BackboneLike
+from fedsim.core.messages import Tensors
+
+
+@dataclass(frozen=True)
+class Adapter(contracts.Adapter):
+    """No tensors: linear probing of the frozen backbone."""
+
+    def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
+        return nullcontext()

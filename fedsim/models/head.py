@@ -1,0 +1,54 @@
+"""The head: one linear layer over all classes of the stream, masked to the classes that matter.
+
+Labels are head rows. Masking takes the columns of the chosen classes, so that no other class gets a gradient.
+"""
+
+# b samples, D features, C classes (head rows), S classes that are kept
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedsim.core.errors import ModelError
+from fedsim.core.messages import Tensors
+
+WEIGHT, BIAS = "head.weight", "head.bias"
+_IGNORE_NOTHING = -(2**31)  # cross_entropy skips targets of -100 silently; a label outside the mask must fail instead
+
+
+def init(num_classes: int, width: int) -> dict[str, Tensor]:
+    """`head.weight` (C, D) and `head.bias` (C,), all zeros: in few steps a random start decides more than any rule."""
+    return {WEIGHT: torch.zeros(num_classes, width), BIAS: torch.zeros(num_classes)}
+
+
+def logits(features_bD: Tensor, params: Tensors) -> Tensor:
+    """`h Wᵀ + b`, (b, C)."""
+    return F.linear(features_bD, params[WEIGHT], params[BIAS])
+
+
+def masked_cross_entropy(logits_bC: Tensor, labels_b: Tensor, classes: Sequence[int]) -> Tensor:
+    """Mean over the batch of `−log softmax(z_S)[y]`, the softmax being over the columns `classes` alone.
+
+    labels: head rows, each one of `classes`; another label is an IndexError of torch. classes: not empty.
+    """
+    if not len(classes):
+        raise ModelError("cross-entropy over no classes: a task must have at least one class")
+    start = classes[0]
+    if list(classes) == list(range(start, start + len(classes))):
+        kept_bS, targets_b = logits_bC[:, start : start + len(classes)], labels_b.long() - start
+    else:
+        rows_S = torch.as_tensor(classes, device=logits_bC.device)
+        place_C = torch.full((logits_bC.shape[1],), -1, device=logits_bC.device)
+        place_C[rows_S] = torch.arange(len(classes), device=logits_bC.device)
+        kept_bS, targets_b = logits_bC[:, rows_S], place_C[labels_b.long()]
+    return F.cross_entropy(kept_bS, targets_b, ignore_index=_IGNORE_NOTHING)
+
+
+def predict(logits_bC: Tensor, classes: Sequence[int]) -> Tensor:
+    """Head row of the largest logit among `classes`, (b,)."""
+    rows_S = torch.as_tensor(classes, device=logits_bC.device)
+    return rows_S[logits_bC[:, rows_S].argmax(dim=1)]

@@ -1,0 +1,423 @@
+"""The run directory: what is written there, and how it is loaded.
+
+    config.yaml        the resolved config; runs again with `fedsim run config.yaml`
+    plugins/           copies of the user's own plug-in files, which config.yaml names
+    manifest.json      the stream and partition: indices, histograms, hash
+    environment.json   versions, machine, git commit, command line
+    rounds.csv         raw counts and percent, one row per (task trained, round, task tested)
+    costs.json         bytes by direction and kind of object, seconds by phase, client rounds
+    failures.json      clients that were skipped, if any
+    checkpoint.pt      the whole state after the last round
+    accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
+    status.json        running | finished, and the identity of the config
+
+Every file is replaced as a whole, so that a run that is killed leaves the last full round.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fedsim
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import FedsimError, RunDirError
+from fedsim.core.events import Row
+from fedsim.core.files import storage_errors, write_atomic
+from server import metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# T tasks; i task trained, j task tested
+FloatArray = NDArray[np.float64]
+Costs: TypeAlias = Mapping[str, Any]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
+
+COUNTS = tuple(f.name for f in dataclasses.fields(Row))
+COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
+PACKAGES = ("torch", "transformers", "ray", "flwr", "numpy", "omegaconf", "safetensors")
+RULE_OBJECT = "python:"  # the name of a rule that was passed as an object, not by name
+
+
+class SavesItself(Protocol):
+    """What is needed of a manifest."""
+
+    @property
+    def hash(self) -> str: ...
+    def save(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found out, live or loaded from its directory. Tasks and rounds are 0-based."""
+
+    config: SimConfig
+    rows: tuple[Row, ...]
+    costs: Costs
+    path: Path | None = None
+    manifest_hash: str = ""
+    failures: tuple[str, ...] = ()
+    finished: bool = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a run directory, finished or not. Raises RunDirError when it is missing or damaged."""
+        run_dir = RunDir.read(path)
+        with _damage(run_dir.path / "rounds.csv"):
+            rows = _rows_from_csv(_read_text(run_dir.path / "rounds.csv", ""))
+        with _damage(run_dir.path / "costs.json"):
+            costs = dict(json.loads(_read_text(run_dir.path / "costs.json", "{}")))
+        with _damage(run_dir.path / "failures.json"):
+            failures = tuple(str(f) for f in json.loads(_read_text(run_dir.path / "failures.json", "[]")))
+        return cls(run_dir.config, rows, costs, run_dir.path, run_dir.manifest_hash, failures, run_dir.finished)
+
+    @cached_property
+    def accuracy(self) -> FloatArray:
+        """(T, T) percent of task j after learning task i, NaN where j > i; T: tasks that were learned to their end.
+
+        The argmax is over the classes seen so far, or inside the task's own classes if the stream is task_incremental.
+        """
+        return metrics.accuracy(self._counts("correct"), self._counts("total"))
+
+    @cached_property
+    def accuracy_task_incremental(self) -> FloatArray:
+        """(T, T) percent when the task is told at test time: the argmax inside the tested task's own classes."""
+        return metrics.accuracy(self._counts("correct_in_task"), self._counts("total"))
+
+    @cached_property
+    def metrics(self) -> dict[str, float | None]:
+        """Metrics of `server.metrics` in percent, and the same with the suffix `_task_incremental`; None where undefined."""
+        total = self._counts("total")
+        told = metrics.summary(self._counts("correct_in_task"), total, "_task_incremental")
+        return metrics.summary(self._counts("correct"), total) | told
+
+    def frame(self) -> pd.DataFrame:
+        """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""
+        import pandas as pd
+
+        return pd.DataFrame(self._records(), columns=list(COLUMNS))
+
+    def _records(self) -> list[tuple[Any, ...]]:
+        return [(*dataclasses.astuple(row), _percent(self._correct(row), row.total), _percent(row.correct_in_task, row.total)) for row in self.rows]
+
+    def _correct(self, row: Row) -> int:
+        return row.correct_in_task if self.config.stream.name == "task_incremental" else row.correct
+
+    def _counts(self, what: str) -> NDArray[np.int64]:
+        """(T, T) counts at the tasks' ends."""
+        ends = [row for row in self.rows if row.stage == "task_end"]
+        tasks = 1 + max((row.task for row in ends), default=-1)
+        counts = np.zeros((tasks, tasks), dtype=np.int64)
+        for row in ends:
+            counts[row.task, row.tested] = self._correct(row) if what == "correct" else getattr(row, what)
+        return counts
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A folder that belongs to one run of one config."""
+
+    path: Path
+    config: SimConfig
+
+    @classmethod
+    def create(cls, config: SimConfig, output: str | Path | None = None) -> RunDir:
+        """A new folder: `output`, or `<runtime.output>/<name>-<identity>` with -2, -3, … when that is taken.
+
+        Raises RunDirError when `output` holds something, StorageError when it cannot be made.
+        """
+        if output is not None:
+            path = Path(output).absolute()
+            if path.is_dir() and any(path.iterdir()):
+                raise RunDirError(_in_the_way(path, config))
+            if path.exists() and not path.is_dir():
+                raise RunDirError(f"{path} is a file: choose another --output")
+            with storage_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+            return cls(path, config)
+        parent = Path(config.runtime.output).absolute()
+        with storage_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            return cls(_first_free(parent, f"{config.name}-{config.identity()[:8]}"), config)
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunDir:
+        """A folder that a run began, to look at. Raises RunDirError when it is missing or damaged."""
+        path = Path(path).absolute()
+        if not path.is_dir():
+            raise RunDirError(f"no run directory {path}")
+        if not (path / "status.json").is_file():
+            raise RunDirError(f"{path} is no run directory: it holds no status.json")
+        return cls(path, _load_config(path))
+
+    @classmethod
+    def open(cls, path: str | Path, config: SimConfig | None = None) -> RunDir:
+        """A folder that a run began, to go on in with its own config or with `config`.
+
+        Raises RunDirError when it is missing, damaged, was changed, or belongs to another config.
+        """
+        found = cls.read(path)
+        identity = str(found._status("identity"))
+        if found.config.identity() != identity:
+            version = found._status("fedsim")
+            raise RunDirError(
+                f"{found.path} cannot be resumed: its config.yaml or plugins/ were changed since the run began"
+                + (f", or fedsim {fedsim.__version__} reads them otherwise than fedsim {version} did" if version != fedsim.__version__ else "")
+            )
+        if config is not None and config.identity() != identity:
+            raise RunDirError(f"{found.path} belongs to another config: resume it without a config, or choose another --output")
+        return found if config is None else cls(found.path, config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self._status("state") == "finished")
+
+    @property
+    def manifest_hash(self) -> str:
+        """The hash of the split that the run began with."""
+        return str(self._status("manifest_hash"))
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the state after the last round."""
+        return self.path / "checkpoint.pt"
+
+    def write_start(self, manifest: SavesItself) -> None:
+        """Write what is known before training. On a resumed run: check the split, and note the environment once more.
+
+        Raises RunDirError when a resumed run's data give another split than it began with.
+        """
+        if (self.path / "status.json").is_file():
+            if self.manifest_hash != manifest.hash:
+                raise RunDirError(f"{self.path}: the data give another split than the run began with. Were files changed? Start a new run")
+            self._note_resume()
+            return
+        self._write("config.yaml", self._copy_plugins().to_yaml())
+        with storage_errors(self.path / "manifest.json", self._advice):
+            manifest.save(self.path / "manifest.json")
+        self._write_json("environment.json", environment())
+        self._write_status("running", manifest.hash)
+
+    def write_progress(self, rows: Sequence[Row], costs: Costs, failures: Sequence[str] = ()) -> None:
+        """Write what is known after a round. Raises StorageError when the disk is full."""
+        self._write("rounds.csv", _to_csv(COLUMNS, Results(self.config, tuple(rows), costs)._records()))
+        self._write_json("costs.json", costs)
+        if failures or (self.path / "failures.json").exists():
+            self._write_json("failures.json", list(failures))
+
+    def write_end(self, rows: Sequence[Row], costs: Costs, manifest_hash: str, failures: Sequence[str] = ()) -> Results:
+        """Write the outcome, mark the run as finished, and return it."""
+        results = Results(self.config, tuple(rows), costs, self.path, manifest_hash, tuple(failures))
+        self.write_progress(rows, costs, failures)
+        for name in ("accuracy", "accuracy_task_incremental"):
+            matrix = getattr(results, name)
+            records = [(i, *("" if np.isnan(a) else repr(float(a)) for a in row)) for i, row in enumerate(matrix)]
+            self._write(f"{name}.csv", _to_csv(("after_task", *range(len(matrix))), records))
+        self._write_json("metrics.json", results.metrics)
+        self._write_status("finished", manifest_hash)
+        return results
+
+    @property
+    def _advice(self) -> str:
+        return f"free space, then go on with: fedsim run --resume {self.path}"
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text.encode(), self._advice)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self._write(name, json.dumps(value, indent=2) + "\n")
+
+    def _write_status(self, state: str, manifest_hash: str) -> None:
+        status = {"state": state, "identity": self.config.identity(), "manifest_hash": manifest_hash, "fedsim": fedsim.__version__}
+        self._write_json("status.json", status | {"rule_object": _rule_object(self.config)})
+
+    def _status(self, key: str) -> Any:
+        return _read_status(self.path)[key]
+
+    def _note_resume(self) -> None:
+        path = self.path / "environment.json"
+        with _damage(path):
+            first = dict(json.loads(path.read_text()))
+        self._write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
+
+    def _copy_plugins(self) -> SimConfig:
+        """Copy the user's plug-in files here, and return the config that names the copies."""
+        config = self.config
+        for number, source in enumerate(config.user_files()):
+            copy = self.path / "plugins" / (Path(source).name if number == 0 else f"{Path(source).stem}_{number}.py")
+            with storage_errors(copy, self._advice):
+                copy.parent.mkdir(exist_ok=True)
+            write_atomic(copy, Path(source).read_bytes(), self._advice)
+            config = _renamed(config, source, f"./plugins/{copy.name}")
+        return config
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git commit of the source tree (None outside of one), command line."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "fedsim": fedsim.__version__,
+        "git": _git_state(Path(fedsim.__file__).resolve().parent.parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(root: Path) -> dict[str, Any] | None:
+    """Commit and whether files differ from it, if `root` is itself the top of a work tree."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _load_config(folder: Path) -> SimConfig:
+    """The resolved config of a run. A rule that was passed as an object stays as its description."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunDirError(f"{folder} is damaged: it holds no config.yaml")
+    section = _read_status(folder)["rule_object"]
+    try:
+        if section is None:
+            return configs.load(path)
+        config = configs.load(path, ["server.aggregator=fedavg"])  # a place holder that loads
+    except FedsimError as e:
+        raise RunDirError(f"{path} is damaged or was written by another version of fedsim: {e}") from e
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, aggregator=section))
+
+
+def _rule_object(config: SimConfig) -> Any:
+    """The section of a rule that was passed as an object, and that no name can build again; None for all others."""
+    section = config.server.aggregator
+    return section if isinstance(section, dict) and section["name"].startswith(RULE_OBJECT) else None
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    path = folder / "status.json"
+    with _damage(path):
+        status = json.loads(path.read_text())
+        missing = {"state", "identity", "manifest_hash", "fedsim", "rule_object"} - set(status)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+        return dict(status)
+
+
+def _in_the_way(path: Path, config: SimConfig) -> str:
+    try:
+        found = RunDir.open(path)
+        same, finished = found.config.identity() == config.identity(), found.finished
+    except RunDirError:
+        return f"{path} is not empty, and no run directory that can be read: choose another --output"
+    if not same:
+        return f"{path} belongs to another config: choose another --output"
+    if finished:
+        return f"{path} already holds a finished run of this config: choose another --output"
+    return f"{path} holds an unfinished run of this config: go on with fedsim run --resume {path}, or choose another --output"
+
+
+def _first_free(parent: Path, name: str) -> Path:
+    """Make the first of name, name-2, name-3, … that nobody has; two runs at once get two folders."""
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _renamed(config: SimConfig, old: str, new: str) -> SimConfig:
+    """The config with another path for one plug-in file."""
+    server, client = config.server, config.client
+    return dataclasses.replace(
+        config,
+        **{key: _replaced(getattr(config, key), old, new) for key in configs.PLUGIN_KEYS},
+        server=dataclasses.replace(server, **{key: _replaced(getattr(server, key), old, new) for key in configs.SERVER_PLUGIN_KEYS}),
+        client=dataclasses.replace(client, objectives=_replaced(client.objectives, old, new)),
+    )
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _replaced(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(v, old, new) for v in value]
+    return new if value == old else value
+
+
+def _percent(correct: int, total: int) -> float:
+    return 100.0 * correct / total if total else float("nan")
+
+
+def _to_csv(header: Sequence[Any], records: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _rows_from_csv(text: str) -> tuple[Row, ...]:
+    rows = []
+    for record in csv.DictReader(io.StringIO(text)):
+        counts = {name: record[name] if name == "stage" else int(record[name]) for name in COUNTS}
+        rows.append(Row(**counts))  # type: ignore[arg-type]
+    return tuple(rows)
+
+
+def _read_text(path: Path, absent: str) -> str:
+    return path.read_text() if path.exists() else absent
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read is damage to the run directory."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+        raise RunDirError(f"{path} is damaged ({type(e).__name__}: {e})") from e

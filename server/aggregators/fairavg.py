@@ -1,0 +1,32 @@
+"""FairAvg: every participant counts the same (Michieli & Ozay 2021, "Are all users treated fairly in federated learning
+systems?")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.messages import ClientUpdate, State, Tensors
+
+
+@dataclass(frozen=True)
+class Aggregator(contracts.AdditiveAggregator):
+    """w⁺ = (1/N) Σ w_i over the N clients that hold samples; tensors that nobody trained stay as they are.
+
+    Asks for no statistics. Raises AggregationError when nobody sent an update or nobody holds samples.
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = {"weights": "every client counts once, whatever the number of its samples"}
+
+    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
+        one = torch.tensor(float(update.num_samples > 0), dtype=torch.float64)
+        return {name: one * t.double() for name, t in update.params.items()} | {"num_clients": one}
+
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        n = total["num_clients"]
+        return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}

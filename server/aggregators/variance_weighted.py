@@ -1,0 +1,70 @@
+"""Head rows weighted by the spread of their class (the head of LIVAR, arXiv 2507.06813).
+
+Shapes: C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+
+WEIGHT, BIAS, SPREAD = "head.weight", "head.bias", "class_moments.spread/head.weight"
+
+
+@dataclass(frozen=True)
+class Aggregator(contracts.AdditiveAggregator):
+    """H⁺[c] = Σ_i ω_ic H_i[c], b⁺[c] = Σ_i ω_ic b_i[c], ω_ic = v_ic / Σ_j v_jc; every other tensor by FedAvg.
+
+    v_ic: mean over the features of their unbiased variance in class c on client i (0 with fewer than 2 samples), under the
+    client's own model. A class whose spreads are all zero keeps the server's row.
+    Asks for `class_moments` in scalar form: 2 numbers per class. Raises AggregationError when nobody sent an update or nobody
+    holds samples, and ConfigError when its tensors do not hold the head's weight.
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = {"weights": "rows are weighted by the spread of their class, not by numbers of samples"}
+
+    def init(self, params: Tensors) -> State:
+        if WEIGHT not in params:
+            raise ConfigError(
+                f"variance_weighted weighs the rows of '{WEIGHT}', which is not among its tensors: match \"head.*\" with it"
+            )
+        return {}
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"}),))
+
+    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
+        if SPREAD not in update.statistics:
+            raise AggregationError(f"client {update.client_id} sent no '{SPREAD}': the plan of this rule must reach the clients")
+        n = torch.tensor(float(update.num_samples), dtype=torch.float64)
+        spread_C = update.statistics[SPREAD].double()
+        out = {name: n * t.double() for name, t in update.params.items()} | {"num_samples": n, SPREAD: spread_C}
+        if WEIGHT in update.params:
+            out[WEIGHT] = spread_C[:, None] * update.params[WEIGHT].double()
+        if BIAS in update.params:
+            out[BIAS] = spread_C * update.params[BIAS].double()
+        return out
+
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        spread_C = total[SPREAD]
+        seen = spread_C > 0
+        safe = torch.where(seen, spread_C, 1.0)
+        out: dict[str, Tensor] = {}
+        for name, old in params.items():
+            if name not in total:
+                out[name] = old
+            elif name == WEIGHT:
+                out[name] = torch.where(seen[:, None], total[name] / safe[:, None], old.double()).to(old.dtype)
+            elif name == BIAS:
+                out[name] = torch.where(seen, total[name] / safe, old.double()).to(old.dtype)
+            else:
+                out[name] = (total[name] / total["num_samples"]).to(old.dtype)
+        return state, out

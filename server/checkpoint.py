@@ -1,0 +1,33 @@
+"""The state of a run in one file, written atomically after every round: resume is exact."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from fedsim.core.errors import RunDirError
+from fedsim.core.files import write_atomic
+from server.state import ServerState
+
+VERSION = 1
+
+
+def save(path: Path, state: ServerState, identity: str, advice: str = "free space") -> None:
+    """Write the state beside the old file, then put it in its place. Raises StorageError with the advice when the disk is full."""
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "identity": identity, "state": state.to_plain()}, buffer)
+    write_atomic(path, buffer.getvalue(), advice)
+
+
+def load(path: Path, identity: str) -> ServerState:
+    """Read a state back. Raises RunDirError when the file is damaged or belongs to another config."""
+    try:
+        content = torch.load(path, weights_only=True)
+        state = ServerState.from_plain(content["state"])
+    except Exception as e:
+        raise RunDirError(f"{path} is damaged ({type(e).__name__}): start the run again in a new directory") from e
+    if content["version"] != VERSION or content["identity"] != identity:
+        raise RunDirError(f"{path} belongs to another config or version of fedsim: start the run again in a new directory")
+    return state

@@ -1,0 +1,99 @@
+"""RegMean over tasks, in low-rank form (the cross-task merge of LoRM, Salami et al. 2025).
+
+Shapes: T tasks, O outputs, I inputs, R rank (A_RI, B_OR, gram_II).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
+from server.aggregators.regmean import gram_request, require_in_unit, resolve_form
+from server.consolidators.mean import mean_background, mean_module
+from server.linalg import solve_energies, solve_gram
+
+
+@dataclass(frozen=True)
+class Consolidator(contracts.Consolidator):
+    """Δ = Σ_t B_t (A_t G_t Q⁺), Q = Σ_t G_t: minimises Σ_t ‖(Δ − B_t A_t) X_t‖². One LoRA of rank T·r; no m×d matrix is formed.
+
+    Every task trains a fresh module on the pretrained backbone; the head goes on. G_t = Σ_i Ĝ_i, off-diagonals × decay, from
+    a statistics pass at the task's end through the mean of all modules so far. After the first task Δ is B_0 A_0 as it is;
+    during a task the uniform mean of past modules and the current one is deployed. Inputs that no task has get Δ = 0.
+    Asks for `gram` of the layers' inputs: d numbers a layer in the diagonal form, d(d+1)/2 in the full one.
+
+    decay: of the off-diagonals, in [0, 1]. form: full | diagonal | auto (diagonal when decay is 0).
+    State: `past` modules and their `grams` (float64). Raises ConfigError when the adapter is not made of LoRA pairs, and
+    AggregationError when nobody sent statistics.
+    """
+
+    decay: float = 0.0
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        resolve_form(self.form, self.decay)
+        require_in_unit("decay", self.decay)
+
+    def init(self) -> State:
+        return {"past": [], "grams": []}
+
+    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
+        merged = {**params, **fresh}
+        pairs = {p + factor for p in lora_layers(merged) for factor in (LORA_A, LORA_B)}
+        other = [n for n in with_prefix(merged, "adapter.") if n not in pairs]
+        if other or not pairs:
+            what = f"'{other[0]}' is none" if other else "there are none"
+            raise ConfigError(
+                f"consolidator regmean merges pairs of LoRA factors and {what}: use adapter: lora, or consolidator: mean"
+            )
+        return merged
+
+    def background(self, state: State) -> tuple[Tensors, float]:
+        return mean_background(state["past"])
+
+    def plan(self, state: State, params: Tensors) -> RoundPlan:
+        past, share = self.background(state)
+        request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
+        return RoundPlan(train=(), statistics=(request,), background=past, share=share)
+
+    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
+        contracts.require_updates(updates)
+        form = resolve_form(self.form, self.decay)
+        grams = {p: _sum_of(updates, f"gram.{form}/{p}{LORA_A}") for p in lora_layers(params)}
+        return {"past": [*state["past"], with_prefix(params, "adapter.")], "grams": [*state["grams"], grams]}
+
+    def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
+        past: list[Tensors] = state["past"]
+        if not finished:
+            return {**params, **mean_module([*past, with_prefix(params, "adapter.")])}
+        if len(past) == 1:
+            return {**params, **past[0]}
+        out = dict(params)
+        for p in lora_layers(past[0]):
+            grams = [task[p] for task in state["grams"]]
+            out[p + LORA_A] = self._stacked([module[p + LORA_A] for module in past], grams)
+            out[p + LORA_B] = torch.cat([module[p + LORA_B] for module in past], dim=1)
+        return out
+
+    def _stacked(self, factors: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+        """[A_0 G_0 Q⁺; …; A_T G_T Q⁺], (T·r, d)."""
+        dtype, total = factors[0].dtype, sum_in_order(grams)
+        if resolve_form(self.form, self.decay) == "diagonal":
+            product = torch.cat([a.double() * g for a, g in zip(factors, grams, strict=True)])
+            return solve_energies(product, total, torch.zeros_like(product)).to(dtype)
+        product = torch.cat([a.double() @ from_upper_triangle(g) for a, g in zip(factors, grams, strict=True)])
+        return solve_gram(product, from_upper_triangle(total), precision=dtype).to(dtype)
+
+
+def _sum_of(updates: Sequence[ClientUpdate], key: str) -> Tensor:
+    sent = [u.statistics[key].double() for u in updates if key in u.statistics]
+    if not sent:
+        raise AggregationError(f"no client sent '{key}': the statistics pass at the task's end must reach the clients")
+    return sum_in_order(sent)

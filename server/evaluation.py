@@ -1,0 +1,31 @@
+"""Evaluation of the deployed model on every task seen, in large batches, spread over the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsim.core.contracts import Pool
+from fedsim.core.events import Row
+from fedsim.core.messages import EvalJob, Tensors
+
+
+def evaluate(
+    pool: Pool, deployed: Tensors, task: int, round: int, stage: str, task_classes: Sequence[Sequence[int]], test_sizes: Sequence[int], batch: int
+) -> tuple[Row, ...]:
+    """One row of counts per task 0..task. The slices do not depend on the number of workers."""
+    seen = sorted({c for classes in task_classes[: task + 1] for c in classes})
+    jobs = [
+        EvalJob(j, start, min(start + batch, test_sizes[j]), deployed, seen)
+        for j in range(task + 1)
+        for start in range(0, test_sizes[j], batch)
+    ]
+    counts = [[0, 0, 0] for _ in range(task + 1)]
+    for r in pool.evaluate(jobs):
+        for k, value in enumerate((r.correct, r.correct_in_task, r.total)):
+            counts[r.task][k] += value
+    return tuple(Row(task, round, stage, j, *counts[j]) for j in range(task + 1))
+
+
+def accuracies(rows: Sequence[Row]) -> tuple[float, ...]:
+    """Percent per row; NaN for a task without test samples."""
+    return tuple(100.0 * r.correct / r.total if r.total else float("nan") for r in rows)

@@ -1,0 +1,53 @@
+"""All that a run knows at the end of a round: a checkpoint is this, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsim.core.errors import ClientFailed
+from fedsim.core.events import Row
+from fedsim.core.messages import State, Tensors
+
+Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """`task` and `round` are what comes next; round 0 means that the task has not begun."""
+
+    task: int
+    round: int
+    params: Tensors
+    consolidator: State
+    calibrator: State = None
+    aggregator: State = None
+    memories: Mapping[int, Tensors] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+    failures: tuple[ClientFailed, ...] = ()
+    bytes: Bytes = field(default_factory=lambda: {"down": {}, "up": {}})
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    client_rounds: int = 0
+
+    def spent(self, phase: str, seconds: float) -> Mapping[str, float]:
+        """The clock with some seconds more in one phase."""
+        return {**self.seconds, phase: self.seconds.get(phase, 0.0) + seconds}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, tensors, numbers and strings only: what a file can hold."""
+        plain = dict(vars(self))
+        plain["rows"] = [list(vars(r).values()) for r in self.rows]
+        plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
+        plain["params"] = dict(self.params)
+        plain["memories"] = {k: dict(v) for k, v in self.memories.items()}
+        plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}
+        plain["seconds"] = dict(self.seconds)
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ServerState:
+        """The inverse of `to_plain`."""
+        rows = tuple(Row(*r) for r in plain["rows"])
+        failures = tuple(ClientFailed(*f) for f in plain["failures"])
+        return cls(**{**plain, "rows": rows, "failures": failures})

@@ -1,0 +1,94 @@
+"""Every YAML that we ship loads, and runs a tiny round of what it describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig, load
+from fedsim.core.errors import ConfigError
+from fedsim.simulation import run
+from tests.tiny import TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_config_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
+    """Its rules, adapter and client on synthetic data and a random backbone of the same family."""
+    config = load(path)
+    plain = config.to_dict()
+    text = config.data["source"] == "text"
+    bert = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    small: dict[str, Any] = {
+        "data": {**TINY["data"], "kind": "tokens" if text else "image"},
+        "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
+        "partition": {**plain["partition"], "clients": min(2, plain["partition"]["clients"]), "min_samples": 1},
+        "model": {**TINY["model"], "pooling": plain["model"]["pooling"], **({"config": bert} if text else {})},
+        "client": {**plain["client"], "epochs": 1},
+        "server": {**plain["server"], "rounds": 1},
+        "runtime": {**TINY["runtime"], "output": str(tmp_path)},
+    }
+    results = run(configs.from_dict({**plain, **small}))
+    assert results.metrics["final_average_accuracy"] is not None
+
+
+def test_a_resolved_config_is_a_config(tmp_path: Path) -> None:
+    config = load(ROOT / "configs/quickstart.yaml", ["partition.alpha=0.1"])
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    again = load(tmp_path / "again.yaml")
+    assert again.identity() == config.identity() and again.partition["alpha"] == 0.1
+
+
+def test_the_surface_of_the_design() -> None:
+    """The keys that users and scripts rely on."""
+    config: SimConfig = configs.from_dict(
+        {
+            "seed": 0,
+            "data": {"source": "omniglot"},
+            "stream": {"name": "class_incremental", "tasks": 5},
+            "partition": {"name": "dirichlet", "alpha": 0.5, "clients": 10},
+            "model": {"backbone": "omniglot-vit"},
+            "adapter": {"name": "lora", "rank": 8, "targets": ["q_proj", "v_proj"]},
+            "client": {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 1.0e-3},
+            "server": {
+                "rounds": 3, "participation": 1.0, "aggregator": {"name": "lorm"}, "consolidator": {"name": "regmean"}, "calibrator": None,
+            },
+            "runtime": {"pool": "ray", "workers": "auto", "device": "auto", "precision": "fp32", "fused": "auto"},
+        }
+    )  # fmt: skip
+    assert config.server.aggregator["name"] == "lorm"
+
+
+def test_another_plugin_keeps_what_its_contract_declares(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("partition: {name: dirichlet, alpha: 0.1, clients: 7}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\npartition: {name: iid}\n")
+    config = load(tmp_path / "child.yaml")
+    assert config.partition["name"] == "iid" and config.partition["clients"] == 7 and "alpha" not in config.partition
+
+
+def test_extends_overrides_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("client: {lr: 0.5, epochs: 3}\nseed: 1\n")
+    (tmp_path / "sub" / "child.yaml").write_text("extends: ../base.yaml\nclient: {lr: 0.25}\nserver: {aggregator: ./rule.py}\n")
+    (tmp_path / "sub" / "rule.py").write_text((ROOT / "server/aggregators/fedavg.py").read_text())
+    config = load(tmp_path / "sub" / "child.yaml", ["seed=4"])
+    assert (config.client.lr, config.client.epochs, config.seed, config.name) == (0.25, 3, 4, "child")
+    assert config.server.aggregator["name"] == str(tmp_path / "sub" / "rule.py")
+    identity = config.identity()
+    (tmp_path / "sub" / "rule.py").write_text((ROOT / "server/aggregators/fedavg.py").read_text() + "\n# changed\n")
+    assert load(tmp_path / "sub" / "child.yaml", ["seed=4"]).identity() != identity
+
+
+def test_a_yaml_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("client: {lr: 1e-3}\n")
+    assert load(tmp_path / "c.yaml").client.lr == 0.001
+
+
+def test_a_rule_from_python_cannot_be_loaded_again() -> None:
+    with pytest.raises(ConfigError, match="Python object"):
+        configs.from_dict({**TINY, "server": {"aggregator": {"name": "python:my.Rule"}}})

@@ -1,0 +1,113 @@
+"""What only Ray can get wrong: foreign modules in the working directory, plug-ins from outside, workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clients.pools import ray as ray_pool
+from fedsim.core.errors import PoolError
+from fedsim.simulation import run
+from tests.tiny import final_state, learned, same_bits, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+MEDIAN = '''
+from dataclasses import dataclass
+import torch
+from fedsim.core import contracts
+
+@dataclass(frozen=True)
+class Aggregator(contracts.Aggregator):
+    """The coordinate-wise median of the clients."""
+
+    def combine(self, state, params, updates):
+        contracts.require_updates(updates)
+        merged = {n: torch.stack([u.params[n] for u in updates]).quantile(0.5, dim=0) for n in updates[0].params}
+        return state, {**params, **merged}
+'''
+
+
+def fedsim(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user runs it from some folder."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "fedsim.cli", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_rule_and_decoys_in_the_users_folder(tmp_path: Path) -> None:
+    """A rule named by path works under Ray with no install, and the folder's own clients.py and server.py do no harm."""
+    for decoy in ("clients.py", "server.py"):
+        (tmp_path / decoy).write_text("raise RuntimeError('the decoy was imported')\n")
+    (tmp_path / "my_rule.py").write_text(MEDIAN)
+    config = tiny("runtime.pool=ray", "runtime.workers=2")
+    (tmp_path / "mine.yaml").write_text(config.to_yaml().replace("name: lorm", "name: ./my_rule.py"))
+    plain = tiny()
+    lorm_only = ("decay", "head_decay", "keep_unseen", "ridge", "gram", "train", "start", "form")
+    text = (tmp_path / "mine.yaml").read_text().splitlines()
+    (tmp_path / "mine.yaml").write_text("\n".join(_without_options(text, lorm_only)))
+    done = fedsim("run", "mine.yaml", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "inal average accuracy" in done.stdout
+    assert (tmp_path / "out" / "plugins" / "my_rule.py").read_text() == MEDIAN
+
+    by_hand = run(tiny(f"server.aggregator.name={tmp_path / 'my_rule.py'}", output=tmp_path / "serial"))
+    import pandas as pd
+
+    frame = pd.read_csv(tmp_path / "out" / "rounds.csv")
+    assert frame["correct"].tolist() == by_hand.frame()["correct"].tolist()
+    assert plain.identity() != by_hand.config.identity()
+
+
+def _without_options(lines: list[str], names: tuple[str, ...]) -> list[str]:
+    """The YAML without the options of the rule that was replaced."""
+    start = next(i for i, line in enumerate(lines) if line.strip().startswith("aggregator"))
+    end = next(i for i, line in enumerate(lines) if line.strip().startswith("consolidator"))
+    return [line for i, line in enumerate(lines) if not (start < i < end and line.strip().split(":")[0] in names)]
+
+
+def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    real = ray_pool.Pool.train
+
+    def train(self: Any, jobs: Any) -> Iterator[Any]:
+        if not killed and jobs[0].task == 1:
+            victim = self.worker_pids()[0]
+            killed.append(victim)
+            threading.Thread(target=lambda: (time.sleep(0.005), os.kill(victim, signal.SIGKILL))).start()
+        yield from real(self, jobs)
+
+    serial = tiny("server.rounds=3", output=tmp_path / "serial")
+    ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray")
+    a = run(serial)
+    monkeypatch.setattr(ray_pool.Pool, "train", train)
+    b = run(ray)
+    assert killed
+    assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, ray)))
+    np.testing.assert_array_equal(a.accuracy, b.accuracy)
+
+
+def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> None:
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(
+        "from dataclasses import dataclass\nimport os\nfrom fedsim.core import contracts\n"
+        "@dataclass(frozen=True)\nclass Objective(contracts.Objective):\n"
+        "    def term(self, params, start, logits, labels):\n        os._exit(1)\n"
+    )
+    config = tiny("runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"objectives": [str(deadly)]})
+    with pytest.raises(PoolError, match=r"died 2 times over client \d, task 0, round 0"):
+        run(config)
+
+
+def test_no_cluster_at_the_address(tmp_path: Path) -> None:
+    config = tiny("runtime.pool=ray", "runtime.address=127.0.0.1:1", output=tmp_path)
+    with pytest.raises(PoolError, match=r"no Ray cluster at '127.0.0.1:1'"):
+        run(config)

@@ -1,0 +1,219 @@
+"""The whole run through its one door, on a tiny stream: what it returns, and what must never change its bits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, RunDirError
+from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunStarted, TaskDone
+from fedsim.results import Results
+from fedsim.simulation import run
+from server import checkpoint, loop
+from tests.tiny import final_state, learned, same_bits, tiny
+
+POOLS = {
+    "ray, 1 worker": ["runtime.pool=ray", "runtime.workers=1"],
+    "ray, 2 workers": ["runtime.pool=ray", "runtime.workers=2"],
+    "flower": ["runtime.pool=flower", "runtime.workers=1"],
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lorm": {},
+    "groups": {
+        "server": {
+            "aggregator": [{"match": "head.*", "name": "variance_weighted"}, {"match": "*", "name": "fedavg"}],
+            "consolidator": "mean",
+            "participation": 0.67,
+        },
+        "adapter": {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.2},
+        "transform": {"augment": "affine"},
+    },
+}
+
+
+def test_results_hold_what_a_researcher_wants(tmp_path: Path) -> None:
+    events: list[Any] = []
+    results = run(tiny(output=tmp_path), progress=events.append)
+    assert results.accuracy.shape == (2, 2) and math.isnan(results.accuracy[0, 1])
+    assert ((results.accuracy[np.tril_indices(2)] >= 0) & (results.accuracy[np.tril_indices(2)] <= 100)).all()
+    assert results.metrics["final_average_accuracy"] == pytest.approx(results.accuracy[1].mean())
+    frame = results.frame()
+    # task 0: 2 rounds x 1 task tested + its end; task 1: 2 rounds x 2 + its end x 2
+    assert len(frame) == 2 + 1 + 4 + 2
+    assert frame["total"].eq(12).all()
+    assert [type(e) for e in events[:4]] == [RunStarted, ClientDone, ClientDone, ClientDone]
+    assert sum(isinstance(e, RoundDone) for e in events) == 4 and sum(isinstance(e, TaskDone) for e in events) == 2
+    again = Results.load(results.path)
+    np.testing.assert_array_equal(again.accuracy, results.accuracy)
+    assert again.metrics == results.metrics and again.manifest_hash == results.manifest_hash
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """Clusters that can be told apart are told apart, far above the chance of 1/6 over all classes."""
+    joint = tiny("stream.tasks=1", "server.aggregator=fedavg", "server.consolidator=none", "client.epochs=10", output=tmp_path)
+    assert run(joint).accuracy[0, 0] > 50
+
+
+def test_bytes_of_fedavg_are_what_the_formula_says(tmp_path: Path) -> None:
+    """Down and up = clients x rounds x tasks x parameters x 4 bytes (shared/methods/metrics.md, section 3)."""
+    config = tiny("server.aggregator=fedavg", "server.consolidator=none", output=tmp_path)
+    results = run(config)
+    params = final_state(results.path, config).params
+    one_way = 3 * 2 * 2 * sum(t.numel() for t in params.values()) * 4
+    assert sum(results.costs["bytes"]["down"].values()) == one_way
+    assert sum(results.costs["bytes"]["up"].values()) == one_way
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path) -> None:
+    serial = tiny(output=tmp_path / "serial", **METHODS[method])
+    other = tiny(*POOLS[pool], output=tmp_path / "other", **METHODS[method])
+    a, b = run(serial), run(other)
+    assert serial.identity() == other.identity()
+    assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, other)))
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after any of its steps (a round or a task's end) and resumed = never stopped."""
+    config = tiny(output=tmp_path)
+    whole = run(config)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", _stopping(stop_after))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=stopped)
+    resumed = run(resume=stopped)
+    assert same_bits(learned(final_state(whole.path, config)), learned(final_state(stopped, config)))
+    np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+
+
+def _stopping(after: int) -> Any:
+    real, calls = checkpoint.save, []
+
+    def save(*args: Any) -> None:
+        real(*args)
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+
+    return save
+
+
+def test_resume_refuses_another_config(tmp_path: Path) -> None:
+    results = run(tiny("server.rounds=1", "stream.tasks=1", output=tmp_path))
+    with pytest.raises(RunDirError, match="another config"):
+        run(tiny("seed=5", "server.rounds=1", "stream.tasks=1"), resume=results.path)
+
+
+def test_resuming_a_finished_run_returns_its_results(tmp_path: Path) -> None:
+    results = run(tiny("server.rounds=1", output=tmp_path))
+    again = run(resume=results.path)
+    np.testing.assert_array_equal(again.accuracy, results.accuracy)
+
+
+@pytest.mark.parametrize("pool", ["serial", "ray"])
+def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path) -> None:
+    config = tiny("client.optimizer=sgd", "client.lr=1e30", "client.epochs=3", f"runtime.pool={pool}", output=tmp_path)
+    with pytest.raises(ClientFailed, match=r"client 0 failed in task 0, round 0, stage (training|update): .*") as failed:
+        run(config)
+    assert "\n" not in str(failed.value)
+
+
+def test_skip_goes_on_without_failing_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _poison(monkeypatch, {1})
+    events: list[Any] = []
+    results = run(tiny("server.on_client_failure=skip", output=tmp_path), progress=events.append)
+    skipped = [e.failure for e in events if isinstance(e, ClientSkipped)]
+    assert {f.client_id for f in skipped} == {1} and {f.stage for f in skipped} == {"training"}
+    assert len(results.failures) == len(skipped) == 4  # the statistics pass at a task's end trains nobody
+    assert np.isfinite(results.accuracy[1]).all()
+
+
+def test_a_round_in_which_nobody_is_left_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _poison(monkeypatch, {0, 1, 2})
+    with pytest.raises(AggregationError, match="nobody is left"):
+        run(tiny("server.on_client_failure=skip", output=tmp_path))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
+    from clients import local
+
+    real = local.fit
+
+    def fit(*args: Any) -> float:
+        if args[6].client_id in clients:
+            raise RuntimeError("poisoned")
+        return real(*args)
+
+    monkeypatch.setattr(local, "fit", fit)
+
+
+def test_participation_is_drawn_afresh_every_round(tmp_path: Path) -> None:
+    config = tiny("server.participation=0.34", "server.rounds=8", "server.evaluate=task", "server.aggregator=fedavg", output=tmp_path)
+    events: list[Any] = []
+    run(config, progress=events.append)
+    drawn = [e.client_id for e in events if isinstance(e, ClientDone) and e.round < 8]
+    assert len(drawn) == 16 and len(set(drawn)) == 3
+
+
+def test_online_sees_every_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clients import local
+
+    seen: dict[tuple[int, int], list[int]] = {}
+    real = local.fit
+
+    def fit(*args: Any) -> float:
+        job = args[6]
+        seen.setdefault((job.client_id, job.task), []).extend(int(i) for i in args[2])
+        return real(*args)
+
+    monkeypatch.setattr(local, "fit", fit)
+    config = tiny("stream.online=true", "server.rounds=3", "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path)
+    run(config)
+    everything = [i for positions in seen.values() for i in positions]
+    assert sorted(everything) == list(range(72))
+
+
+def test_a_rule_object_from_python(tmp_path: Path) -> None:
+    from server.aggregators.fedavg import Aggregator
+
+    by_name = run(tiny("server.aggregator=fedavg", output=tmp_path))
+    by_object = run(tiny(output=tmp_path), aggregator=Aggregator())
+    np.testing.assert_array_equal(by_name.accuracy, by_object.accuracy)
+    assert "python:" in by_object.config.server.aggregator["name"]
+
+
+def test_equal_configs_have_one_identity_and_different_ones_two() -> None:
+    same: list[SimConfig] = [tiny(), tiny("runtime.pool=ray"), tiny("runtime.workers=2"), tiny("name=other")]
+    assert len({c.identity() for c in same}) == 1
+    assert len({c.identity() for c in [tiny(), tiny("seed=1"), tiny("partition.alpha=0.1"), tiny("runtime.threads=2")]}) == 4
+
+
+def test_the_loop_is_short_enough_to_be_read_first() -> None:
+    assert len(Path(loop.__file__).read_text().splitlines()) <= 150
+
+
+def test_a_run_directory_that_is_in_the_way(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    run(tiny("server.rounds=1", "stream.tasks=1"), output=taken)
+    with pytest.raises(RunDirError):
+        run(tiny("seed=1", "server.rounds=1", "stream.tasks=1"), output=taken)
+
+
+def test_nothing_to_run() -> None:
+    with pytest.raises(ConfigError, match="nothing to run"):
+        run()
+
+
+def test_threads_of_the_caller_are_given_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    run(tiny("runtime.threads=2", "server.rounds=1", "stream.tasks=1", output=tmp_path))
+    assert torch.get_num_threads() == before

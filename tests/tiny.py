@@ -1,0 +1,63 @@
+"""A stream that trains in about a second: synthetic images, a random two-block ViT, 2 tasks x 3 classes, 3 clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig
+from server import checkpoint
+from server.state import ServerState
+
+VIT = {
+    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": 8, "patch_size": 4, "num_channels": 1,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 0,
+    "data": {"source": "synthetic", "classes": 6, "train_per_class": 12, "test_per_class": 4, "image_size": 8},
+    "stream": {"tasks": 2},
+    "partition": {"name": "dirichlet", "alpha": 0.5, "clients": 3, "min_samples": 2},
+    "model": {"backbone": "random", "config": VIT},
+    "adapter": {"name": "lora", "rank": 2, "targets": "all-linear"},
+    "client": {"epochs": 1, "batch_size": 8, "lr": 1e-2},
+    "server": {"rounds": 2, "aggregator": "lorm", "consolidator": "regmean"},
+    "runtime": {"pool": "serial", "device": "cpu"},
+}
+
+
+def tiny(*overrides: str, output: Path | None = None, **sections: Any) -> SimConfig:
+    """The tiny config with overrides as on the command line, and whole sections replaced."""
+    merged = configs.merge(TINY, sections)
+    if output is not None:
+        merged = configs.merge(merged, {"runtime": {"output": str(output)}})
+    return configs.from_dict(configs.merge(merged, configs.parse_overrides(overrides)))
+
+
+def final_state(run_dir: Path, config: SimConfig) -> ServerState:
+    """What the last checkpoint of a run holds."""
+    return checkpoint.load(run_dir / "checkpoint.pt", config.identity())
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two nested structures hold the same tensors, bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, Sequence) and not isinstance(a, str):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def learned(state: ServerState) -> dict[str, Any]:
+    """The part of a state that must not depend on where it ran: all but the seconds."""
+    plain = state.to_plain()
+    del plain["seconds"]
+    return plain
