@@ -113,12 +113,16 @@ def fit(
     every = torch.stack(losses)  # looked at once, after the round: a look at every step would wait for the GPU
     if not bool(torch.isfinite(every).all()):
         step = int((~torch.isfinite(every)).nonzero()[0])
-        raise NonFinite(f"the loss is {every[step].item()} at step {step + 1} of {len(losses)}: lower client.lr or set client.clip_norm")
+        raise NonFinite(
+            f"the loss is {every[step].item()} at step {step + 1} of {len(losses)}: lower client.lr or set client.clip_norm"
+        )
     return float(every[-(len(losses) // client.epochs) :].mean())
 
 
 @torch.no_grad()
-def collect(model: Model, samples: Samples, shard: IntArray, local: Tensors, plan: RoundPlan, batch_size: int) -> dict[str, Tensor]:
+def collect(
+    model: Model, samples: Samples, shard: IntArray, local: Tensors, plan: RoundPlan, batch_size: int
+) -> dict[str, Tensor]:
     """The statistics of a plan, named `<statistic>.<form>/<subject>`.
 
     One pass over the shard without augmentation through the client's model, and one through the blend of past tasks'
@@ -138,7 +142,13 @@ def collect(model: Model, samples: Samples, shard: IntArray, local: Tensors, pla
 
 
 def one_pass(
-    model: Model, samples: Samples, shard: IntArray, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], batch_size: int
+    model: Model,
+    samples: Samples,
+    shard: IntArray,
+    local: Tensors,
+    through: Tensors,
+    requests: Sequence[StatisticRequest],
+    batch_size: int,
 ) -> dict[str, Tensor]:
     """Statistics of several requests in one pass of the model with the parameters `through`."""
     out: dict[str, Tensor] = {}

@@ -37,7 +37,11 @@ def check(client: ClientConfig) -> None:
 
 
 def _find(module: Any, base: type[Any], name: str, key: str) -> type[Any]:
-    known = {n.lower(): c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base) and c is not base and n[0] != "_"}
+    known = {
+        n.lower(): c
+        for n, c in vars(module).items()
+        if inspect.isclass(c) and issubclass(c, base) and c is not base and n[0] != "_"
+    }
     known.pop("reducelronplateau", None)  # wants a loss at every step, which a schedule per batch does not have
     if name.lower() not in known:
         raise ConfigError(f"{key} '{name}' is unknown.{did_you_mean(name.lower(), known)}")

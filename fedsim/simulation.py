@@ -23,9 +23,8 @@ from fedsim.models import backbone
 from fedsim.models import model as models
 from fedsim.models.model import Model
 from fedsim.results import Results, RunDir
-from server import checkpoint, loop, sampling
-from server.grouped import Grouped
-from server.state import ServerState
+from server import checkpoint, grouped, loop, sampling
+from server.state import ServerState, Simulation
 
 
 def run(
@@ -62,7 +61,7 @@ def run(
             state = checkpoint.load(run_dir.checkpoint, config.identity())
         run_dir.write_start(manifest)
         with plugins.load("pools", config.runtime.pool)(spec) as pool:
-            sim = loop.Simulation(
+            sim = Simulation(
                 config=config,
                 pool=pool,
                 aggregator=rule,
@@ -101,7 +100,7 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
 
 def build_aggregator(section: Any) -> Aggregator:
     """The rule of a config: one for all tensors, or one per group."""
-    rule: Aggregator = Grouped.from_config(section) if isinstance(section, list) else configs.build("aggregators", section)
+    rule: Aggregator = grouped.from_config(section) if isinstance(section, list) else configs.build("aggregators", section)
     return rule
 
 
@@ -115,7 +114,9 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> ServerStat
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     plan = rule.plan(rule.init(params), 0)  # a rule that does not suit these tensors says so now
     configs_of_statistics(plan.statistics)
-    return ServerState(task=0, round=0, params=params, consolidator=configs.build("consolidators", config.server.consolidator).init())
+    return ServerState(
+        task=0, round=0, params=params, consolidator=configs.build("consolidators", config.server.consolidator).init()
+    )
 
 
 def configs_of_statistics(requests: Any) -> None:
@@ -127,7 +128,9 @@ def configs_of_statistics(requests: Any) -> None:
 def _keep(run_dir: RunDir, state: ServerState) -> ServerState:
     """Save after a round; the time that takes is counted in the next one."""
     clock = time.perf_counter()
-    checkpoint.save(run_dir.checkpoint, state, run_dir.config.identity(), f"free space, then go on with: fedsim run --resume {run_dir.path}")
+    checkpoint.save(
+        run_dir.checkpoint, state, run_dir.config.identity(), f"free space, then go on with: fedsim run --resume {run_dir.path}"
+    )
     run_dir.write_progress(state.rows, _costs(state), [str(f) for f in state.failures])
     return dataclasses.replace(state, seconds=state.spent("checkpoint", time.perf_counter() - clock))
 

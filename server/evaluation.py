@@ -10,7 +10,14 @@ from fedsim.core.messages import EvalJob, Tensors
 
 
 def evaluate(
-    pool: Pool, deployed: Tensors, task: int, round: int, stage: str, task_classes: Sequence[Sequence[int]], test_sizes: Sequence[int], batch: int
+    pool: Pool,
+    deployed: Tensors,
+    task: int,
+    round: int,
+    stage: str,
+    task_classes: Sequence[Sequence[int]],
+    test_sizes: Sequence[int],
+    batch: int,
 ) -> tuple[Row, ...]:
     """One row of counts per task 0..task. The slices do not depend on the number of workers."""
     seen = sorted({c for classes in task_classes[: task + 1] for c in classes})

@@ -14,7 +14,7 @@ import io
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -104,6 +104,18 @@ class Client:
         return Client(self.client_id, inputs, self.features_ND.repeat(times, 1), self.labels_N.repeat(times))
 
 
+@lru_cache(maxsize=CLIENTS)
+def make_client(client_id: int) -> Client:
+    """Client 0 holds all classes; every other one lacks one. Sizes and scales differ; every class has four samples or more."""
+    generator = torch_stream(0, "client", client_id)
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    classes = [c for c in range(CLASSES) if client_id == 0 or c != client_id % CLASSES]
+    labels = torch.tensor(classes).repeat(4 + client_id % 3)
+    scale, n = 0.5 + client_id % 4, len(labels)
+    inputs = {layer: 0.5 + scale * draw(n, width) for layer, (_, width) in LAYERS.items()}
+    return Client(client_id, inputs, draw(CLASSES, FEATURES)[labels] + scale * draw(n, FEATURES), labels)
+
+
 @dataclass(frozen=True)
 class Scene:
     """One round before it is merged."""
@@ -133,6 +145,7 @@ class Scene:
         sent = {n: t.to(self.dtype) for n, t in statistics.items()}
         return ClientUpdate(client.client_id, len(client), tensors, sent, metrics={"loss": 1.0})
 
+    @cached_property
     def updates(self) -> list[ClientUpdate]:
         """All clients' updates, in the order of their ids."""
         return [self.update(c) for c in self.clients]
@@ -145,17 +158,6 @@ def make_params(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         shapes |= {layer + LORA_A: (RANK, inputs), layer + LORA_B: (outputs, RANK)}
     shapes |= {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
     return {n: torch.randn(s, dtype=torch.float64, generator=torch_stream(0, "params", n)).to(dtype) for n, s in shapes.items()}
-
-
-def make_client(client_id: int) -> Client:
-    """Client 0 holds all classes; every other one lacks one. Sizes and scales differ; every class has four samples or more."""
-    generator = torch_stream(0, "client", client_id)
-    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
-    classes = [c for c in range(CLASSES) if client_id == 0 or c != client_id % CLASSES]
-    labels = torch.tensor(classes).repeat(4 + client_id % 3)
-    scale, n = 0.5 + client_id % 4, len(labels)
-    inputs = {layer: 0.5 + scale * draw(n, width) for layer, (_, width) in LAYERS.items()}
-    return Client(client_id, inputs, draw(CLASSES, FEATURES)[labels] + scale * draw(n, FEATURES), labels)
 
 
 def synthesise(request: StatisticRequest, client: Client, params: Tensors) -> dict[str, Tensor]:
@@ -213,7 +215,7 @@ def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64) -> Iterator[Sce
     for number in range(ROUNDS):
         scene = Scene(number, state, params, rule.plan(copy.deepcopy(state), number), dtype)
         yield scene
-        state, params = _merge(rule, scene, scene.updates())
+        state, params = _merge(rule, scene, scene.updates)
 
 
 def _merge(rule: Aggregator, scene: Scene, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
@@ -240,7 +242,7 @@ def _plan(rule: Aggregator) -> None:
 def _layout(rule: Aggregator) -> None:
     for dtype in (torch.float32, torch.float64):
         for scene in scenes(rule, dtype):
-            _, out = _merge(rule, scene, scene.updates())
+            _, out = _merge(rule, scene, scene.updates)
             if not same_layout(out, scene.params):
                 raise LawBroken(f"round {scene.round}: {_layout_difference(out, scene.params)}")
 
@@ -248,7 +250,7 @@ def _layout(rule: Aggregator) -> None:
 def _finite(rule: Aggregator) -> None:
     for dtype in (torch.float32, torch.float64):
         for scene in scenes(rule, dtype):
-            for name, tensor in _merge(rule, scene, scene.updates())[1].items():
+            for name, tensor in _merge(rule, scene, scene.updates)[1].items():
                 if not bool(torch.isfinite(tensor).all()):
                     bad = int((~torch.isfinite(tensor)).sum())
                     raise LawBroken(f"round {scene.round}: {bad} of {tensor.numel()} numbers of '{name}' are NaN or infinite")
@@ -270,7 +272,7 @@ def _one_client(rule: Aggregator) -> None:
 
 def _order(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        updates = scene.updates()
+        updates = scene.updates
         _, want = _merge(rule, scene, updates)
         for name, other in (("reversed", updates[::-1]), ("rotated by 4", updates[4:] + updates[:4])):
             _expect_close(_merge(rule, scene, other)[1], want, f"round {scene.round}, updates {name}")
@@ -278,12 +280,11 @@ def _order(rule: Aggregator) -> None:
 
 def _no_mutation(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        updates = scene.updates()
-        given = {"state": scene.state, "params": scene.params, "updates": updates}
-        before = copy.deepcopy(given)
-        rule.init(scene.params)
-        rule.plan(scene.state, scene.round)
-        rule.combine(scene.state, scene.params, updates)
+        before = {"state": scene.state, "params": scene.params, "updates": scene.updates}
+        given = copy.deepcopy(before)
+        rule.init(given["params"])
+        rule.plan(given["state"], scene.round)
+        rule.combine(given["state"], given["params"], given["updates"])
         for what, old in before.items():
             if not _same(given[what], old):
                 raise LawBroken(
@@ -293,7 +294,7 @@ def _no_mutation(rule: Aggregator) -> None:
 
 def _deterministic(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        (state, out), (state_again, again) = (_merge(rule, scene, scene.updates()) for _ in range(2))
+        (state, out), (state_again, again) = (_merge(rule, scene, scene.updates) for _ in range(2))
         _expect_bits(again, out, f"round {scene.round}, merged twice")
         if not _same(state, state_again):
             raise LawBroken(f"round {scene.round}, merged twice: the new states differ")
@@ -319,15 +320,15 @@ def _state_file(rule: Aggregator) -> None:
             raise LawBroken(f"round {scene.round}: the plan from the state in the file is another one")
         resumed = replace(scene, state=loaded)
         _expect_bits(
-            _merge(rule, resumed, scene.updates())[1],
-            _merge(rule, scene, scene.updates())[1],
+            _merge(rule, resumed, scene.updates)[1],
+            _merge(rule, scene, scene.updates)[1],
             f"round {scene.round}, state from a file",
         )
 
 
 def _any_sequence(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        updates = scene.updates()
+        updates = scene.updates
         _, want = _merge(rule, scene, updates)
         frozen = [
             replace(u, params=MappingProxyType(dict(u.params)), statistics=MappingProxyType(dict(u.statistics))) for u in updates
@@ -339,8 +340,7 @@ def _any_sequence(rule: Aggregator) -> None:
 def _no_data(rule: Aggregator) -> None:
     for scene in scenes(rule):
         empty = [
-            replace(u, num_samples=0, statistics={n: torch.zeros_like(t) for n, t in u.statistics.items()})
-            for u in scene.updates()
+            replace(u, num_samples=0, statistics={n: torch.zeros_like(t) for n, t in u.statistics.items()}) for u in scene.updates
         ]
         for what, updates in (("no updates", []), ("only clients without samples", empty)):
             try:
@@ -358,12 +358,11 @@ def _no_data(rule: Aggregator) -> None:
 
 def _weights(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        tensors = scene.trained(1)
-        rest = [scene.update(c) for c in scene.clients[2:]]
-        double = scene.update(scene.clients[1].repeated(2), tensors)
-        once = scene.update(scene.clients[1], tensors)
-        _, out = _merge(rule, scene, [double, *rest])
-        _, want = _merge(rule, scene, [replace(once, client_id=0), once, *rest])
+        number = CLIENTS // 2
+        once, before, after = scene.updates[number], scene.updates[:number], scene.updates[number + 1 :]
+        double = scene.update(scene.clients[number].repeated(2), once.params)
+        _, out = _merge(rule, scene, [*before, double, *after])
+        _, want = _merge(rule, scene, [*before, once, once, *after])
         _expect_close(out, want, f"round {scene.round}, a client with twice the samples against the client sent twice")
 
 
@@ -371,7 +370,7 @@ def _additive(rule: Aggregator) -> None:
     if not isinstance(rule, AdditiveAggregator):
         return
     for scene in scenes(rule):
-        updates = scene.updates()
+        updates = scene.updates
         _, want = _merge(rule, scene, updates)
         for cuts in ((CLIENTS,), (1, CLIENTS), (4, 5, CLIENTS), tuple(range(1, CLIENTS + 1))):
             bundles = [updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
@@ -382,8 +381,8 @@ def _additive(rule: Aggregator) -> None:
 
 def _float64(rule: Aggregator) -> None:
     for narrow, wide in zip(scenes(rule, torch.float32), scenes(rule), strict=True):
-        _, got = _merge(rule, narrow, narrow.updates())
-        _, want = _merge(rule, wide, wide.updates())
+        _, got = _merge(rule, narrow, narrow.updates)
+        _, want = _merge(rule, wide, wide.updates)
         _expect_close({n: t.double() for n, t in got.items()}, want, f"round {narrow.round}, float32 against float64", ROUNDED)
         narrowed = [n for n, t in want.items() if bool(t.any()) and torch.equal(t, t.float().double())]
         if narrowed:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from fedsim.core.messages import ClientJob, ClientUpdate, bytes_down, bytes_up
 
 
-def add_traffic(before: Mapping[str, Mapping[str, int]], jobs: Sequence[ClientJob], updates: Sequence[ClientUpdate]) -> dict[str, dict[str, int]]:
+def add_traffic(
+    before: Mapping[str, Mapping[str, int]], jobs: Sequence[ClientJob], updates: Sequence[ClientUpdate]
+) -> dict[str, dict[str, int]]:
     """The running totals plus one round's messages. Down is counted per receiving client."""
     total = {direction: dict(before.get(direction, {})) for direction in ("down", "up")}
     if jobs:  # every client of a round receives the same

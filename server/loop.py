@@ -16,12 +16,10 @@ what was yielded last is all that is needed to go on from there. It touches no f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 from fedsim.core import rng
-from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, Pool
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row, RunStarted, TaskDone
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
@@ -29,23 +27,7 @@ from fedsim.core.tensors import require_finite
 from server import sampling
 from server.evaluation import accuracies, evaluate
 from server.ledger import add_traffic, mean_loss
-from server.state import ServerState
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """The parts that a run is made of. `fresh_adapter(task)` draws the `adapter.*` tensors that a new module starts with."""
-
-    config: SimConfig
-    pool: Pool
-    aggregator: Aggregator
-    consolidator: Consolidator
-    calibrator: Calibrator | None
-    fresh_adapter: Callable[[int], Tensors]
-    task_names: tuple[str, ...]
-    task_classes: tuple[tuple[int, ...], ...]
-    test_sizes: tuple[int, ...]
-    num_clients: int
+from server.state import ServerState, Simulation
 
 
 def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
@@ -88,7 +70,13 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
         draw = rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
         calibrator, params = sim.calibrator.calibrate(calibrator, params, updates, state.task, seen, draw)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
-    state = replace(state, aggregator=aggregator, calibrator=calibrator, params=params, seconds=state.spent("combine", time.perf_counter() - clock))
+    state = replace(
+        state,
+        aggregator=aggregator,
+        calibrator=calibrator,
+        params=params,
+        seconds=state.spent("combine", time.perf_counter() - clock),
+    )
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
@@ -114,7 +102,9 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     return replace(state, task=state.task + 1, round=0)
 
 
-def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generator[Event, None, tuple[list[ClientUpdate], ServerState]]:
+def run_clients(
+    sim: Simulation, state: ServerState, plan: RoundPlan
+) -> Generator[Event, None, tuple[list[ClientUpdate], ServerState]]:
     """Run a plan on the clients that are drawn; their updates in client-id order, and the state with memories and traffic."""
     clock = time.perf_counter()
     clients = sampling.draw(sim.config.seed, state.task, state.round, sim.num_clients, sim.config.server.participation)
@@ -131,7 +121,9 @@ def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generat
             updates.append(result)
         yield ClientDone(state.task, state.round, len(updates) + len(failures), len(jobs), job.client_id)
     if not updates:
-        raise AggregationError(f"task {state.task}, round {state.round}: nobody is left, all {len(jobs)} clients failed; the last: {failures[-1]}")
+        raise AggregationError(
+            f"task {state.task}, round {state.round}: nobody is left, all {len(jobs)} clients failed; the last: {failures[-1]}"
+        )
     memories = {**state.memories, **{u.client_id: u.memory for u in updates if u.memory}}
     traffic = add_traffic(state.bytes, jobs, updates)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)

@@ -1,11 +1,13 @@
-"""All that a run knows at the end of a round: a checkpoint is this, and nothing else."""
+"""The parts that a run is made of, and all that it knows at the end of a round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, Pool
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import Row
 from fedsim.core.messages import State, Tensors
@@ -14,8 +16,24 @@ Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 
 
 @dataclass(frozen=True)
+class Simulation:
+    """The parts that a run is made of. `fresh_adapter(task)` draws the `adapter.*` tensors that a new module starts with."""
+
+    config: SimConfig
+    pool: Pool
+    aggregator: Aggregator
+    consolidator: Consolidator
+    calibrator: Calibrator | None
+    fresh_adapter: Callable[[int], Tensors]
+    task_names: tuple[str, ...]
+    task_classes: tuple[tuple[int, ...], ...]
+    test_sizes: tuple[int, ...]
+    num_clients: int
+
+
+@dataclass(frozen=True)
 class ServerState:
-    """`task` and `round` are what comes next; round 0 means that the task has not begun."""
+    """What a checkpoint holds, and nothing else. `task` and `round` are what comes next; round 0 means that the task has not begun."""
 
     task: int
     round: int

@@ -21,7 +21,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "misspelt section": (["partitoin.alpha=0.1"], r"unknown key 'partitoin'. Did you mean 'partition'\?"),
     "misspelt key": (["client.epoch=3"], r"unknown key 'client.epoch'. Did you mean 'epochs'\?"),
     "misspelt option of a plug-in": (["partition.alhpa=0.1"], r"unknown key 'partition.alhpa'. Did you mean 'alpha'\?"),
-    "option of no rule": (["server.aggregator.name=fedavg", "server.aggregator.decya=1"], r"unknown key 'server.aggregator.decya'"),
+    "option of no rule": (
+        ["server.aggregator.name=fedavg", "server.aggregator.decya=1"],
+        r"unknown key 'server.aggregator.decya'",
+    ),
     "wrong type": (["client.lr=fast"], r"client.lr: Value 'fast' of type 'str' could not be converted to Float"),
     "alpha 0": (["partition.alpha=0"], r"partition.alpha must be positive, got 0"),
     "alpha below 0": (["partition.alpha=-1"], r"partition.alpha must be positive"),
@@ -35,7 +38,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown adapter": (["adapter=lorra"], r"adapter: unknown adapter 'lorra'. Did you mean 'lora'\?"),
     "unknown pool": (["runtime.pool=rya"], r"runtime.pool 'rya' is unknown. Did you mean 'ray'\?"),
     "unknown optimizer": (["client.optimizer=adamq"], r"client.optimizer 'adamq' is unknown. Did you mean 'adam"),
-    "unknown option of the optimizer": (["client.optimizer_options={momentun: 0.9}"], r"client.optimizer_options.momentun is no option of AdamW"),
+    "unknown option of the optimizer": (
+        ["client.optimizer_options={momentun: 0.9}"],
+        r"client.optimizer_options.momentun is no option of AdamW",
+    ),
     "unknown schedule": (["client.schedule=cosin"], r"client.schedule 'cosin' is unknown"),
     "rank larger than a layer": (["adapter.rank=17"], r"rank 17"),
     "targets that match nothing": (["adapter.targets=[query]"], r"query.*q_proj"),
@@ -64,7 +70,9 @@ def main(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_one_clear_line(case: str, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_clear_line(
+    case: str, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides, expected = BAD[case]
 
     def trained(*args: Any) -> float:
@@ -135,7 +143,9 @@ def test_a_full_disk_says_so_and_the_run_goes_on_later(tmp_path: Path, monkeypat
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
 
 
-def test_ctrl_c_leaves_a_run_that_can_be_resumed(config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = local.fit
 
     def interrupted(*args: Any) -> float:

@@ -23,7 +23,14 @@ def test_every_config_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
     config = load(path)
     plain = config.to_dict()
     text = config.data["source"] == "text"
-    bert = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    bert = {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
     small: dict[str, Any] = {
         "data": {**TINY["data"], "kind": "tokens" if text else "image"},
         "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
@@ -41,7 +48,8 @@ def test_a_resolved_config_is_a_config(tmp_path: Path) -> None:
     config = load(ROOT / "configs/quickstart.yaml", ["partition.alpha=0.1"])
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     again = load(tmp_path / "again.yaml")
-    assert again.identity() == config.identity() and again.partition["alpha"] == 0.1
+    assert again.identity() == config.identity()
+    assert again.partition["alpha"] == 0.1
 
 
 def test_the_surface_of_the_design() -> None:
@@ -68,7 +76,9 @@ def test_another_plugin_keeps_what_its_contract_declares(tmp_path: Path) -> None
     (tmp_path / "base.yaml").write_text("partition: {name: dirichlet, alpha: 0.1, clients: 7}\n")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\npartition: {name: iid}\n")
     config = load(tmp_path / "child.yaml")
-    assert config.partition["name"] == "iid" and config.partition["clients"] == 7 and "alpha" not in config.partition
+    assert config.partition["name"] == "iid"
+    assert config.partition["clients"] == 7
+    assert "alpha" not in config.partition
 
 
 def test_extends_overrides_and_paths(tmp_path: Path) -> None:

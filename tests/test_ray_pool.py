@@ -40,7 +40,9 @@ class Aggregator(contracts.Aggregator):
 def fedsim(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, as a user runs it from some folder."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "fedsim.cli", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "fedsim.cli", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_a_rule_and_decoys_in_the_users_folder(tmp_path: Path) -> None:
@@ -102,7 +104,9 @@ def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> N
         "@dataclass(frozen=True)\nclass Objective(contracts.Objective):\n"
         "    def term(self, params, start, logits, labels):\n        os._exit(1)\n"
     )
-    config = tiny("runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"objectives": [str(deadly)]})
+    config = tiny(
+        "runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"objectives": [str(deadly)]}
+    )
     with pytest.raises(PoolError, match=r"died 2 times over client \d, task 0, round 0"):
         run(config)
 

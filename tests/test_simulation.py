@@ -40,7 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_results_hold_what_a_researcher_wants(tmp_path: Path) -> None:
     events: list[Any] = []
     results = run(tiny(output=tmp_path), progress=events.append)
-    assert results.accuracy.shape == (2, 2) and math.isnan(results.accuracy[0, 1])
+    assert results.accuracy.shape == (2, 2)
+    assert math.isnan(results.accuracy[0, 1])
     assert ((results.accuracy[np.tril_indices(2)] >= 0) & (results.accuracy[np.tril_indices(2)] <= 100)).all()
     assert results.metrics["final_average_accuracy"] == pytest.approx(results.accuracy[1].mean())
     frame = results.frame()
@@ -48,10 +49,12 @@ def test_results_hold_what_a_researcher_wants(tmp_path: Path) -> None:
     assert len(frame) == 2 + 1 + 4 + 2
     assert frame["total"].eq(12).all()
     assert [type(e) for e in events[:4]] == [RunStarted, ClientDone, ClientDone, ClientDone]
-    assert sum(isinstance(e, RoundDone) for e in events) == 4 and sum(isinstance(e, TaskDone) for e in events) == 2
+    assert sum(isinstance(e, RoundDone) for e in events) == 4
+    assert sum(isinstance(e, TaskDone) for e in events) == 2
     again = Results.load(results.path)
     np.testing.assert_array_equal(again.accuracy, results.accuracy)
-    assert again.metrics == results.metrics and again.manifest_hash == results.manifest_hash
+    assert again.metrics == results.metrics
+    assert again.manifest_hash == results.manifest_hash
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -132,7 +135,8 @@ def test_skip_goes_on_without_failing_clients(tmp_path: Path, monkeypatch: pytes
     events: list[Any] = []
     results = run(tiny("server.on_client_failure=skip", output=tmp_path), progress=events.append)
     skipped = [e.failure for e in events if isinstance(e, ClientSkipped)]
-    assert {f.client_id for f in skipped} == {1} and {f.stage for f in skipped} == {"training"}
+    assert {f.client_id for f in skipped} == {1}
+    assert {f.stage for f in skipped} == {"training"}
     assert len(results.failures) == len(skipped) == 4  # the statistics pass at a task's end trains nobody
     assert np.isfinite(results.accuracy[1]).all()
 
@@ -157,11 +161,14 @@ def _poison(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
 
 
 def test_participation_is_drawn_afresh_every_round(tmp_path: Path) -> None:
-    config = tiny("server.participation=0.34", "server.rounds=8", "server.evaluate=task", "server.aggregator=fedavg", output=tmp_path)
+    config = tiny(
+        "server.participation=0.34", "server.rounds=8", "server.evaluate=task", "server.aggregator=fedavg", output=tmp_path
+    )
     events: list[Any] = []
     run(config, progress=events.append)
     drawn = [e.client_id for e in events if isinstance(e, ClientDone) and e.round < 8]
-    assert len(drawn) == 16 and len(set(drawn)) == 3
+    assert len(drawn) == 16
+    assert len(set(drawn)) == 3
 
 
 def test_online_sees_every_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +183,9 @@ def test_online_sees_every_sample_once(tmp_path: Path, monkeypatch: pytest.Monke
         return real(*args)
 
     monkeypatch.setattr(local, "fit", fit)
-    config = tiny("stream.online=true", "server.rounds=3", "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path)
+    config = tiny(
+        "stream.online=true", "server.rounds=3", "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path
+    )
     run(config)
     everything = [i for positions in seen.values() for i in positions]
     assert sorted(everything) == list(range(72))

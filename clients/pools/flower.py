@@ -12,7 +12,9 @@ What is notable here:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -21,12 +23,15 @@ import math
 import mmap
 import os
 import pickle
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,8 +57,9 @@ with warnings.catch_warnings():  # flwr's own dependencies warn on import
 ROOT = str(Path(fedsim.__file__).resolve().parents[1])
 MAX_NODES = 32
 START_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 3.0
 POLL_S = 0.005
+LOSSES = ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError")
 
 
 class Pool(contracts.Pool):
@@ -100,6 +106,7 @@ class Pool(contracts.Pool):
         grid, idle = engine.grid, list(engine.nodes)
         waiting = deque(sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)))
         running: dict[str, tuple[int, int]] = {}  # message id -> job, node
+        losses = [_Losses(name, self._spec.config.runtime.max_restarts) for name in names]
         done: dict[int, RecordDict] = {}
         next_out = 0
         while next_out < len(sizes):
@@ -113,7 +120,11 @@ class Pool(contracts.Pool):
             for reply in replies:
                 job, node = running.pop(reply.metadata.reply_to_message_id)
                 idle.append(node)
-                done[job] = _content(reply, names[job])
+                if reply.has_error():
+                    losses[job].add(reply.error.reason)
+                    waiting.appendleft(job)
+                else:
+                    done[job] = _content(reply.content, names[job])
             while next_out in done:
                 yield done.pop(next_out)
                 next_out += 1
@@ -239,15 +250,19 @@ def _tensors(record: RecordDict, key: str) -> dict[str, torch.Tensor]:
 
 
 def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
-    requests = [{"name": s.name, "match": list(s.match), "options": _to_json(s.options), "blended": s.blended} for s in plan.statistics]
+    requests = [
+        {"name": s.name, "match": list(s.match), "options": _to_json(s.options), "blended": s.blended} for s in plan.statistics
+    ]
     return ConfigRecord({"train": list(plan.train), "statistics": json.dumps(requests), "share": float(plan.share)})
 
 
 def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
     train, share = config["train"], config["share"]
-    assert isinstance(train, list) and isinstance(share, float)
+    assert isinstance(train, list)
+    assert isinstance(share, float)
     requests = (
-        StatisticRequest(r["name"], tuple(r["match"]), _from_json(r["options"]), r["blended"]) for r in json.loads(str(config["statistics"]))
+        StatisticRequest(r["name"], tuple(r["match"]), _from_json(r["options"]), r["blended"])
+        for r in json.loads(str(config["statistics"]))
     )
     return RoundPlan(tuple(str(glob) for glob in train), tuple(requests), background, share)
 
@@ -293,18 +308,35 @@ def _kind(record: RecordDict) -> str:
     return next((str(c["kind"]) for c in record.config_records.values() if "kind" in c), "")
 
 
-def _content(reply: Message, what: str) -> RecordDict:
+class _Losses:
+    """How often a job's worker was lost. Raises PoolError when it is too often, or when the error is no loss at all."""
+
+    def __init__(self, what: str, max_restarts: int) -> None:
+        self._what, self._max_restarts = what, max_restarts
+        self._deaths, self._first = 0, math.inf
+
+    def add(self, reason: str | None) -> None:
+        """`reason`: Flower's text, which starts with the class of Ray's exception."""
+        reason = reason or "no reason given"
+        found = re.match(r"<class 'ray\.exceptions\.(\w+)'", reason)
+        if found is None or found[1] not in LOSSES:
+            raise PoolError(f"a Flower worker failed on {self._what}: {_one_line(reason)}")
+        self._first = min(self._first, time.monotonic())
+        self._deaths += "restarting" not in reason  # else the job never ran: the actor was on its way back from another's death
+        if self._deaths > self._max_restarts or time.monotonic() - self._first > START_TIMEOUT_S:
+            hint = "out of memory? fewer runtime.workers or a smaller client.batch_size"
+            raise PoolError(f"Flower workers died {self._deaths} times over {self._what}: {found[1]} ({hint})")
+
+
+def _content(record: RecordDict, what: str) -> RecordDict:
     """The records of a reply; an error of the worker's own is raised here."""
-    if reply.has_error():
-        hint = "out of memory? fewer runtime.workers or a smaller client.batch_size"
-        raise PoolError(f"a Flower worker was lost on {what}: {_one_line(reply.error.reason)} ({hint})")
-    if _kind(reply.content) == "error":
-        values = reply.content.config_records["error"]
+    if _kind(record) == "error":
+        values = record.config_records["error"]
         known = getattr(errors, str(values["class"]), None)
         if isinstance(known, type) and issubclass(known, FedsimError):
             raise known(str(values["message"]))
         raise PoolError(f"a Flower worker failed on {what}: {values['class']!s}: {values['message']!s}")
-    return reply.content
+    return record
 
 
 def _one_line(text: object) -> str:
@@ -342,7 +374,7 @@ def serve(message: Message, folder: str, worker: str) -> Message:
     """Do what a message asks. Every error goes back as a value, with its class and message."""
     try:
         content = _work(message.content, _worker(folder, worker))
-    except Exception as e:  # noqa: BLE001 - raised again on the other side
+    except Exception as e:
         content = RecordDict({"error": ConfigRecord({"kind": "error", "class": type(e).__name__, "message": _one_line(e)})})
     return Message(content, reply_to=message)
 
@@ -357,6 +389,7 @@ def _work(record: RecordDict, worker: Any) -> RecordDict:
 @functools.lru_cache(maxsize=1)
 def _worker(folder: str, worker: str) -> Any:
     """The worker of this process: model and data are loaded once."""
+    _leave_pid(Path(folder))
     spec = read_spec(Path(folder))
     torch.set_num_threads(spec.config.runtime.threads)
     module, _, name = worker.partition(":")
@@ -378,7 +411,7 @@ def write_spec(spec: contracts.WorkSpec, folder: Path) -> None:
 
 
 def read_spec(folder: Path) -> contracts.WorkSpec:
-    """The spec that `write_spec` wrote. Its arrays are private maps of the file: written to, a page becomes this process's own."""
+    """The spec that `write_spec` wrote. Its arrays map the file: a page that is written to becomes this process's own."""
     pickled, sizes = pickle.loads((folder / "spec").read_bytes())
     data = memoryview(b"")
     if (folder / "arrays").stat().st_size:
@@ -391,6 +424,23 @@ def read_spec(folder: Path) -> contracts.WorkSpec:
     spec = pickle.loads(pickled, buffers=buffers)
     assert isinstance(spec, contracts.WorkSpec)
     return spec
+
+
+def _leave_pid(folder: Path) -> None:
+    """A locked file named after this process: locked for as long as the process lives, so that nobody else is killed for it."""
+    handle = os.open(folder / f"{os.getpid()}.pid", os.O_CREAT | os.O_RDWR)  # closed by the process's end
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _kill_workers(folder: Path) -> None:
+    """End the worker processes of an engine, whatever they are doing: Flower has no call for it."""
+    for path in folder.glob("*.pid"):
+        with open(path) as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.stem), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- the engine
@@ -414,9 +464,13 @@ class _Engine:
             self._folder = Path(tempfile.mkdtemp(prefix="fedsim-flower-"))
             write_spec(spec, self._folder)
         except OSError as e:
-            raise PoolError(f"the data cannot be handed to Flower's workers through {tempfile.gettempdir()}: {e} (set TMPDIR)") from e
+            raise PoolError(
+                f"the data cannot be handed to Flower's workers through {tempfile.gettempdir()}: {e} (set TMPDIR)"
+            ) from e
         os.environ["FLWR_HOME"] = str(self._folder)  # else Flower leaves a file with an id in the user's home
         self._log.install()
+        OPEN_ENGINES.add(self)
+        _close_engines_at_exit()
         self._thread = threading.Thread(target=self._simulate, args=(spec, worker), name="fedsim-flower", daemon=True)
         self._thread.start()
         try:
@@ -439,11 +493,13 @@ class _Engine:
         return f": {_one_line(self._log.last)}" if self._log.last else ""
 
     def close(self) -> None:
+        OPEN_ENGINES.discard(self)
         self._stop.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():  # a client is still being trained, and Flower would wait for it
-            _shut_ray_down()
-            self._thread.join(CLOSE_TIMEOUT_S)
+        for _ in range(10):
+            if self._thread.is_alive():  # a client is still being trained, and Flower would wait for it
+                _kill_workers(self._folder)
+                self._thread.join(CLOSE_TIMEOUT_S)
         self._log.remove()
         logging.getLogger("ray").setLevel(self._ray_level)
         for key, value in self._environment.items():
@@ -467,7 +523,7 @@ class _Engine:
     def _simulate(self, spec: contracts.WorkSpec, worker: str) -> None:
         try:
             _run_simulation(self._server_app(), client_app(str(self._folder), worker), _num_nodes(spec), _backend_config(spec))
-        except BaseException as e:  # noqa: BLE001 - raised by check(); flwr ends with SystemExit when Ray is missing
+        except BaseException as e:
             self._error = e
         finally:
             self._stop.set()
@@ -479,9 +535,7 @@ class _Engine:
         @app.main()
         def main(grid: Grid, context: Context) -> None:
             self._grid = grid
-            # Flower's threads are no daemons: without the second condition a pool that nobody closed would keep Python alive.
-            while not self._stop.wait(0.1) and threading.main_thread().is_alive():
-                pass
+            self._stop.wait()
 
         return app
 
@@ -498,18 +552,23 @@ def _run_simulation(server: ServerApp, client: ClientApp, num_nodes: int, backen
 def _backend_config(spec: contracts.WorkSpec) -> dict[str, dict[str, Any]]:
     """Ray starts with exactly the cores that `workers` actors need, because Flower fills whatever Ray has.
 
-    Flower hands `client_resources` to Ray as options of its actors, so restarts can be asked for there.
+    Flower hands `client_resources` to Ray as options of its actors, so restarts can be asked for there. Retries of jobs are
+    ours (`_Losses`): Ray's would also "retry" the call by which Flower ends its actors, and say so on the terminal.
     """
     runtime, workers = spec.config.runtime, _num_workers(spec)
     gpus = _num_gpus(spec)
     share = runtime.gpus_per_worker or (math.floor(1e4 * gpus / workers) / 1e4 if gpus < workers else float(gpus // workers))
     return {
-        "init_args": {"num_cpus": workers * runtime.threads, "include_dashboard": False, "log_to_driver": False, "logging_level": "error"},
+        "init_args": {
+            "num_cpus": workers * runtime.threads,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": "error",
+        },
         "client_resources": {
             "num_cpus": runtime.threads,
             "num_gpus": share if gpus else 0.0,
             "max_restarts": -1,
-            "max_task_retries": 0,
         },
     }
 
@@ -542,15 +601,26 @@ def _refuse_foreign_ray() -> None:
     """Flower would use a Ray that is up already, whatever its size, and shut it down at the end."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        raise PoolError("Ray is in use in this process already, and Flower's engine would shut it down: close that pool or call ray.shutdown() first")
+        raise PoolError(
+            "Ray is in use in this process already, and Flower's engine would shut it down: close that pool or call ray.shutdown() first"
+        )
 
 
-def _shut_ray_down() -> None:
-    """Ends jobs that are running: Flower has no call for it, and its threads wait in `ray.get`."""
-    ray = sys.modules.get("ray")
-    if ray is not None:
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+OPEN_ENGINES: weakref.WeakSet[_Engine] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_engines_at_exit() -> None:
+    """For pools that nobody closed: Flower's threads would keep Python alive for ever.
+
+    Python ends threads before it calls what `atexit` knows, and has no public hook that comes earlier.
+    """
+
+    def close_all() -> None:
+        for engine in list(OPEN_ENGINES):
+            engine.close()
+
+    getattr(threading, "_register_atexit", atexit.register)(close_all)
 
 
 class _FlowerLog(logging.Filter):

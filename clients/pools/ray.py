@@ -26,7 +26,7 @@ from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, R
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray  # noqa: E402 - reads its environment on import
+import ray
 
 Result = TypeVar("Result")
 ROOT = str(Path(fedsim.__file__).resolve().parents[1])
@@ -54,12 +54,16 @@ class Pool(contracts.Pool):
         shared = _Broadcasts()
         light = [(shared.put(job.params, job.plan), replace(job, params={}, plan=RoundPlan())) for job in jobs]
         sizes = [len(self._spec.shard(job.task, job.client_id)) for job in jobs]
-        yield from self._run("train", light, sizes, lambda i: f"client {jobs[i].client_id}, task {jobs[i].task}, round {jobs[i].round}")
+        yield from self._run(
+            "train", light, sizes, lambda i: f"client {jobs[i].client_id}, task {jobs[i].task}, round {jobs[i].round}"
+        )
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         shared = _Broadcasts()
         light = [(shared.put(job.params, RoundPlan()), replace(job, params={})) for job in jobs]
-        yield from self._run("evaluate", light, [job.stop - job.start for job in jobs], lambda i: f"evaluation of task {jobs[i].task}")
+        yield from self._run(
+            "evaluate", light, [job.stop - job.start for job in jobs], lambda i: f"evaluation of task {jobs[i].task}"
+        )
 
     def close(self) -> None:
         for actor in self._actors:
@@ -149,11 +153,10 @@ def _worker_class() -> type[Any]:
                 if module is not None and not str(getattr(module, "__file__", "")).startswith(root):
                     for key in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
                         del sys.modules[key]
-            import clients
-            import fedsim
             import ray
-            import server  # noqa: F401
             import torch
+
+            import server  # noqa: F401
             from clients.worker import Worker
 
             spec = ray.get(spec_ref[0])
@@ -183,6 +186,7 @@ def _worker_class() -> type[Any]:
                 from dataclasses import replace
 
                 import ray
+
                 from clients.pools.ray import to_tensors
 
                 params, plan, background = ray.get(ref)

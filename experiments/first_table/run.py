@@ -23,7 +23,16 @@ from fedsim.simulation import run
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
 METHODS = ["joint", "lorm", "fedavg_mean", "fedavg", "fairavg", "variance_weighted", "prefix"]
-COLUMNS = ["method", "alpha", "seed", "final_average_accuracy", "average_incremental_accuracy", "forgetting", "megabytes_up", "seconds"]
+COLUMNS = [
+    "method",
+    "alpha",
+    "seed",
+    "final_average_accuracy",
+    "average_incremental_accuracy",
+    "forgetting",
+    "megabytes_up",
+    "seconds",
+]
 
 
 def one(method: str, alpha: float, seed: int, output: str) -> dict[str, object]:
@@ -48,7 +57,9 @@ def table(frame: pd.DataFrame) -> str:
         accuracy, forgetting = group["final_average_accuracy"], group["forgetting"]
         shown = "–" if forgetting.isna().all() else f"{forgetting.mean():.1f} ± {forgetting.std():.1f}"
         heterogeneity = "–" if method == "joint" else f"{alpha:g}"
-        lines.append(f"| `{method}` | {heterogeneity} | {accuracy.mean():.1f} ± {accuracy.std():.1f} | {shown} | {group['megabytes_up'].mean():.0f} |")
+        lines.append(
+            f"| `{method}` | {heterogeneity} | {accuracy.mean():.1f} ± {accuracy.std():.1f} | {shown} | {group['megabytes_up'].mean():.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -201,8 +201,10 @@ class Partition(ABC):
 class BackboneLike(Protocol):
     """What adapters see of a backbone: the frozen encoder and its width."""
 
-    encoder: nn.Module
-    width: int
+    @property
+    def encoder(self) -> nn.Module: ...
+    @property
+    def width(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _from_file(config: SimConfig, dataset: Dataset) -> Manifest:
     manifest = load(str(config.manifest))
     if manifest.data != fingerprint(dataset):
         raise DataError(
-            f"the manifest {config.manifest} is of other data ({manifest.num_train} training and {manifest.num_test} test samples; "
+            f"the manifest {config.manifest} is of other data ({manifest.num_train} training, {manifest.num_test} test samples; "
             f"here {len(dataset.train)} and {len(dataset.test)}, or other contents): use the data section that it was made with"
         )
     clients = config.partition.get("clients")
@@ -321,9 +321,9 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
 
 
 def _require_positions(parts: Sequence[IntArray], limit: int, what: str) -> None:
-    for part in parts:
-        if part.ndim != 1 or (len(part) and not (part.min() >= 0 and part.max() < limit)):
-            raise ValueError(f"{what} positions must lie in 0..{limit - 1}")
+    joined = _joined(parts)  # ValueError when a part is no list of numbers
+    if len(joined) and not (joined.min() >= 0 and joined.max() < limit):
+        raise ValueError(f"{what} positions must lie in 0..{limit - 1}")
 
 
 def _plain_alpha(alpha: float) -> float | str | None:

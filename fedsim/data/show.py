@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,32 +55,30 @@ def picture(manifest: Manifest, path: str | Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only this needs it
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = [len(classes) for classes in manifest.task_classes]
-    clients = manifest.num_clients
-    row, column = max(0.055, min(0.3, 30 / clients)), max(0.055, min(0.2, 24 / sum(columns)))  # inches
-    inner_width, inner_height = max(4.0, column * sum(columns)), max(2.0, row * clients)
-    figure = Figure(figsize=(inner_width + 1.6, inner_height + 1.5), dpi=150)
+    width = min(18.0, max(4.0, 0.2 * sum(columns)))  # inches, of the panels
+    height = min(11.0, max(2.0, 0.3 * manifest.num_clients))
+    full_width, full_height = width + 1.0, height + 1.6
+    cell = 72 * min(width / sum(columns), height / manifest.num_clients)  # points
+    figure = Figure(figsize=(full_width, full_height), dpi=120)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, manifest.num_tasks, sharey=True, squeeze=False, width_ratios=columns, gridspec_kw={"wspace": 0.04})[
-        0
-    ]
+    panels = figure.subplots(1, manifest.num_tasks, sharey=True, squeeze=False, width_ratios=columns)[0]
     largest = max(int(h.max()) for h in manifest.histograms)
-    cell = 72 * min(inner_height / clients, inner_width / sum(columns))  # points
-    for t, axis in enumerate(axes):
-        _bubbles(axis, manifest.histograms[t], largest, cell, t)
-        sized = f"{_wrapped(manifest.task_names[t])}\nα {_alpha(manifest.alpha[t])}"
-        axis.set_title(sized, fontsize=8)
-        _class_ticks(axis, manifest, t, column)
-    axes[0].set_ylabel("client")
-    axes[0].set_ylim(clients - 0.5, -0.5)
-    figure.supxlabel(f"class (area ∝ training samples, largest bubble: {largest})", fontsize=8)
-    figure.suptitle(_title(manifest), fontsize=10)
+    for t, axes in enumerate(panels):
+        _bubbles(axes, manifest.histograms[t], largest, cell, t)
+        axes.set_title(
+            f"{_short(manifest.task_names[t], 8 * width * columns[t] / sum(columns))}\nα {_alpha(manifest.alpha[t])}", fontsize=8
+        )
+        _class_ticks(axes, manifest.task_classes[t], width / sum(columns))
+    panels[0].set_ylabel("client", fontsize=9)
+    panels[0].set_ylim(manifest.num_clients - 0.4, -0.6)
+    panels[0].yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10]))
+    figure.text(0.5, 0.15 / full_height, f"class (area ∝ training samples, largest bubble: {largest})", ha="center", fontsize=8)
+    figure.text(0.5, 1 - 0.3 / full_height, _title(manifest), ha="center", fontsize=10)
     figure.subplots_adjust(
-        left=0.7 / (inner_width + 1.6),
-        right=1 - 0.2 / (inner_width + 1.6),
-        top=1 - 0.85 / (inner_height + 1.5),
-        bottom=0.65 / (inner_height + 1.5),
+        left=0.7 / full_width, right=1 - 0.3 / full_width, top=1 - 0.9 / full_height, bottom=0.7 / full_height, wspace=0.06
     )
     try:
         figure.savefig(str(path))
@@ -87,24 +86,27 @@ def picture(manifest: Manifest, path: str | Path) -> None:
         raise StorageError(f"cannot write the picture {path}: {e.strerror or e}") from e
 
 
-def _bubbles(axis: Axes, histogram_KC: IntArray, largest: int, cell: float, task: int) -> None:
+def _bubbles(axes: Axes, histogram_KC: IntArray, largest: int, cell: float, task: int) -> None:
+    """One panel. Where cells are too small to see, bubbles are larger than they and shine through each other."""
     clients, classes = np.nonzero(histogram_KC)
-    area = (0.95 * cell) ** 2 * histogram_KC[clients, classes] / largest
-    axis.scatter(classes, clients, s=area, color=f"C{task % 10}", linewidths=0, clip_on=False)
-    axis.set_xlim(-0.6, histogram_KC.shape[1] - 0.4)
-    axis.tick_params(labelsize=7, length=2)
-    axis.grid(color="0.92", linewidth=0.5)
-    axis.set_axisbelow(True)
+    diameter = max(0.95 * cell, 7.0)
+    area = diameter**2 * histogram_KC[clients, classes] / largest
+    axes.scatter(
+        classes, clients, s=area, color=f"C{task % 10}", alpha=1.0 if diameter < cell else 0.7, linewidths=0, clip_on=False
+    )
+    axes.set_xlim(-0.6, histogram_KC.shape[1] - 0.4)
+    axes.tick_params(labelsize=7, length=2)
+    axes.grid(color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
     for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+        axes.spines[side].set_visible(False)
 
 
-def _class_ticks(axis: Axes, manifest: Manifest, task: int, column: float) -> None:
-    """Rows of the head under the first class of a task and at even steps, as many as there is room for."""
-    classes = manifest.task_classes[task]
-    step = max(1, math.ceil(0.3 / column))
+def _class_ticks(axes: Axes, classes: Sequence[int], column: float) -> None:
+    """Rows of the head, as many as there is room for (0.3 inches each)."""
+    step = next(n for e in range(9) for n in (10**e, 2 * 10**e, 5 * 10**e) if n * column >= 0.3)
     at = range(0, len(classes), step)
-    axis.set_xticks(list(at), [str(classes[i]) for i in at])
+    axes.set_xticks(list(at), [str(classes[i]) for i in at])
 
 
 def _title(manifest: Manifest) -> str:
@@ -118,8 +120,9 @@ def _same_classes(manifest: Manifest) -> bool:
     return len(set(manifest.task_classes)) == 1
 
 
-def _wrapped(name: str, width: int = 16) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
+def _short(name: str, room: float) -> str:
+    limit = max(4, int(room))
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def _number(value: Any) -> str:

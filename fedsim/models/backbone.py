@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from fedsim.core.config import ModelConfig
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
+from fedsim.models import timm_names
+
+Scales: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, per channel or one for all
 
 # transformers is imported where it is used: it takes a second, which `fedsim --help` should not pay
 
 OMNIGLOT_VIT = Path(__file__).resolve().parent.parent / "assets" / "omniglot_vit"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TIMM_HEAD_DIM = 64  # channels per attention head of every timm ViT of this layout
+HALF: Scales = (0.5,), (0.5,)
+IMAGENET: Scales = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 RANDOM_WEIGHTS_SEED = 0  # one set of random weights for all processes and seeds: only the architecture is the user's choice
 
@@ -36,14 +40,16 @@ RANDOM_WEIGHTS_SEED = 0  # one set of random weights for all processes and seeds
 class Backbone:
     """A frozen encoder and what its inputs look like.
 
-    width: D; kind: image | text; pooling: cls | mean; image_size: (height, width); mean, std: per channel in 0..1;
-    tokenizer_source: hub id or folder of the tokenizer that belongs to it. Image fields mean nothing for text.
+    width: D; kind: image | text; pooling: cls | mean; first_patch: number of tokens before the patches (the class token);
+    image_size: (height, width); mean, std: per channel in 0..1; tokenizer_source: hub id or folder of the tokenizer that
+    belongs to it. The image fields mean nothing for text.
     """
 
     encoder: nn.Module
     width: int
     kind: str
     pooling: str
+    first_patch: int = 0
     image_size: tuple[int, int] = (0, 0)
     num_channels: int = 0
     mean: tuple[float, ...] = (0.5,)
@@ -53,7 +59,7 @@ class Backbone:
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised (b, C, H, W) -> (b, D): the class token, or the mean over the patches."""
         tokens_bLD: Tensor = self.encoder(pixel_values=pixels).last_hidden_state
-        return tokens_bLD[:, 0] if self.pooling == "cls" else tokens_bLD[:, 1:].mean(dim=1)
+        return tokens_bLD[:, 0] if self.pooling == "cls" else tokens_bLD[:, self.first_patch :].mean(dim=1)
 
     def text_features(self, inputs: Tensors) -> Tensor:
         """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, or the mean over the tokens in the mask."""
@@ -63,7 +69,9 @@ class Backbone:
         mask_bL = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids_bL)
         longest = getattr(self.encoder.config, "max_position_embeddings", None)
         if longest is not None and ids_bL.shape[1] > longest:
-            raise ModelError(f"texts of {ids_bL.shape[1]} tokens do not fit a backbone of {longest} positions: lower data.max_length")
+            raise ModelError(
+                f"texts of {ids_bL.shape[1]} tokens do not fit a backbone of {longest} positions: lower data.max_length"
+            )
         tokens_bLD: Tensor = self.encoder(input_ids=ids_bL, attention_mask=mask_bL).last_hidden_state
         if self.pooling == "cls":
             return tokens_bLD[:, 0]
@@ -76,55 +84,68 @@ def load(config: ModelConfig) -> Backbone:
 
     Raises ModelError (one line) for a folder or file that is missing or damaged, and for weights that do not fit.
     """
+    encoder: Any
     with _unseeded(), _quiet():
         if config.backbone == "random":
-            encoder, scales = _random(config.config), ((0.5,), (0.5,))
+            encoder, scales = _random(config.config), HALF
         elif config.backbone.endswith(".safetensors"):
-            encoder, scales = _from_timm(Path(config.backbone))
+            encoder = timm_names.load(Path(config.backbone).expanduser())
+            scales = IMAGENET if encoder.config.num_channels == len(IMAGENET[0]) else HALF
         else:
-            encoder, scales = _from_pretrained(_source(config))
+            encoder, scales = _from_pretrained(_source(config.backbone))
     encoder.eval().requires_grad_(False)
-    return _described(encoder, config, *scales)
+    return _described(encoder, config, scales)
 
 
 def tokenizer_name(config: ModelConfig) -> str | None:
     """Hub id or folder of the backbone's tokenizer, without loading weights; None where there is none."""
     if config.backbone in ("random", "omniglot-vit") or config.backbone.endswith(".safetensors"):
         return None
-    folder = Path(config.backbone)
-    if folder.is_dir() and not any((folder / f).is_file() for f in TOKENIZER_FILES):
+    source = _source(config.backbone)
+    if Path(source).is_dir() and not any((Path(source) / f).is_file() for f in TOKENIZER_FILES):
         return None
-    return config.backbone
+    return source
 
 
-def _described(encoder: nn.Module, config: ModelConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Backbone:
-    layout = encoder.config
-    width = getattr(layout, "hidden_size", None)
-    main_input = getattr(encoder, "main_input_name", None)
-    if not isinstance(width, int) or main_input not in ("pixel_values", "input_ids"):
-        raise ModelError(f"backbone '{config.backbone}' is a {type(encoder).__name__}, which is no encoder of images or text")
-    text = main_input == "input_ids"
-    pooling = config.pooling if config.pooling != "auto" else "mean" if text else "cls"
-    if text:
+def _described(encoder: Any, config: ModelConfig, scales: Scales) -> Backbone:
+    """What the architecture says about inputs and outputs."""
+    layout, main_input = encoder.config, encoder.main_input_name
+    width: Any = getattr(layout, "hidden_size", None)
+    side: Any = getattr(layout, "image_size", None)
+    if (
+        not isinstance(width, int)
+        or main_input not in ("pixel_values", "input_ids")
+        or (main_input == "pixel_values" and side is None)
+    ):
+        raise ModelError(
+            f"model.backbone '{config.backbone}' is a {type(encoder).__name__}, which is no encoder of images or text"
+        )
+    if main_input == "input_ids":
+        pooling = "mean" if config.pooling == "auto" else config.pooling
         return Backbone(encoder, width, "text", pooling, tokenizer_source=tokenizer_name(config))
-    side = layout.image_size
-    height, across = (side, side) if isinstance(side, int) else side
-    return Backbone(encoder, width, "image", pooling, (int(height), int(across)), int(layout.num_channels), mean, std)
+    class_token = any(n.endswith(("cls_token", "class_embedding")) for n, _ in encoder.named_parameters())
+    if config.pooling == "cls" and not class_token:
+        raise ModelError(f"model.pooling is cls, but '{config.backbone}' ({type(encoder).__name__}) has no class token: use mean")
+    pooling = config.pooling if config.pooling != "auto" else "cls" if class_token else "mean"
+    first_patch = class_token + getattr(layout, "num_register_tokens", 0)
+    size = (side, side) if isinstance(side, int) else (side[0], side[1])
+    return Backbone(encoder, width, "image", pooling, first_patch, size, layout.num_channels, *scales)
 
 
 # ---------------------------------------------------------------- transformers
 
 
-def _source(config: ModelConfig) -> str:
-    name = config.backbone
+def _source(name: str) -> str:
+    """The folder or hub id that a name stands for."""
     if name == "omniglot-vit":
         return str(OMNIGLOT_VIT)
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
         raise ModelError(f"no folder {name}: model.backbone must be a folder with config.json and model.safetensors, or a hub id")
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return str(folder) if folder.is_dir() else name
 
 
-def _from_pretrained(name: str) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
+def _from_pretrained(name: str) -> tuple[nn.Module, Scales]:
     from transformers import AutoConfig
 
     folder = Path(name).is_dir()
@@ -133,7 +154,13 @@ def _from_pretrained(name: str) -> tuple[nn.Module, tuple[tuple[float, ...], tup
         layout = AutoConfig.from_pretrained(name, **common)
         cls = _encoder_class(layout)
         encoder, info = cls.from_pretrained(
-            name, config=layout, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **_no_pooler(cls), **common
+            name,
+            config=layout,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_no_pooler(cls),
+            **common,
         )
         scales = _normalisation(name, folder)
     except ModelError:
@@ -162,21 +189,25 @@ def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
     """transformers fills what a file lacks with random numbers; the pooler is the one part that is never used."""
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
-        raise ModelError(f"the weights in {name} do not fit its config.json: {len(missing)} tensor(s) are missing, the first is '{missing[0]}'")
-    mismatched = sorted(k for k in info["mismatched_keys"] if "pooler" not in str(k))
+        raise ModelError(
+            f"the weights in {name} do not fit its config.json: {len(missing)} tensor(s) are missing, the first is '{missing[0]}'"
+        )
+    mismatched = sorted(m for m in info["mismatched_keys"] if "pooler" not in m[0])
     if mismatched:
-        key, got, want = mismatched[0] if isinstance(mismatched[0], tuple) else (mismatched[0], "?", "?")
-        raise ModelError(f"the weights in {name} do not fit its config.json: '{key}' has shape {list(got)}, expected {list(want)}")
+        key, got, want = mismatched[0]
+        raise ModelError(
+            f"the weights in {name} do not fit its config.json: '{key}' has shape {list(got)}, expected {list(want)}"
+        )
 
 
-def _normalisation(name: str, folder: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(name: str, folder: bool) -> Scales:
     """(mean, std) of preprocessor_config.json, (0.5, 0.5) if there is none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     options: dict[str, Any] = {"local_files_only": folder, "_raise_exceptions_for_missing_entries": False}
     file = cached_file(name, "preprocessor_config.json", **options)
     if file is None:
-        return (0.5,), (0.5,)
+        return HALF
     plain = json.loads(Path(file).read_text())
     if not plain.get("do_normalize", True):
         return (0.0,), (1.0,)
@@ -199,13 +230,6 @@ def _random(config: Mapping[str, Any]) -> nn.Module:
     return encoder
 
 
-# ---------------------------------------------------------------- timm
-
-
-def _from_timm(file: Path) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
-    raise ModelError(f"{file}: not yet")
-
-
 # ---------------------------------------------------------------- keeping quiet
 
 
@@ -222,14 +246,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _one_line(error: Exception) -> str:

@@ -28,7 +28,9 @@ ADAPTER = "adapter."
 class Model:
     """What clients train and evaluate with. Made by `build`."""
 
-    def __init__(self, backbone: Backbone, adapter: contracts.Adapter, num_classes: int, device: torch.device, transform: Transform | None) -> None:
+    def __init__(
+        self, backbone: Backbone, adapter: contracts.Adapter, num_classes: int, device: torch.device, transform: Transform | None
+    ) -> None:
         self.backbone = backbone
         self.adapter = adapter
         self.num_classes = num_classes
@@ -70,7 +72,7 @@ class Model:
         return head.logits(features, params)
 
     def layer(self, parameter: str) -> nn.Module:
-        """The module of the encoder that an adapter tensor belongs to: `adapter.layers.0.mlp.fc1.lora_A` -> `layers.0.mlp.fc1`."""
+        """The encoder's module that an adapter tensor belongs to: `adapter.layers.0.mlp.fc1.lora_A` -> `layers.0.mlp.fc1`."""
         name = parameter.removeprefix(ADAPTER).rpartition(".")[0]
         if not parameter.startswith(ADAPTER) or not name:
             raise ModelError(f"parameter '{parameter}' belongs to no layer of the backbone: expected adapter.<layer>.<tensor>")
@@ -85,7 +87,9 @@ def build(config: SimConfig, num_classes: int, device: torch.device | str = "cpu
     adapter: contracts.Adapter = configs.build("adapters", config.adapter)
     images = None
     if backbone.kind == "image":
-        images = transform.build(config.transform, backbone.image_size, backbone.num_channels, backbone.mean, backbone.std, device)
+        images = transform.build(
+            config.transform, backbone.image_size, backbone.num_channels, backbone.mean, backbone.std, device
+        )
     return Model(backbone, adapter, num_classes, device, images)
 
 

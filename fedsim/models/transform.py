@@ -62,13 +62,22 @@ class Transform:
         return warped.clamp(0, 255)
 
 
-def build(config: TransformConfig, size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Transform:
+def build(
+    config: TransformConfig,
+    size: tuple[int, int],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+) -> Transform:
     """The transform of a run: `config.mean` and `config.std` go before the backbone's own. One value is for every channel."""
     scales = []
     for key, own, default in (("mean", config.mean, mean), ("std", config.std, std)):
         values = list(default if own is None else own)
         if len(values) not in (1, channels):
-            raise ConfigError(f"transform.{key} has {len(values)} values, but the backbone takes {channels} channel(s): give 1 or {channels}")
+            raise ConfigError(
+                f"transform.{key} has {len(values)} values, but the backbone takes {channels} channel(s): give 1 or {channels}"
+            )
         scales.append(torch.tensor(values * (channels // len(values)), dtype=torch.float32, device=device)[:, None, None])
     return Transform(size, scales[0], scales[1], config.augment, config.interpolation)
 
@@ -113,6 +122,8 @@ def _channels_first(pixels: Tensor, channels: int) -> Tensor:
     """Float (b, 1 or C, H, W) in 0..255."""
     if pixels.dim() not in (3, 4) or (pixels.dim() == 4 and pixels.shape[-1] not in (1, channels)):
         got = f"{pixels.shape[-1]} channels" if pixels.dim() == 4 else f"shape {tuple(pixels.shape)}"
-        raise ModelError(f"images with {got} do not fit a backbone of {channels} channel(s): expected uint8 (N, H, W) or (N, H, W, {channels})")
+        raise ModelError(
+            f"images with {got} do not fit a backbone of {channels} channel(s): expected uint8 (N, H, W) or (N, H, W, {channels})"
+        )
     x = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(-1, 1)
     return x.to(torch.float32)

@@ -35,10 +35,10 @@ def existing(path: str, what: str) -> Path:
 def read_npz(path: Path, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
     """Arrays of a .npz file, all of them or those wanted that are there. Raises DataError when it is damaged."""
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} is not an .npz archive of named arrays")
-        with file:
+        with path.open("rb") as raw:  # numpy would leave it open when the archive is damaged
+            file = np.load(raw, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is not an .npz archive of named arrays")
             return {key: file[key] for key in file.files if wanted is None or key in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
         raise DataError(f"{path} cannot be read as .npz: {' '.join(str(e).split())} (damaged? copy or download it again)") from e

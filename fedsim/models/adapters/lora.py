@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ class Adapter(contracts.Adapter):
     dropout: share of the inputs of A that is zeroed in training, the rest being scaled by 1 / (1 − dropout).
     """
 
-    targets: Any = ("q_proj", "v_proj")
+    targets: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -44,7 +44,7 @@ class Adapter(contracts.Adapter):
     def __post_init__(self) -> None:
         names = [self.targets] if isinstance(self.targets, str) else self.targets
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"targets must be a list of names of layers such as [q_proj, v_proj], or 'all-linear', got {self.targets!r}")
+            raise ConfigError(f"targets must be a list such as [q_proj, v_proj], or 'all-linear', got {self.targets!r}")
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}")
         if self.alpha is not None and not self.alpha > 0:
@@ -63,13 +63,17 @@ class Adapter(contracts.Adapter):
         for name, layer in inject.match_linear(backbone.encoder, self.targets).items():
             m, d = layer.weight.shape
             if self.rank > min(d, m):
-                raise ModelError(f"adapter.rank {self.rank} is larger than layer '{name}' ({d} inputs, {m} outputs): use at most {min(d, m)}")
+                raise ModelError(
+                    f"adapter.rank {self.rank} is larger than layer '{name}' ({d} inputs, {m} outputs): use at most {min(d, m)}"
+                )
             bound = 1 / math.sqrt(d)
             tensors[name + LORA_A] = torch.empty(self.rank, d).uniform_(-bound, bound, generator=generator)
             tensors[name + LORA_B] = torch.zeros(m, self.rank)
         return tensors
 
-    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
+    def applied(
+        self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> AbstractContextManager[None]:
         """Add `s B A x` to the outputs of the layers that the tensors name, while open."""
         hooks: list[Callable[..., Any]] = []
         for name in lora_layers(tensors):
@@ -81,7 +85,7 @@ class Adapter(contracts.Adapter):
     @contextmanager
     def merged(self, backbone: BackboneLike, tensors: Tensors) -> Iterator[None]:
         """`W + s B A` in place of W while open, for inference: no gradient flows to the tensors."""
-        kept: list[tuple[nn.Linear, nn.Parameter]] = []
+        kept: list[tuple[nn.Linear, Tensor]] = []
         try:
             for name in lora_layers(tensors):
                 layer = inject.linear(backbone.encoder, name)

@@ -20,5 +20,7 @@ class Adapter(contracts.Adapter):
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         return {}
 
-    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
+    def applied(
+        self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> AbstractContextManager[None]:
         return nullcontext()

@@ -1,0 +1,115 @@
+"""Prefix prompts: trainable keys and values in the attention of chosen blocks (Li & Liang, 2021, arXiv:2101.00190;
+for continual learning with vision transformers: DualPrompt, Wang et al., 2022, arXiv:2204.04799)."""
+
+# b samples, h heads, L tokens, P prompts, e head width, D = h·e
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core import contracts
+from fedsim.core.contracts import BackboneLike
+from fedsim.core.errors import ModelError
+from fedsim.core.messages import Tensors
+from fedsim.models import inject
+from fedsim.models.adapters import _prompts
+
+KEY, VALUE = ".prefix_key", ".prefix_value"
+ATTENTION = "fedsim_prefix"  # our name in transformers' table of attention functions
+SLOT = "_fedsim_prefix"  # attribute of an attention module that holds its (keys, values) while an adapter is applied
+KEY_LAYERS = ("k_proj", "key", "k_lin", "k")
+
+
+@dataclass(frozen=True)
+class Adapter(contracts.Adapter):
+    """`softmax(Q [K_p; K]ᵀ / √e) [V_p; V]` in each chosen block, K_p and V_p (P, D) being trained, for all samples the same.
+
+    A fresh prompt is random and changes the outputs: prompts take part in the softmax whatever their values are.
+    Padding stays masked, prompts are visible to every token. Works on encoders that use transformers' attention interface.
+
+    length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of keys and values.
+    """
+
+    length: int = 10
+    blocks: Any = "all"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _prompts.check_options(self.length, self.blocks, self.init_std)
+
+    def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh `<block>.prefix_key` and `<block>.prefix_value` (P, D). Raises ModelError if a block has no such attention."""
+        tensors: dict[str, Tensor] = {}
+        for name, block in inject.blocks(backbone.encoder, self.blocks).items():
+            _, width = _attention(name, block)
+            for part in (KEY, VALUE):
+                tensors[name + part] = _prompts.normal(self.length, width, self.init_std, generator)
+        return tensors
+
+    @contextmanager
+    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> Iterator[None]:
+        """Attention with the prefixes that the tensors name, while open."""
+        names = [n.removesuffix(KEY) for n in tensors if n.endswith(KEY)]
+        if not names:
+            yield
+            return
+        _register()
+        config: Any = backbone.encoder.config
+        before, changed = config._attn_implementation, []
+        try:
+            config._attn_implementation = ATTENTION
+            for name in names:
+                module, _ = _attention(name, inject.submodule(backbone.encoder, name))
+                module.__dict__[SLOT] = tensors[name + KEY], tensors[name + VALUE]
+                changed.append(module)
+            yield
+        finally:
+            config._attn_implementation = before
+            for module in changed:
+                del module.__dict__[SLOT]
+
+
+def prefix_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' scaled-dot-product attention, with the module's prefix before keys (b, h, L, e) and values if it has one."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    prefix = module.__dict__.get(SLOT)
+    if prefix is not None:
+        key, value = (torch.cat([_heads(p, kv), kv], dim=2) for p, kv in zip(prefix, (key, value), strict=True))
+        if attention_mask is not None:
+            attention_mask = _prompts.widened(attention_mask, 0, len(prefix[0]))
+    out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return out, None
+
+
+def _heads(prefix_PD: Tensor, like_bhLe: Tensor) -> Tensor:
+    """(P, D) as (b, h, P, e)."""
+    b, h, _, e = like_bhLe.shape
+    return prefix_PD.view(-1, h, e).transpose(0, 1).expand(b, -1, -1, -1)
+
+
+def _attention(name: str, block: nn.Module) -> tuple[nn.Module, int]:
+    """The self-attention module of a block and the width of its keys."""
+    for module in block.modules():
+        if hasattr(module, "is_causal"):  # what transformers' attention functions read
+            for child in KEY_LAYERS:
+                layer = getattr(module, child, None)
+                if isinstance(layer, nn.Linear):
+                    return module, layer.out_features
+    raise ModelError(f"block '{name}' of the backbone has no attention that takes prefixes: use the adapter 'vpt' or 'lora'")
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, prefix_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

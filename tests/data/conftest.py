@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedsim.core import config
+from fedsim.core.config import SimConfig
+
+
+@pytest.fixture
+def make_config() -> Callable[..., SimConfig]:
+    """A config of the data room alone: data, stream, partition, seed, manifest."""
+
+    def make(data: Any, stream: dict[str, Any], partition: Any, seed: int = 0, manifest: str | None = None) -> SimConfig:
+        return SimConfig(
+            seed=seed,
+            manifest=manifest,
+            data=config.expand("sources", data, "data"),
+            stream=config.typed(config.StreamConfig, stream, "stream"),
+            partition=config.expand("partitions", partition, "partition"),
+        )
+
+    return make

@@ -1,0 +1,326 @@
+"""The law suite itself: rules that are broken on purpose are caught, each by the law that it breaks.
+
+Shapes: N samples, I inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsim.core import contracts
+from fedsim.core.config import build
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.rng import torch_stream
+from server import laws
+from server.aggregators.fedavg import Aggregator as FedAvg
+
+Combine = Callable[[State, Tensors, Sequence[ClientUpdate]], tuple[State, Tensors]]
+
+
+@dataclass(frozen=True)
+class Rule(contracts.Aggregator):
+    """A rule from functions."""
+
+    merge: Combine
+    asks: RoundPlan = field(default_factory=RoundPlan)
+    begin: Any = None
+
+    def init(self, params: Tensors) -> State:
+        return {} if self.begin is None else self.begin(params)
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        return self.asks
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        return self.merge(state, params, updates)
+
+
+def fedavg(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    return FedAvg().combine(state, params, updates)
+
+
+def broken(rule: contracts.Aggregator) -> dict[str, str]:
+    return {r.name: r.explanation for r in laws.check(rule) if not r.ok}
+
+
+def lost_tensor(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: t for n, t in out.items() if n != "head.bias"}
+
+
+def widened(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: t.double() for n, t in out.items()}
+
+
+def narrowed(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: t.float().to(t.dtype) for n, t in out.items()}
+
+
+def not_finite(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: t.masked_fill(torch.arange(t.numel()).view_as(t) == 0, float("nan")) for n, t in out.items()}
+
+
+def shrunk(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: 0.9 * t for n, t in out.items()}
+
+
+def last_counts_most(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    """A running mean that halves what came before: order decides."""
+    contracts.require_updates(updates)
+    out = dict(updates[0].params)
+    for u in updates[1:]:
+        out = {n: (t + u.params[n]) / 2 for n, t in out.items()}
+    return state, {**params, **out}
+
+
+def in_place(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    _, out = fedavg(state, params, updates)
+    for n, t in params.items():
+        t.copy_(out[n])
+    return state, dict(params)
+
+
+def scaled_updates(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    updates[0].params["head.bias"].mul_(2)
+    return state, out
+
+
+def noisy(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    state, out = fedavg(state, params, updates)
+    return state, {n: t + 1e-12 * torch.randn_like(t) for n, t in out.items()}
+
+
+def blind_to_size(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    contracts.require_updates(updates)
+    mean = {n: torch.stack([u.params[n] for u in updates]).mean(0) for n in updates[0].params}
+    return state, {**params, **mean}
+
+
+def list_only(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    return fedavg(state, params, updates.copy())  # type: ignore[attr-defined]
+
+
+def zeros_without_data(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    if sum(u.num_samples for u in updates) == 0:
+        return state, {n: torch.zeros_like(t) for n, t in params.items()}
+    return fedavg(state, params, updates)
+
+
+def value_error_without_data(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    if sum(u.num_samples for u in updates) == 0:
+        raise ValueError("empty")
+    return fedavg(state, params, updates)
+
+
+@pytest.mark.parametrize(
+    ("merge", "law", "says"),
+    [
+        (lost_tensor, "layout", r"lost \['head\.bias'\]"),
+        (
+            widened,
+            "layout",
+            r"round 0: 'adapter\.block\.0\.lora_A' is \(2, 6\) torch\.float64 and should be \(2, 6\) torch\.float32",
+        ),
+        (narrowed, "float64", "came out with the digits of float32"),
+        (not_finite, "finite", r"round 0: 1 of 12 numbers of 'adapter\.block\.0\.lora_A' are NaN"),
+        (shrunk, "fixed_point", r"should be .* \(off by "),
+        (shrunk, "one_client", r"one client alone: '.*'\[\d, \d\] is .* and should be"),
+        (last_counts_most, "order", "updates reversed"),
+        (in_place, "no_mutation", "the params that the rule was given changed"),
+        (scaled_updates, "no_mutation", "the updates that the rule was given changed"),
+        (noisy, "deterministic", r"merged twice: '.*' is not the same to the bit"),
+        (blind_to_size, "weights", "a client with twice the samples against the client sent twice"),
+        (list_only, "any_sequence", r"raised AttributeError: .*test_laws\.py, line \d+"),
+        (zeros_without_data, "no_data", "combine returned tensors instead of raising"),
+        (value_error_without_data, "no_data", r"raised ValueError \(empty\), not AggregationError"),
+    ],
+)
+def test_broken_rule_is_caught_by_its_law(merge: Combine, law: str, says: str) -> None:
+    found = broken(Rule(merge))
+    assert law in found
+    assert re.search(says, found[law]), found[law]
+
+
+@pytest.mark.parametrize(
+    ("merge", "only"),
+    [
+        (in_place, {"no_mutation"}),
+        (scaled_updates, {"no_mutation"}),
+        (noisy, {"deterministic", "state_file", "any_sequence"}),
+        (blind_to_size, {"weights"}),
+        (last_counts_most, {"order", "weights"}),
+        (list_only, {"any_sequence"}),
+        (narrowed, {"float64", "fixed_point", "one_client"}),
+        (zeros_without_data, {"no_data"}),
+        (fedavg, set()),
+    ],
+)
+def test_no_other_law_complains(merge: Combine, only: set[str]) -> None:
+    assert set(broken(Rule(merge))) == only
+
+
+def test_state_that_no_file_holds() -> None:
+    found = broken(Rule(fedavg, begin=lambda params: {"now": Rule}))
+    assert set(found) == {"state_file"}
+    assert "a file cannot hold the state" in found["state_file"]
+    assert "dicts, lists, tuples, tensors" in found["state_file"]
+
+
+def test_state_that_is_part_of_the_merge_is_seen() -> None:
+    """Momentum, kept in the state and changed in place."""
+
+    def momentum(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        _, out = fedavg({}, params, updates)
+        for n, t in params.items():
+            state[n].mul_(0.9).add_(out[n] - t)
+        return state, {n: t + state[n] for n, t in params.items()}
+
+    found = broken(Rule(momentum, begin=lambda params: {n: torch.zeros_like(t) for n, t in params.items()}))
+    assert "the state that the rule was given changed" in found["no_mutation"]
+
+
+def test_plan_that_trains_nothing_there_is() -> None:
+    assert "which matches none of adapter.block.0.lora_A" in broken(Rule(fedavg, RoundPlan(train=("heads.*",))))["plan"]
+
+
+def test_statistic_that_the_suite_cannot_make_up() -> None:
+    asks = RoundPlan(statistics=(StatisticRequest("fisher"),))
+    assert (
+        "asks for the statistic 'fisher', which the law suite cannot make up (it knows gram, class_moments)"
+        in broken(Rule(fedavg, asks))["plan"]
+    )
+
+
+def test_gram_that_there_is_not() -> None:
+    asks = RoundPlan(statistics=(StatisticRequest("gram", ("*.lora_B",), {"form": "full"}),))
+    assert "a gram of form 'full' for 'adapter.block.0.lora_B', which there is not" in broken(Rule(fedavg, asks))["plan"]
+
+
+@dataclass(frozen=True)
+class NotAdditive(FedAvg):
+    """The largest client wins: no sum of contributions can say that."""
+
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        state, out = super().finish(state, params, total)
+        return state, out
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        contracts.require_updates(updates)
+        return state, {**params, **max(updates, key=lambda u: u.num_samples).params}
+
+
+@dataclass(frozen=True)
+class Ragged(FedAvg):
+    """Contributions of different names."""
+
+    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
+        return super().lift(update) | (
+            {f"client/{update.client_id}": torch.zeros(1, dtype=torch.float64)} if update.client_id > 3 else {}
+        )
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        return FedAvg().combine(state, params, updates)
+
+
+@dataclass(frozen=True)
+class Narrow(FedAvg):
+    """Contributions in float32."""
+
+    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
+        return {n: t.float() for n, t in super().lift(update).items()}
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        return FedAvg().combine(state, params, updates)
+
+
+def test_additive_rules_that_are_not() -> None:
+    assert "summed in bundles of 9" in broken(NotAdditive())["additive"]
+    assert "lift gives different names or shapes" in broken(Ragged())["additive"]
+    assert "torch.float32: sums are kept in float64" in broken(Narrow())["additive"]
+
+
+@dataclass(frozen=True)
+class Exempt(Rule):
+    exempt: ClassVar[Mapping[str, str]] = {"weights": "every client counts once", "wieghts": "misspelt"}
+
+
+def test_exemptions_carry_their_reason_and_must_name_a_law() -> None:
+    results = {r.name: r for r in laws.check(Exempt(blind_to_size))}
+    assert results["weights"].ok
+    assert results["weights"].exempt == "every client counts once"
+    assert not results["wieghts"].ok
+    assert "laws: plan, layout" in results["wieghts"].explanation
+
+
+def test_every_law_has_its_own_name_and_a_statement() -> None:
+    assert len({law.name for law in laws.LAWS}) == len(laws.LAWS)
+    assert all(len(law.statement) > 20 for law in laws.LAWS)
+
+
+# ---------------------------------------------------------------- the made-up statistics are those that clients compute
+
+
+class Echo(nn.Module):
+    """A model whose layers are fed with a client's made-up inputs."""
+
+    num_classes = laws.CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = {name: nn.Linear(inputs, outputs) for name, (outputs, inputs) in laws.LAYERS.items()}
+
+    def features(self, inputs: Tensors) -> Tensor:
+        for name, layer in self.layers.items():
+            layer(inputs[name].float())
+        return inputs["features"]
+
+    def logits(self, features: Tensor, params: Tensors) -> Tensor:
+        return features @ params["head.weight"].T
+
+    def layer(self, parameter: str) -> nn.Module:
+        return self.layers[parameter.rpartition(".")[0]]
+
+
+REQUESTS = [
+    StatisticRequest("gram", (match,), {"form": form, "decay": decay})
+    for match, form in (
+        ("*.lora_A", "full"),
+        ("*.lora_A", "diagonal"),
+        ("head.weight", "full"),
+        ("*.lora_B", "projected"),
+        ("*.lora_B", "cross"),
+    )
+    for decay in (0.0, 0.5, 1.0)
+] + [StatisticRequest("class_moments", ("head.weight",), {"form": form}) for form in ("full", "scalar")]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: "-".join(map(str, (r.match[0], *r.options.values()))))
+def test_made_up_statistics_are_the_clients_own(request_: StatisticRequest) -> None:
+    client, params, model = laws.make_client(3), laws.make_params(), Echo()
+    want = laws.synthesise(request_, client, params)
+    statistic = build("statistics", {"name": request_.name, **request_.options})
+    subjects = list(dict.fromkeys(n.rpartition("/")[2] for n in want))
+    order = torch.randperm(len(client), generator=torch_stream(0, "batches"))
+    with ExitStack() as stack:
+        accumulator = stack.enter_context(statistic.collect(model, params, subjects))
+        for rows in order.split(7):
+            inputs = {name: x[rows] for name, x in client.inputs_NI.items()} | {"features": client.features_ND[rows]}
+            accumulator.update(model.features(inputs), client.labels_N[rows])
+        got = {f"{request_.name}.{key}": t for key, t in accumulator.result().items()}
+    assert list(got) == list(want)
+    for name, expected in want.items():
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name], expected.float(), rtol=1e-5, atol=1e-4)
