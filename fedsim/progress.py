@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,8 +26,9 @@ class ProgressDisplay:
         self._console = console or Console()
         self._quiet = quiet
         self._live = _live_line(self._console) if self._console.is_terminal and not quiet else None
-        self._eta = Eta(clock)
-        self._names: Sequence[str] = ()
+        self._clock = clock
+        self._size = RunStarted(0, 0, 0)
+        self._pace: Pace | None = None
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -40,10 +42,16 @@ class ProgressDisplay:
         match event:
             case RunDirOpened():
                 self.run_dir = event.path
+                self._print(f"run directory: {event.path}")
             case RunStarted():
                 self._start(event)
             case ClientDone():
-                self._update(f"task {event.task} round {event.round}", clients=f"clients {event.done}/{event.total}")
+                stage = f"round {event.round}" if event.round < self._size.rounds else "merging"  # statistics at a task's end
+                self._update(
+                    description=f"task {event.task} {stage}",
+                    completed=event.task * self._size.rounds + event.round,
+                    clients=f"client {event.done}/{event.total}",
+                )
             case RoundDone():
                 self._end_round(event)
             case TaskDone():
@@ -52,67 +60,51 @@ class ProgressDisplay:
                 self._print(f"skipped: {event.failure}")
 
     def _start(self, event: RunStarted) -> None:
-        self._eta.start(event.finished, event.tasks * event.rounds)
-        self._names = event.task_names
-        self._print(f"{event.tasks} tasks, {event.rounds} rounds each, {event.clients} clients" + (f", {event.finished} rounds done before" if event.finished else ""))
+        self._size = event
+        self._print(f"{event.tasks} tasks, {event.rounds} rounds each, {event.clients} clients")
         if self._live is not None:
-            self._live.add_task("starting", total=self._eta.total, completed=event.finished, clients="", accuracy="", eta="")
+            self._live.add_task("starting", total=event.tasks * event.rounds, clients="", accuracy="", eta="")
             self._live.start()
 
     def _end_round(self, event: RoundDone) -> None:
-        self._eta.round_done(event.seconds)
+        total = self._size.tasks * self._size.rounds
+        finished = event.task * self._size.rounds + event.round + 1
+        if self._pace is None:
+            self._pace = Pace(self._clock() - event.seconds, finished - 1)
         accuracy = f"accuracy {mean_accuracy(event.rows):.1f} %" if event.rows else ""
-        eta = f"ETA {duration(self._eta.seconds)}"
-        self._update(f"task {event.task} round {event.round}", accuracy=accuracy, eta=eta, completed=self._eta.finished)
+        eta = f"ETA {duration(self._pace.seconds_left(self._clock(), finished, total))}"
+        self._update(completed=finished, accuracy=accuracy.replace("accuracy", "acc"), eta=eta)
         if self._live is None:
-            width = len(str(self._eta.total))
             loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}"
             parts = [accuracy, loss, f"{event.seconds:.1f} s", eta]
-            where = f"[{self._eta.finished:{width}}/{self._eta.total}] task {event.task} round {event.round}"
+            where = f"[{finished:{len(str(total))}}/{total}] task {event.task} round {event.round}"
             self._print(f"{where}: {', '.join(p for p in parts if p)}")
 
     def _end_task(self, event: TaskDone) -> None:
-        name = f" ({self._names[event.task]})" if event.task < len(self._names) else ""
-        each = f" = mean of {' '.join(f'{a:.1f}' for a in event.accuracies)}" if len(event.accuracies) > 1 else ""
-        mean = sum(event.accuracies) / max(1, len(event.accuracies))
-        self._print(f"task {event.task} learned{name}: accuracy {mean:.1f} %{each}")
+        names, of = self._size.task_names, event.accuracies
+        name = f" ({names[event.task]})" if event.task < len(names) else ""
+        each = f" = mean of {' '.join(f'{a:.1f}' for a in of)}" if len(of) > 1 else ""
+        self._print(f"task {event.task} learned{name}: accuracy {sum(of) / max(1, len(of)):.1f} %{each}")
 
-    def _update(self, description: str, completed: int | None = None, **fields: str) -> None:
+    def _update(self, **fields: Any) -> None:
         if self._live is not None and self._live.task_ids:
-            self._live.update(self._live.task_ids[0], description=description, completed=completed, **fields)
+            self._live.update(self._live.task_ids[0], **fields)
 
     def _print(self, line: str) -> None:
         if not self._quiet:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class Eta:
-    """Seconds to go, from the mean wall time of the rounds that this process has finished."""
+class Pace:
+    """Wall time per round since `begin`, when `before` rounds were done (start-up is left out)."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._before = 0
-        self._begin: float | None = None
-        self.finished = 0
-        self.total = 0
+    def __init__(self, begin: float, before: int) -> None:
+        self._begin = begin
+        self._before = before
 
-    def start(self, finished: int, total: int) -> None:
-        """`finished` of `total` rounds are done already."""
-        self._before = self.finished = finished
-        self.total = total
-
-    def round_done(self, seconds: float) -> None:
-        """One more. Start-up is left out: the clock begins with the first round."""
-        if self._begin is None:
-            self._begin = self._clock() - seconds
-        self.finished += 1
-
-    @property
-    def seconds(self) -> float:
-        """NaN before the first round has finished."""
-        if self._begin is None:
-            return math.nan
-        return (self._clock() - self._begin) / (self.finished - self._before) * (self.total - self.finished)
+    def seconds_left(self, now: float, finished: int, total: int) -> float:
+        """If the rounds to come take as long as those since `begin`."""
+        return (now - self._begin) / (finished - self._before) * (total - finished)
 
 
 def mean_accuracy(rows: Sequence[Row]) -> float:
@@ -122,8 +114,6 @@ def mean_accuracy(rows: Sequence[Row]) -> float:
 
 def duration(seconds: float) -> str:
     """41 s, 3:05 min, 2:03 h."""
-    if math.isnan(seconds):
-        return "?"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -134,4 +124,12 @@ def duration(seconds: float) -> str:
 
 def _live_line(console: Console) -> Progress:
     text = [TextColumn(f"{{task.fields[{name}]}}") for name in ("clients", "accuracy", "eta")]
-    return Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), *text, console=console, expand=True, transient=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        *text,
+        console=console,
+        expand=True,
+        transient=True,
+    )

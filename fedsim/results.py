@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 
 # T tasks; i task trained, j task tested
 FloatArray = NDArray[np.float64]
-Costs: TypeAlias = Mapping[str, Any]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
+Costs: TypeAlias = Mapping[
+    str, Any
+]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
 
 COUNTS = tuple(f.name for f in dataclasses.fields(Row))
 COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
@@ -116,7 +118,10 @@ class Results:
         return pd.DataFrame(self._records(), columns=list(COLUMNS))
 
     def _records(self) -> list[tuple[Any, ...]]:
-        return [(*dataclasses.astuple(row), _percent(self._correct(row), row.total), _percent(row.correct_in_task, row.total)) for row in self.rows]
+        return [
+            (*dataclasses.astuple(row), _percent(self._correct(row), row.total), _percent(row.correct_in_task, row.total))
+            for row in self.rows
+        ]
 
     def _correct(self, row: Row) -> int:
         return row.correct_in_task if self.config.stream.name == "task_incremental" else row.correct
@@ -180,7 +185,11 @@ class RunDir:
             version = found._status("fedsim")
             raise RunDirError(
                 f"{found.path} cannot be resumed: its config.yaml or plugins/ were changed since the run began"
-                + (f", or fedsim {fedsim.__version__} reads them otherwise than fedsim {version} did" if version != fedsim.__version__ else "")
+                + (
+                    f", or fedsim {fedsim.__version__} reads them otherwise than fedsim {version} did"
+                    if version != fedsim.__version__
+                    else ""
+                )
             )
         if config is not None and config.identity() != identity:
             raise RunDirError(f"{found.path} belongs to another config: resume it without a config, or choose another --output")
@@ -208,7 +217,9 @@ class RunDir:
         """
         if (self.path / "status.json").is_file():
             if self.manifest_hash != manifest.hash:
-                raise RunDirError(f"{self.path}: the data give another split than the run began with. Were files changed? Start a new run")
+                raise RunDirError(
+                    f"{self.path}: the data give another split than the run began with. Were files changed? Start a new run"
+                )
             self._note_resume()
             return
         self._write("config.yaml", self._copy_plugins().to_yaml())
@@ -247,7 +258,12 @@ class RunDir:
         self._write(name, json.dumps(value, indent=2) + "\n")
 
     def _write_status(self, state: str, manifest_hash: str) -> None:
-        status = {"state": state, "identity": self.config.identity(), "manifest_hash": manifest_hash, "fedsim": fedsim.__version__}
+        status = {
+            "state": state,
+            "identity": self.config.identity(),
+            "manifest_hash": manifest_hash,
+            "fedsim": fedsim.__version__,
+        }
         self._write_json("status.json", status | {"rule_object": _rule_object(self.config)})
 
     def _status(self, key: str) -> Any:
@@ -297,7 +313,9 @@ def _git_state(root: Path) -> dict[str, Any] | None:
     """Commit and whether files differ from it, if `root` is itself the top of a work tree."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
@@ -377,7 +395,9 @@ def _renamed(config: SimConfig, old: str, new: str) -> SimConfig:
     return dataclasses.replace(
         config,
         **{key: _replaced(getattr(config, key), old, new) for key in configs.PLUGIN_KEYS},
-        server=dataclasses.replace(server, **{key: _replaced(getattr(server, key), old, new) for key in configs.SERVER_PLUGIN_KEYS}),
+        server=dataclasses.replace(
+            server, **{key: _replaced(getattr(server, key), old, new) for key in configs.SERVER_PLUGIN_KEYS}
+        ),
         client=dataclasses.replace(client, objectives=_replaced(client.objectives, old, new)),
     )
 

@@ -87,7 +87,8 @@ def summary(correct_TT: ArrayLike, total_TT: ArrayLike, suffix: str = "") -> dic
     tasks = len(a_TT)
     complete = tasks > 0 and bool((total[np.tril_indices(tasks)] > 0).all())
     values: dict[str, float | None] = {
-        name: metric(a_TT) if complete and (tasks > 1 or name not in NEED_TWO_TASKS) else None for name, metric in OF_ACCURACY.items()
+        name: metric(a_TT) if complete and (tasks > 1 or name not in NEED_TWO_TASKS) else None
+        for name, metric in OF_ACCURACY.items()
     }
     values["final_average_accuracy_micro"] = final_average_accuracy_micro(correct_TT, total_TT) if complete else None
     return {f"{name}{suffix}": value for name, value in values.items()}

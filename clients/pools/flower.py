@@ -602,7 +602,7 @@ def _refuse_foreign_ray() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         raise PoolError(
-            "Ray is in use in this process already, and Flower's engine would shut it down: close that pool or call ray.shutdown() first"
+            "Ray is in use in this process, and Flower's engine would shut it down: close that pool or call ray.shutdown() first"
         )
 
 

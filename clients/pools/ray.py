@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -210,7 +211,8 @@ def _to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
 def _start(address: str | None, workers: Any, threads: int) -> None:
     try:
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
             cores = os.cpu_count() or 1
             wanted = cores if workers == "auto" else max(cores, workers * threads)
@@ -218,6 +220,13 @@ def _start(address: str | None, workers: Any, threads: int) -> None:
     except Exception as e:
         where = f"no Ray cluster at '{address}'" if address else "Ray does not start"
         raise PoolError(f"{where}: {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits for minutes before it says that nobody is at an address."""
+    host, _, port = address.partition("://")[-1].rpartition(":") if "://" in address else address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _num_workers(spec: contracts.WorkSpec) -> int:

@@ -91,6 +91,8 @@ class ModelConfig:
         _choice("pooling", self.pooling, ("auto", "cls", "mean"))
         if self.backbone == "random" and "model_type" not in self.config:
             raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
+        if self.backbone != "random" and self.config:
+            raise ConfigError(f"config describes random weights only: leave it out, or set backbone to random, got {self.backbone!r}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ class SimConfig:
         plain = self.to_dict()
         del plain["name"]
         plain["runtime"] = {k: plain["runtime"][k] for k in ("threads", "device", "precision", "eval_batch")}
+        if self.manifest is not None and Path(self.manifest).is_file():
+            plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
         for kind, _, section in _plugin_sections(self):
             key = _name_key(kind)
             if plugins.is_path(section[key]):

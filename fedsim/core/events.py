@@ -38,13 +38,12 @@ class RunDirOpened:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """`rounds` per task; `clients` per round; `finished`: rounds that are already done when a run is resumed."""
+    """The size of the run: `rounds` per task, `clients` in all. A resumed run says the same as a new one."""
 
     tasks: int
     rounds: int
     clients: int
     task_names: Sequence[str] = ()
-    finished: int = 0
 
 
 @dataclass(frozen=True)

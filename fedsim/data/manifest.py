@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -269,13 +270,15 @@ def _histograms(
 def _content(manifest: Manifest) -> dict[str, Any]:
     """Plain lists and dicts, in the layout of the file."""
     tasks = []
+    indices, bounds = manifest.shard_indices.tolist(), manifest.shard_offsets.tolist()
     for t in range(manifest.num_tasks):
+        first = t * manifest.num_clients
         tasks.append(
             {
                 "name": manifest.task_names[t],
                 "classes": list(manifest.task_classes[t]),
                 "alpha": _plain_alpha(manifest.alpha[t]),
-                "clients": [manifest.shard(t, k).tolist() for k in range(manifest.num_clients)],
+                "clients": [indices[a:b] for a, b in pairwise(bounds[first : first + manifest.num_clients + 1])],
                 "test": manifest.test_of(t).tolist(),
                 "histogram": manifest.histograms[t].tolist(),
             }

@@ -31,20 +31,16 @@ def _load(tokenizer_of: str | None) -> Any:
     from transformers import AutoTokenizer  # takes a second, and only text needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+        return AutoTokenizer.from_pretrained(tokenizer_of)
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, or the hub client's own errors
         reason = " ".join(str(e).split())
         raise DataError(f"no tokenizer loads from {tokenizer_of}: {reason[:300]} (set model.backbone to a text model)") from e
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return tokenizer
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
     if not texts:
         return []
+    # both said on every call: this also overrides what a tokenizer.json ships with
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)["input_ids"]
     return ids
 

@@ -62,11 +62,16 @@ class Backbone:
         return tokens_bLD[:, 0] if self.pooling == "cls" else tokens_bLD[:, self.first_patch :].mean(dim=1)
 
     def text_features(self, inputs: Tensors) -> Tensor:
-        """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, or the mean over the tokens in the mask."""
+        """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, or the mean over the tokens in the mask.
+
+        Columns at the end that hold nothing but padding are not computed. Raises ModelError for texts that are too long.
+        """
         if "input_ids" not in inputs:
             raise ModelError(f"the backbone takes text, but the data hold {', '.join(inputs)}: choose an image backbone")
         ids_bL = inputs["input_ids"]
         mask_bL = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids_bL)
+        used = max(1, int((mask_bL.any(dim=0) * torch.arange(1, ids_bL.shape[1] + 1, device=ids_bL.device)).max()))
+        ids_bL, mask_bL = ids_bL[:, :used], mask_bL[:, :used]  # most texts are far shorter than the longest one allowed
         longest = getattr(self.encoder.config, "max_position_embeddings", None)
         if longest is not None and ids_bL.shape[1] > longest:
             raise ModelError(

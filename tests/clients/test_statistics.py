@@ -5,6 +5,7 @@ Shapes: N tokens, I inputs, R rank, C classes, D features.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -157,9 +158,12 @@ def test_projected_forms_never_hold_a_square_of_the_width(model: TinyVit, params
 
 def test_hooks_are_taken_off_even_after_an_error(model: TinyVit, params: Tensors) -> None:
     layer = model.encoder.get_submodule(model.linear[0])
-    with pytest.raises(RuntimeError, match="on purpose"), Gram().collect(model, params, [f"adapter.{model.linear[0]}.lora_A"]):
-        assert len(layer._forward_pre_hooks) == 1
-        raise RuntimeError("on purpose")
+    collecting = Gram().collect(model, params, [f"adapter.{model.linear[0]}.lora_A"])
+    collecting.__enter__()
+    assert len(layer._forward_pre_hooks) == 1
+    error = RuntimeError("on purpose")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        collecting.__exit__(RuntimeError, error, None)
     assert len(layer._forward_pre_hooks) == 0
 
 
@@ -219,7 +223,7 @@ def test_gram_of_the_wrong_subject(model: TinyVit, params: Tensors, form: str, s
 
 
 def test_gram_bad_options() -> None:
-    with pytest.raises(ConfigError, match="form 'diagnal' is unknown. Did you mean 'diagonal'"):
+    with pytest.raises(ConfigError, match=r"form 'diagnal' is unknown\. Did you mean 'diagonal'"):
         Gram("diagnal")
     with pytest.raises(ConfigError, match=r"decay must be in \[0, 1\], got 2"):
         Gram("full", 2)
@@ -236,7 +240,7 @@ def test_moments_of_every_class(model: TinyVit, params: Tensors, dense: Mapping[
     assert set(scalar) == {"count/head.weight", "spread/head.weight"}
     assert full["count/head.weight"].tolist() == scalar["count/head.weight"].tolist() == [5, 4, 3, 0, 1]
     for c in range(CLASSES):
-        rows = dense["head"][LABELS == c]
+        rows = dense["head"][c == LABELS]
         mean = rows.mean(0) if len(rows) else torch.zeros(12, dtype=torch.float64)
         variance = rows.var(0) if len(rows) > 1 else torch.zeros(12, dtype=torch.float64)
         torch.testing.assert_close(full["mean/head.weight"][c].double(), mean, rtol=1e-5, atol=1e-6)
@@ -263,7 +267,7 @@ def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int) -> Non
     outs = []
     for bounds in ([0, 20], sorted([0, 20, *cuts])):
         with ClassMoments().collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
-            for a, b in zip(bounds, bounds[1:], strict=False):
+            for a, b in itertools.pairwise(bounds):
                 accumulator.update(x[a:b], labels[a:b])
         outs.append(accumulator.result())
     for name, want in outs[0].items():
@@ -273,7 +277,7 @@ def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int) -> Non
 def test_moments_of_the_wrong_subject(model: TinyVit, params: Tensors) -> None:
     with pytest.raises(ConfigError, match=r"class_moments describes the inputs of 'head\.weight', not of 'head\.bias'"):
         measure(ClassMoments(), model, params, ["head.bias"], batch=4)
-    with pytest.raises(ConfigError, match="form 'scalr' is unknown. Did you mean 'scalar'"):
+    with pytest.raises(ConfigError, match=r"form 'scalr' is unknown\. Did you mean 'scalar'"):
         ClassMoments("scalr")
 
 

@@ -48,10 +48,8 @@ def test_disjoint_cover_or_clear_error(name: str, sizes: list[int], clients: int
     partition = config.build("partitions", section)
     try:
         shards = partition.split(labels, rng.stream(seed, "partition", 0))
-    except PartitionError as e:
-        assert "\n" not in str(e)
-        if name in ("iid", "quantity"):
-            assert clients * floor > len(labels)
+    except PartitionError:
+        assert name not in ("iid", "quantity") or clients * floor > len(labels)
         return
     assert len(shards) == clients
     assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(len(labels)))
@@ -64,7 +62,7 @@ def test_disjoint_cover_or_clear_error(name: str, sizes: list[int], clients: int
 def test_too_many_clients_is_an_error_at_once(name: str) -> None:
     partition = config.build("partitions", {"name": name, "clients": 50, "min_samples": 6})
     with pytest.raises(
-        PartitionError, match="50 clients with at least 6 samples each need 300 samples, but there are 299: use fewer clients"
+        PartitionError, match=r"50 clients with at least 6 samples each need 300 samples, but there are 299: use fewer clients"
     ):
         partition.split(np.arange(299) % 10, np.random.default_rng(0))
 
@@ -220,12 +218,12 @@ def test_pathological_says_what_is_impossible() -> None:
     labels = np.repeat(np.arange(20), 15)
     with pytest.raises(
         PartitionError,
-        match="5 clients with 2 classes each hold at most 10 of the task's 20 classes: use at least 10 clients, or .* 4",
+        match=r"5 clients with 2 classes each hold at most 10 of the task's 20 classes: use at least 10 clients, or .* 4",
     ):
         pathological.Partition(clients=5).split(labels, np.random.default_rng(0))
-    with pytest.raises(PartitionError, match="classes_per_client is 21, but the task has 20 classes"):
+    with pytest.raises(PartitionError, match=r"classes_per_client is 21, but the task has 20 classes"):
         pathological.Partition(classes_per_client=21).split(labels, np.random.default_rng(0))
-    with pytest.raises(PartitionError, match="gave each of 150 clients 20 classes"):
+    with pytest.raises(PartitionError, match=r"gave each of 150 clients 20 classes"):
         pathological.Partition(clients=150, classes_per_client=20).split(labels, np.random.default_rng(0))
 
 

@@ -138,7 +138,7 @@ def test_npz_two_files_and_no_names(tmp_path: Path) -> None:
     assert dataset.class_names == ("0", "1", "2")
     assert len(dataset.test) == 3
     c = write_npz(tmp_path / "c.npz", class_names=np.array(["x", "z", "y"]))
-    with pytest.raises(DataError, match="class_names of .* differ"):
+    with pytest.raises(DataError, match=r"class_names of .* differ"):
         npz.Source(str(write_npz(tmp_path / "d.npz")), str(c)).load()
 
 
@@ -171,7 +171,7 @@ def test_npz_groups_and_domains(tmp_path: Path) -> None:
     [
         ({"train_labels": None}, "holds no 'train_labels' (it holds: class_names, "),
         ({"train_images": np.zeros((8, 2, 2))}, "train_images must be uint8 in 0..255, got float64"),
-        ({"train_images": np.zeros((8, 4), dtype=np.uint8)}, "train_images must have shape (N, H, W) or (N, H, W, 1 or 3), got (8, 4)"),
+        ({"train_images": np.zeros((8, 4), dtype=np.uint8)}, "must have shape (N, H, W) or (N, H, W, 1 or 3), got (8, 4)"),
         ({"train_images": np.zeros((8, 2, 2, 2), dtype=np.uint8)}, "train_images must have shape (N, H, W) or "),
         ({"train_labels": np.array([2, 0, 1, 3, 0, 1, 2, 2])}, "train_labels must be in 0..2, got 3 at position 3"),
         ({"test_labels": np.array([0, -1, 2])}, "test_labels must be in 0..2, got -1 at position 1"),
@@ -191,7 +191,7 @@ def test_npz_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message:
 
 
 def test_npz_missing_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no .npz file at .*none.npz"):
+    with pytest.raises(DataError, match=r"no .npz file at .*none.npz"):
         npz.Source(str(tmp_path / "none.npz")).load()
     whole = write_npz(tmp_path / "d.npz").read_bytes()
     damaged = bytearray(whole)
@@ -203,7 +203,7 @@ def test_npz_missing_or_damaged(tmp_path: Path) -> None:
     array = (tmp_path / "one.npy").read_bytes()
     for content in (whole[: len(whole) // 2], bytes(damaged), b"", b"not an archive", array, objects):
         (tmp_path / "d.npz").write_bytes(content)
-        with pytest.raises(DataError, match="d.npz (cannot be read as|is not an) .npz") as error:
+        with pytest.raises(DataError, match=r"d.npz (cannot be read as|is not an) .npz") as error:
             npz.Source(str(tmp_path / "d.npz")).load()
         assert "\n" not in str(error.value)
 
@@ -318,10 +318,10 @@ def test_text_groups_that_do_not_fit(
 
 def test_text_needs_a_tokenizer(tmp_path: Path, write_json: Callable[[str, Any], str]) -> None:
     source = text.Source(write_json("t.json", TEXTS))
-    with pytest.raises(DataError, match="needs a tokenizer: set model.backbone"):
+    with pytest.raises(DataError, match=r"needs a tokenizer: set model.backbone"):
         source.load(None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no tokenizer loads from .*empty") as error:
+    with pytest.raises(DataError, match=r"no tokenizer loads from .*empty") as error:
         source.load(str(tmp_path / "empty"))
     assert "\n" not in str(error.value)
 
@@ -390,7 +390,8 @@ def test_huggingface_folder_of_images(local_datasets: Any, tmp_path: Path) -> No
         check_dataset(dataset)
         assert dataset.class_names == ("cat", "dog")
         assert dataset.train.inputs["pixel_values"].shape == (6, 4, 6)  # all grey: no channels
-        assert sorted(zip(dataset.train.labels.tolist(), dataset.train.inputs["pixel_values"][:, 0, 0].tolist(), strict=True)) == [
+        corner = dataset.train.inputs["pixel_values"][:, 0, 0]
+        assert sorted(zip(dataset.train.labels.tolist(), corner.tolist(), strict=True)) == [
             (0, 0), (0, 1), (0, 2), (1, 100), (1, 101), (1, 102),
         ]  # fmt: skip
 
@@ -417,9 +418,9 @@ def test_huggingface_text_with_groups_and_domains(local_datasets: Any, tmp_path:
     assert dataset.domain_names == ("r", "s")
     assert dataset.train.domains is not None
     assert dataset.train.domains.tolist() == [1, 1, 0, 1]
-    with pytest.raises(DataError, match="'site' is no grouping of the classes: class '0' is in several groups"):
+    with pytest.raises(DataError, match=r"'site' is no grouping of the classes: class '0' is in several groups"):
         huggingface.Source("parquet", data_files=files, text_key="text", group_key="site").load(tokenizer_folder)
-    with pytest.raises(DataError, match="which column of parquet holds the inputs.*: text, topic, site"):
+    with pytest.raises(DataError, match=r"which column of parquet holds the inputs.*: text, topic, site"):
         huggingface.Source("parquet", data_files=files).load(tokenizer_folder)
 
 
@@ -436,9 +437,9 @@ def test_huggingface_columns_that_are_not_there(local_datasets: Any, tmp_path: P
             huggingface.Source("parquet", data_files=files, **options).load()  # type: ignore[arg-type]
         assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="datasets cannot load split 'train' of .*nowhere"):
+    with pytest.raises(DataError, match=r"datasets cannot load split 'train' of .*nowhere"):
         huggingface.Source(str(tmp_path / "nowhere")).load()
-    with pytest.raises(ConfigError, match="image_key and text_key do not go together"):
+    with pytest.raises(ConfigError, match=r"image_key and text_key do not go together"):
         huggingface.Source("parquet", image_key="a", text_key="b")
 
 

@@ -95,7 +95,7 @@ def test_shuffle_follows_the_seed_and_nothing_else() -> None:
 @settings(deadline=None, max_examples=40)
 def test_every_sample_is_in_one_task_and_sizes_are_as_array_split_cuts(classes: int, tasks: int, shuffle: bool) -> None:
     dataset = synthetic_data(classes=classes)
-    options = {"tasks": tasks, "order": "shuffle" if shuffle else "given"}
+    options: dict[str, Any] = {"tasks": tasks, "order": "shuffle" if shuffle else "given"}
     if tasks > classes:
         with pytest.raises(ConfigError, match=f"stream.tasks is {tasks}, but there are only {classes} classes"):
             stream_of(dataset, **options)
@@ -118,7 +118,7 @@ def test_classes_per_task() -> None:
     assert [len(t) for t in everything.task_classes] == [4, 4, 2]
     with pytest.raises(ConfigError, match=r"4 × 3 = 12, but there are only 10 classes: use at most 3 tasks of 3"):
         stream_of(dataset, tasks=4, classes_per_task=3)
-    with pytest.raises(ConfigError, match="stream.tasks or stream.classes_per_task must be given"):
+    with pytest.raises(ConfigError, match=r"stream.tasks or stream.classes_per_task must be given"):
         stream_of(dataset, tasks=None)
 
 
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> No
 
 
 def test_too_many_domains() -> None:
-    with pytest.raises(ConfigError, match="stream.tasks is 5, but there are only 4 domains: use at most 4, or null for all"):
+    with pytest.raises(ConfigError, match=r"stream.tasks is 5, but there are only 4 domains: use at most 4, or null for all"):
         stream_of(synthetic_data(domains=4), name="domain_incremental", tasks=5)
 
 

@@ -113,7 +113,9 @@ def test_fresh_tensors_are_addressed_and_bounded() -> None:
 
 @pytest.mark.parametrize(("layout", "inputs", "targets"), FAMILIES)
 @pytest.mark.parametrize("alpha", [None, 6.0])
-def test_applied_merged_and_dense_agree(layout: dict[str, Any], inputs: dict[str, Tensor], targets: Any, alpha: float | None) -> None:
+def test_applied_merged_and_dense_agree(
+    layout: dict[str, Any], inputs: dict[str, Tensor], targets: Any, alpha: float | None
+) -> None:
     built = model(layout, lora_of(targets, alpha=alpha))
     params = trained(built)
     bare = built.features(inputs)
@@ -169,7 +171,7 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     for name, t in params.items():
         t.requires_grad_(name.endswith(".lora_B"))
     with built.applied(params):
-        built.features(images()).sum().backward()
+        built.features(images()).sum().backward()  # type: ignore[no-untyped-call]
     assert all((t.grad is not None) == n.endswith(".lora_B") for n, t in params.items())
     assert all(p.grad is None and not p.requires_grad for p in built.backbone.encoder.parameters())
 
@@ -189,7 +191,7 @@ def test_dropout_is_inverted_and_draws_from_its_own_generator() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     x = torch.full((100, 100), 3.0)
     dropped = lora._dropped(x, 0.25, torch.Generator().manual_seed(0))
-    assert set(dropped.unique().tolist()) == {0.0, 4.0}
+    assert set(dropped.flatten().tolist()) == {0.0, 4.0}
     assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
 
 
@@ -204,7 +206,9 @@ def test_patterns() -> None:
 
 def test_pattern_that_matches_nothing_lists_what_there_is() -> None:
     built = model(BERT, lora_of(["query", "q_proj"]), double=False)
-    with pytest.raises(ModelError, match=r"'q_proj' matches no linear layer .* encoder\.layer\.\*\.attention\.self\.query, ") as e:
+    with pytest.raises(
+        ModelError, match=r"'q_proj' matches no linear layer .* encoder\.layer\.\*\.attention\.self\.query, "
+    ) as e:
         built.init_adapter(torch.Generator())
     assert "\n" not in str(e.value)
 
@@ -217,7 +221,13 @@ def test_rank_larger_than_a_layer_names_it() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rank": 0}, "rank"), ({"alpha": 0.0}, "alpha"), ({"dropout": 1.0}, "dropout"), ({"targets": []}, "targets"), ({"targets": [3]}, "targets")],
+    [
+        ({"rank": 0}, "rank"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"targets": []}, "targets"),
+        ({"targets": [3]}, "targets"),
+    ],
 )
 def test_options_that_can_never_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

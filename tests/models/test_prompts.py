@@ -47,13 +47,15 @@ def attention_by_hand(module: nn.Module, names: tuple[str, ...], x_LD: Tensor, k
         for i in range(len(x_LD)):
             scores = torch.stack([(q[i, part] * k[j, part]).sum() for j in range(len(k))]) / 8**0.5
             weights = scores.exp() / scores.exp().sum()
-            out[i, part] = sum(w * v[j, part] for j, w in enumerate(weights))  # type: ignore[assignment]
+            out[i, part] = sum(w * v[j, part] for j, w in enumerate(weights))
     return out
 
 
 @pytest.mark.parametrize(("layout", "inputs", "stack"), FAMILIES)
 @pytest.mark.parametrize("blocks", ["all", [-1]])
-def test_prefix_is_attention_with_more_keys_and_values(layout: dict[str, Any], inputs: dict[str, Tensor], stack: str, blocks: Any) -> None:
+def test_prefix_is_attention_with_more_keys_and_values(
+    layout: dict[str, Any], inputs: dict[str, Tensor], stack: str, blocks: Any
+) -> None:
     built = model(layout, {"name": "prefix", "length": 3, "blocks": blocks})
     params = trained(built)
     where, *names = NAMES[stack]
@@ -111,7 +113,9 @@ def test_deep_prompts_on_bert_do_not_see_padding(attention: str) -> None:
 
 @pytest.mark.parametrize("name", ["prefix", "vpt"])
 @pytest.mark.parametrize(("layout", "inputs", "stack"), FAMILIES)
-def test_gradients_are_those_of_finite_differences(name: str, layout: dict[str, Any], inputs: dict[str, Tensor], stack: str) -> None:
+def test_gradients_are_those_of_finite_differences(
+    name: str, layout: dict[str, Any], inputs: dict[str, Tensor], stack: str
+) -> None:
     built = model(layout, {"name": name, "length": 2})
     params = {n: t.requires_grad_() for n, t in trained(built).items()}
     with built.applied(params):
@@ -180,7 +184,8 @@ def test_encoder_without_blocks_or_attention_is_refused() -> None:
 
 @pytest.mark.parametrize("cls", [prefix.Adapter, vpt.Adapter])
 @pytest.mark.parametrize(
-    ("options", "message"), [({"length": 0}, "length"), ({"blocks": "some"}, "blocks"), ({"blocks": []}, "blocks"), ({"init_std": -1.0}, "init_std")]
+    ("options", "message"),
+    [({"length": 0}, "length"), ({"blocks": "some"}, "blocks"), ({"blocks": []}, "blocks"), ({"init_std": -1.0}, "init_std")],
 )
 def test_options_that_can_never_work(cls: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -28,7 +28,9 @@ LENGTHS = (3, 7, 5)  # tokens of the sentences in `texts`
 def model(layout: dict[str, Any], adapter: dict[str, Any], double: bool = True, pooling: str = "auto", **transform: Any) -> Model:
     """A model of random weights that are large enough for every part to matter, float64 by default."""
     config = SimConfig(
-        model=ModelConfig(backbone="random", config=layout, pooling=pooling), adapter=adapter, transform=TransformConfig(**transform)
+        model=ModelConfig(backbone="random", config=layout, pooling=pooling),
+        adapter=adapter,
+        transform=TransformConfig(**transform),
     )
     built = models.build(config, num_classes=4)
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +63,8 @@ def trained(built: Model, seed: int = 4) -> dict[str, Tensor]:
 
 def untouched(encoder: nn.Module) -> dict[str, Any]:
     """All that an adapter could leave behind: weights with their storage, hooks, attributes, the attention function."""
-    left: dict[str, Any] = {"attention": encoder.config._attn_implementation}
+    config: Any = encoder.config
+    left: dict[str, Any] = {"attention": config._attn_implementation}
     for name, module in encoder.named_modules():
         left[f"{name} hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
         left[f"{name} attributes"] = sorted(module.__dict__)

@@ -246,5 +246,5 @@ def test_regmean_without_statistics() -> None:
 def test_regmean_bad_options() -> None:
     with pytest.raises(ConfigError, match=r"decay must be in \[0, 1\]"):
         RegMean(decay=2.0)
-    with pytest.raises(ConfigError, match="form 'diag' is unknown. Did you mean 'diagonal'"):
+    with pytest.raises(ConfigError, match=r"form 'diag' is unknown\. Did you mean 'diagonal'"):
         RegMean(form="diag")

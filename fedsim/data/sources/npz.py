@@ -22,7 +22,7 @@ class Source(contracts.Source):
     path, test_path: `train_images`, `train_labels` are read from the first, `test_images`, `test_labels` from the second
         (null: the first too). Images are uint8 (N, H, W) or (N, H, W, 3); labels integers that index `class_names`
         (left out: as many classes as the largest label says, named by number).
-    train_per_class: only the first n training samples of every class.
+    train_per_class, test_per_class: only the first n samples of every class.
     Groupings: every pair `class_<x>` (group id per class), `<x>_names`; "coarse" is also called "superclass".
     Domains: `train_domain`, `test_domain` (domain id per sample), `domain_names`.
     """
@@ -30,9 +30,10 @@ class Source(contracts.Source):
     path: str
     test_path: str | None = None
     train_per_class: int | None = None
+    test_per_class: int | None = None
 
     def __post_init__(self) -> None:
-        _common.at_least_one(train_per_class=self.train_per_class)
+        _common.at_least_one(train_per_class=self.train_per_class, test_per_class=self.test_per_class)
 
     def load(self, tokenizer_of: str | None = None) -> Dataset:
         train_path = _common.existing(self.path, ".npz file")
@@ -43,10 +44,10 @@ class Source(contracts.Source):
         groups, group_names = _groups(train, len(names), train_path)
         domain_names = tuple(map(str, train["domain_names"].tolist())) if "domain_names" in train else ()
         train_split = _split(train, "train", len(names), len(domain_names), train_path)
-        kept = _common.first_per_class(train_split.labels, self.train_per_class)
+        test_split = _split(test, "test", len(names), len(domain_names), test_path)
         dataset = Dataset(
-            train=_common.subset(train_split, kept),
-            test=_split(test, "test", len(names), len(domain_names), test_path),
+            train=_common.subset(train_split, _common.first_per_class(train_split.labels, self.train_per_class)),
+            test=_common.subset(test_split, _common.first_per_class(test_split.labels, self.test_per_class)),
             class_names=names,
             groups=groups,
             group_names=group_names,

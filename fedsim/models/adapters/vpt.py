@@ -20,12 +20,12 @@ from fedsim.models import inject
 from fedsim.models.adapters import _prompts
 
 PROMPT = ".prompt"
-PLACE = 1  # prompts go in after the class token
+PLACE = 1  # prompts go in after the class token, as published; attention does not care where
 
 
 @dataclass(frozen=True)
 class Adapter(contracts.Adapter):
-    """`[x_cls; P_i; x_1 … x_L]` goes into each chosen block i, and the outputs at the places of P_i are dropped after it.
+    """`[x_1; P_i; x_2 … x_L]` (x_1: the class token) goes into each chosen block i; the outputs at P_i are dropped after it.
 
     P_i (P, D) are trained, for all samples the same. Works on any encoder with a list of blocks; padding stays masked.
     A fresh prompt is random and changes the outputs: prompts take part in the softmax whatever their values are.

@@ -1,0 +1,49 @@
+# make run | test | check: each sets up what it needs in .venv first, and only once.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14 python3.10 python, \
+	$(shell $(p) -c 'import sys; sys.version_info >= (3, 10) and print("$(p)")' 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.cfg constraints.txt
+
+.PHONY: run test check format clean help
+
+run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
+	$(BIN)/fedsim run configs/quickstart.yaml
+
+test: $(VENV)/.installed-test  ## run the tests
+	$(BIN)/python -m pytest -n 2 tests
+
+check: $(VENV)/.installed-dev  ## lint, format, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## put the code into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "fedsim needs Python 3.10 or newer: none found, set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make environments: install its venv module (python3-venv)"; exit 1; }
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	@echo "setting up .venv (minutes on a cold machine)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[flower,huggingface,test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PIP) --editable '.[flower,huggingface,test,dev]'
+	@touch $@
