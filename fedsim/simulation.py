@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from clients.worker import resolve_device, torch_threads
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, WorkSpec
+from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec
 from fedsim.core.errors import ConfigError
-from fedsim.core.events import Event
-from fedsim.core.messages import Tensors
+from fedsim.core.events import Event, RunDirOpened
+from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
 from fedsim.models import backbone
@@ -60,6 +60,8 @@ def run(
         if run_dir.checkpoint.exists():
             state = checkpoint.load(run_dir.checkpoint, config.identity())
         run_dir.write_start(manifest)
+        if progress is not None:
+            progress(RunDirOpened(str(run_dir.path)))
         with plugins.load("pools", config.runtime.pool)(spec) as pool:
             sim = Simulation(
                 config=config,
@@ -112,14 +114,13 @@ def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
 def first_state(config: SimConfig, model: Model, rule: Aggregator) -> ServerState:
     """Where every run starts: a fresh adapter, and a head of zeros."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
-    plan = rule.plan(rule.init(params), 0)  # a rule that does not suit these tensors says so now
-    configs_of_statistics(plan.statistics)
-    return ServerState(
-        task=0, round=0, params=params, consolidator=configs.build("consolidators", config.server.consolidator).init()
-    )
+    consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
+    begun = consolidator.start_task(consolidator.init(), params, {})  # rules that do not suit these tensors say so now
+    check_statistics(rule.plan(rule.init(begun), 0).statistics)
+    return ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
 
 
-def configs_of_statistics(requests: Any) -> None:
+def check_statistics(requests: Sequence[StatisticRequest]) -> None:
     """Build the statistics that a rule asks for, so that a wrong name is an error before any training."""
     for request in requests:
         configs.build("statistics", {"name": request.name, **request.options})

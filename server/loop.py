@@ -33,7 +33,7 @@ from server.state import ServerState, Simulation
 def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
     """Go on from `state` to the end of the stream."""
     rounds = sim.config.server.rounds
-    yield RunStarted(len(sim.task_names), rounds, sim.num_clients, sim.task_names)
+    yield RunStarted(len(sim.task_names), rounds, sim.num_clients)
     while state.task < len(sim.task_names):
         if state.round == 0:
             state = begin_task(sim, state)

@@ -29,7 +29,7 @@ def test_every_config_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 32,
-        "vocab_size": 50,
+        "vocab_size": 500,
     }
     small: dict[str, Any] = {
         "data": {**TINY["data"], "kind": "tokens" if text else "image"},

@@ -12,7 +12,7 @@ import torch
 
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, RunDirError
-from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunStarted, TaskDone
+from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunDirOpened, RunStarted, TaskDone
 from fedsim.results import Results
 from fedsim.simulation import run
 from server import checkpoint, loop
@@ -48,7 +48,7 @@ def test_results_hold_what_a_researcher_wants(tmp_path: Path) -> None:
     # task 0: 2 rounds x 1 task tested + its end; task 1: 2 rounds x 2 + its end x 2
     assert len(frame) == 2 + 1 + 4 + 2
     assert frame["total"].eq(12).all()
-    assert [type(e) for e in events[:4]] == [RunStarted, ClientDone, ClientDone, ClientDone]
+    assert [type(e) for e in events[:5]] == [RunDirOpened, RunStarted, ClientDone, ClientDone, ClientDone]
     assert sum(isinstance(e, RoundDone) for e in events) == 4
     assert sum(isinstance(e, TaskDone) for e in events) == 2
     again = Results.load(results.path)

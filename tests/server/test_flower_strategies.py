@@ -50,7 +50,10 @@ def merge(rule: Aggregator, start: float, updates: list[ClientUpdate], state: St
 )
 def test_flowers_fedavg_is_ours(samples: list[int], shape: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: {n: torch.randn(shape, generator=generator) for n in ("adapter.x", "head.weight")}  # noqa: E731
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {n: torch.randn(shape, generator=generator) for n in ("adapter.x", "head.weight")}
+
     params: Tensors = {**draw(), "head.bias": torch.ones(2)}
     updates = [ClientUpdate(k, n, draw()) for k, n in enumerate(samples)]
     _, theirs = Aggregator("FedAvg").combine({}, params, updates)
@@ -165,8 +168,8 @@ def test_memory_starts_afresh_when_other_tensors_are_trained() -> None:
 @pytest.mark.parametrize("name", sorted(set(flower.strategies()) - {e["strategy"] for e in Aggregator.examples}))
 def test_strategies_keep_the_laws(name: str) -> None:
     """Those that are not among the class's examples, which the suite of all rules goes through."""
-    options = {"Bulyan": {"num_malicious_nodes": 1}, "QFedAvg": {"client_learning_rate": 0.1}}.get(name, {})
-    assert [(r.name, r.explanation) for r in laws.check(Aggregator(name, options)) if not r.ok] == []
+    needed: dict[str, dict[str, Any]] = {"Bulyan": {"num_malicious_nodes": 1}, "QFedAvg": {"client_learning_rate": 0.1}}
+    assert [(r.name, r.explanation) for r in laws.check(Aggregator(name, needed.get(name, {}))) if not r.ok] == []
 
 
 def test_exemptions_belong_to_the_strategy() -> None:
