@@ -18,23 +18,11 @@ import pytest
 from clients.pools import ray as ray_pool
 from fedsim.core.errors import PoolError
 from fedsim.simulation import run
+from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-MEDIAN = '''
-from dataclasses import dataclass
-import torch
-from fedsim.core import contracts
-
-@dataclass(frozen=True)
-class Aggregator(contracts.Aggregator):
-    """The coordinate-wise median of the clients."""
-
-    def combine(self, state, params, updates):
-        contracts.require_updates(updates)
-        merged = {n: torch.stack([u.params[n] for u in updates]).quantile(0.5, dim=0) for n in updates[0].params}
-        return state, {**params, **merged}
-'''
+MEDIAN = median_rule()
 
 
 def fedsim(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:

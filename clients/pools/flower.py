@@ -320,7 +320,7 @@ class _Losses:
         reason = reason or "no reason given"
         found = re.match(r"<class 'ray\.exceptions\.(\w+)'", reason)
         if found is None or found[1] not in LOSSES:
-            raise PoolError(f"a Flower worker failed on {self._what}: {_one_line(reason)}")
+            raise PoolError(f"a Flower worker failed on {self._what}: {_last_line(reason)}")
         self._first = min(self._first, time.monotonic())
         self._deaths += "restarting" not in reason  # else the job never ran: the actor was on its way back from another's death
         if self._deaths > self._max_restarts or time.monotonic() - self._first > START_TIMEOUT_S:
@@ -341,6 +341,12 @@ def _content(record: RecordDict, what: str) -> RecordDict:
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())[:400]
+
+
+def _last_line(reason: str) -> str:
+    """What Flower quotes is a whole traceback of Ray's, in colours."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", reason).splitlines()]
+    return _one_line(next((line for line in reversed(lines) if line), "").removesuffix("'>"))
 
 
 # ---------------------------------------------------------------- in the worker processes

@@ -364,8 +364,9 @@ def test_losses_are_counted_per_job() -> None:
     losses.add(waiting)  # the job never ran
     with pytest.raises(PoolError, match=r"died 2 times over client 3, task 0, round 1: ActorDiedError \(out of memory"):
         losses.add(died)
-    with pytest.raises(PoolError, match="a Flower worker failed on evaluation: <class 'ValueError'>"):
-        flower._Losses("evaluation", max_restarts=5).add("<class 'ValueError'>:<'no'>")
+    traceback = "<class 'ray.exceptions.RayTaskError(E)'>:<'\x1b[36mray::run()\x1b[39m\n  File x\nE: the module is broken'>"
+    with pytest.raises(PoolError, match=r"^a Flower worker failed on evaluation: E: the module is broken$"):
+        flower._Losses("evaluation", max_restarts=5).add(traceback)
 
 
 @pytest.mark.parametrize(
