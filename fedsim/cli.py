@@ -368,4 +368,5 @@ def _table(title: str) -> Table:
 
 
 if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(fedsim.__file__)))  # not the user's folder: it may hold a clients.py
     sys.exit(main())

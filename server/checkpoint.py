@@ -15,7 +15,7 @@ VERSION = 1
 
 
 def save(path: Path, state: ServerState, identity: str, advice: str = "free space") -> None:
-    """Write the state beside the old file, then put it in its place. Raises StorageError with the advice when the disk is full."""
+    """Write the state beside the old file, then put it in its place. Raises StorageError, with the advice, on a full disk."""
     buffer = io.BytesIO()
     torch.save({"version": VERSION, "identity": identity, "state": state.to_plain()}, buffer)
     write_atomic(path, buffer.getvalue(), advice)

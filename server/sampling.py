@@ -11,7 +11,8 @@ def num_sampled(num_clients: int, participation: float) -> int:
     count = round(participation * num_clients)
     if count < 1:
         raise ConfigError(
-            f"server.participation {participation} of {num_clients} clients selects nobody: it must be at least {1 / num_clients:g}"
+            f"server.participation {participation} of {num_clients} clients selects nobody: "
+            f"it must be at least {1 / num_clients:g}"
         )
     return count
 

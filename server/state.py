@@ -33,7 +33,7 @@ class Simulation:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a checkpoint holds, and nothing else. `task` and `round` are what comes next; round 0 means that the task has not begun."""
+    """What a checkpoint holds, and nothing else. `task` and `round` come next; round 0: the task has not begun."""
 
     task: int
     round: int

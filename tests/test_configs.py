@@ -64,7 +64,8 @@ def test_the_surface_of_the_design() -> None:
             "adapter": {"name": "lora", "rank": 8, "targets": ["q_proj", "v_proj"]},
             "client": {"epochs": 2, "batch_size": 16, "optimizer": "adamw", "lr": 1.0e-3},
             "server": {
-                "rounds": 3, "participation": 1.0, "aggregator": {"name": "lorm"}, "consolidator": {"name": "regmean"}, "calibrator": None,
+                "rounds": 3, "participation": 1.0, "aggregator": {"name": "lorm"},
+                "consolidator": {"name": "regmean"}, "calibrator": None,
             },
             "runtime": {"pool": "ray", "workers": "auto", "device": "auto", "precision": "fp32", "fused": "auto"},
         }

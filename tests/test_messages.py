@@ -14,7 +14,7 @@ from clients import optim
 from clients.pools.serial import Pool
 from fedsim.core.config import ClientConfig
 from fedsim.core.errors import ConfigError
-from fedsim.core.messages import ClientJob, ClientUpdate, bytes_down, bytes_up
+from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, bytes_down, bytes_up
 from fedsim.models import model as models
 from fedsim.simulation import build_aggregator, first_state, prepare_data
 from server import sampling
@@ -46,7 +46,7 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
 
 
 def test_the_ledger_adds_up() -> None:
-    job = ClientJob(0, 0, 0, {"adapter.x": torch.zeros(3), "head.weight": torch.zeros(2)}, tiny_plan())
+    job = ClientJob(0, 0, 0, {"adapter.x": torch.zeros(3), "head.weight": torch.zeros(2)}, RoundPlan())
     update = ClientUpdate(0, 4, {"head.weight": torch.zeros(2)}, {"gram.full/head.weight": torch.zeros(5)})
     first = add_traffic({}, [job, job], [update, update])
     assert first["down"] == {"adapter": 24, "head": 16, "background": 0}
@@ -54,14 +54,9 @@ def test_the_ledger_adds_up() -> None:
     assert add_traffic(first, [job], [update])["up"] == {"head": 24, "statistics": 60}
 
 
-def tiny_plan():  # type: ignore[no-untyped-def]
-    from fedsim.core.messages import RoundPlan
-
-    return RoundPlan()
-
-
 def test_mean_loss_is_weighted_by_samples() -> None:
-    updates = [ClientUpdate(0, 1, {}, metrics={"loss": 1.0}), ClientUpdate(1, 3, {}, metrics={"loss": 2.0}), ClientUpdate(2, 9, {})]
+    updates = [ClientUpdate(0, 1, {}, metrics={"loss": 1.0}), ClientUpdate(1, 3, {}, metrics={"loss": 2.0})]
+    updates.append(ClientUpdate(2, 9, {}))
     assert mean_loss(updates) == pytest.approx(1.75)
     assert mean_loss([ClientUpdate(0, 1, {})]) != mean_loss([])  # NaN
 
@@ -96,7 +91,8 @@ def test_any_torch_optimizer(name: str) -> None:
 
 def test_a_schedule_over_the_steps_of_the_round() -> None:
     client = ClientConfig(
-        optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.5}, schedule="CosineAnnealingLR", schedule_options={"T_max": "steps"}
+        optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.5}, schedule="CosineAnnealingLR",
+        schedule_options={"T_max": "steps"},
     )
     optimizer, schedule = optim.build(client, [torch.ones(1, requires_grad=True)], 8)
     assert schedule is not None

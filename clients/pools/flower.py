@@ -466,13 +466,14 @@ class _Engine:
         self._stop, self._over = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._grid: Grid | None = None
+        self._folder = Path()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="fedsim-flower-"))
             write_spec(spec, self._folder)
         except OSError as e:
-            raise PoolError(
-                f"the data cannot be handed to Flower's workers through {tempfile.gettempdir()}: {e} (set TMPDIR)"
-            ) from e
+            if self._folder.name:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            raise PoolError(f"no data for Flower's workers through {tempfile.gettempdir()}: {e} (set TMPDIR)") from e
         os.environ["FLWR_HOME"] = str(self._folder)  # else Flower leaves a file with an id in the user's home
         self._log.install()
         OPEN_ENGINES.add(self)

@@ -7,6 +7,7 @@ a copy; a round's parameters are put there once, not once per client. Nothing po
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import warnings
@@ -212,11 +213,11 @@ def _start(address: str | None, workers: Any, threads: int) -> None:
     try:
         if address is not None:
             _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cores = os.cpu_count() or 1
             wanted = cores if workers == "auto" else max(cores, workers * threads)
-            ray.init(num_cpus=wanted, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(num_cpus=wanted, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as e:
         where = f"no Ray cluster at '{address}'" if address else "Ray does not start"
         raise PoolError(f"{where}: {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
@@ -234,23 +235,29 @@ def _num_workers(spec: contracts.WorkSpec) -> int:
     runtime = spec.config.runtime
     if runtime.workers != "auto":
         return int(runtime.workers)
-    resources = ray.cluster_resources()
+    resources = _cluster()
     gpus = int(resources.get("GPU", 0)) if runtime.device != "cpu" else 0
     if gpus:
         return max(1, min(spec.num_clients, int(gpus / runtime.gpus_per_worker) if runtime.gpus_per_worker else gpus))
     return max(1, min(spec.num_clients, int(resources.get("CPU", 1)) // runtime.threads))
 
 
+def _cluster() -> dict[str, float]:
+    """What the cluster has: {"CPU": 2.0, "GPU": ..., ...}."""
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
 def _gpus_per_worker(spec: contracts.WorkSpec, workers: int) -> float:
     runtime = spec.config.runtime
     if runtime.gpus_per_worker or runtime.device == "cpu":
         return runtime.gpus_per_worker
-    gpus = float(ray.cluster_resources().get("GPU", 0))
+    gpus = _cluster().get("GPU", 0.0)
     return gpus / workers if gpus < workers else float(gpus // workers)
 
 
 def _death(what: str, times: int, error: Exception) -> str:
-    return f"Ray workers died {times} times over {what}: {_last_line(error)} (out of memory? fewer runtime.workers or a smaller client.batch_size)"
+    advice = "out of memory? fewer runtime.workers or a smaller client.batch_size"
+    return f"Ray workers died {times} times over {what}: {_last_line(error)} ({advice})"
 
 
 def _last_line(error: BaseException) -> str:

@@ -57,9 +57,8 @@ def table(frame: pd.DataFrame) -> str:
         accuracy, forgetting = group["final_average_accuracy"], group["forgetting"]
         shown = "–" if forgetting.isna().all() else f"{forgetting.mean():.1f} ± {forgetting.std():.1f}"
         heterogeneity = "–" if method == "joint" else f"{alpha:g}"
-        lines.append(
-            f"| `{method}` | {heterogeneity} | {accuracy.mean():.1f} ± {accuracy.std():.1f} | {shown} | {group['megabytes_up'].mean():.0f} |"
-        )
+        up = group["megabytes_up"].mean()
+        lines.append(f"| `{method}` | {heterogeneity} | {accuracy.mean():.1f} ± {accuracy.std():.1f} | {shown} | {up:.0f} |")
     return "\n".join(lines)
 
 

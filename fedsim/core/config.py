@@ -48,7 +48,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         _choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
         _require(self.tasks is None or self.tasks >= 1, "tasks", "must be at least 1", self.tasks)
-        _require(self.classes_per_task is None or self.classes_per_task >= 1, "classes_per_task", "must be at least 1", self.classes_per_task)
+        per_task = self.classes_per_task
+        _require(per_task is None or per_task >= 1, "classes_per_task", "must be at least 1", per_task)
         if isinstance(self.order, str):
             _choice("order", self.order, ("given", "shuffle"))
         elif not isinstance(self.order, list):
@@ -92,7 +93,7 @@ class ModelConfig:
         if self.backbone == "random" and "model_type" not in self.config:
             raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
         if self.backbone != "random" and self.config:
-            raise ConfigError(f"config describes random weights only: leave it out, or set backbone to random, got {self.backbone!r}")
+            raise ConfigError(f"config is for backbone 'random' only: leave it out, or set that, got {self.backbone!r}")
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ class RuntimeConfig:
     output: str = "runs"
 
     def __post_init__(self) -> None:
-        ok = self.workers == "auto" or (isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1)
-        _require(ok, "workers", "must be 'auto' or at least 1", self.workers)
+        counted = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
+        _require(self.workers == "auto" or counted, "workers", "must be 'auto' or at least 1", self.workers)
         _require(self.threads >= 1, "threads", "must be at least 1", self.threads)
         _require(self.eval_batch >= 1, "eval_batch", "must be at least 1", self.eval_batch)
         _require(self.gpus_per_worker >= 0, "gpus_per_worker", "must not be negative", self.gpus_per_worker)
@@ -220,11 +221,10 @@ class SimConfig:
         plain["runtime"] = {k: plain["runtime"][k] for k in ("threads", "device", "precision", "eval_batch")}
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
-        for kind, _, section in _plugin_sections(self):
-            key = _name_key(kind)
-            if plugins.is_path(section[key]):
-                plain = json.loads(json.dumps(plain).replace(json.dumps(section[key]), json.dumps(plugins.fingerprint(section[key]))))
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(plain, sort_keys=True)
+        for path in self.user_files():
+            text = text.replace(json.dumps(path), json.dumps(plugins.fingerprint(path)))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def user_files(self) -> list[str]:
         """Paths of plug-ins that are files of the user's own."""
@@ -272,8 +272,9 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     )
     objectives = [expand("objectives", o, f"client.objectives.{i}") for i, o in enumerate(config.client.objectives)]
     client = dataclasses.replace(config.client, objectives=objectives)
-    if config.runtime.pool not in plugins.names("pools") and "." not in config.runtime.pool:
-        raise ConfigError(f"runtime.pool '{config.runtime.pool}' is unknown.{did_you_mean(config.runtime.pool, plugins.names('pools'))}")
+    pool, pools = config.runtime.pool, plugins.names("pools")
+    if pool not in pools and "." not in pool:
+        raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
     return dataclasses.replace(config, data=data, partition=partition, adapter=adapter, server=server, client=client)
 
 
@@ -285,7 +286,7 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
     if not isinstance(section, Mapping) or not isinstance(section.get(key), str):
         raise ConfigError(f"{where} must be the name of one of the {kind}, or a mapping with the key '{key}', got {section!r}")
     if section[key].startswith("python:"):
-        raise ConfigError(f"{where}: the rule '{section[key]}' was a Python object: resume from Python with the same object (aggregator=...)")
+        raise ConfigError(f"{where}: '{section[key]}' was a Python object: resume from Python with aggregator=the same object")
     options = {k: v for k, v in section.items() if k != key}
     instance = _build(kind, section[key], options, where)
     name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]

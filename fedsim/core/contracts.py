@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.errors import AggregationError, ClientFailed, ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, State, Tensors
 from fedsim.core.tensors import sum_in_order
 
@@ -110,7 +110,7 @@ class Consolidator(ABC):
         return {}, 1.0
 
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
-        """A statistics pass over all clients at the task's end; None if none is needed."""
+        """A statistics pass at the task's end, over clients drawn as for a round; None if none is needed."""
         return None
 
     @abstractmethod
@@ -135,7 +135,13 @@ class Calibrator(ABC):
 
     @abstractmethod
     def calibrate(
-        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], task: int, seen: Sequence[int], generator: torch.Generator
+        self,
+        state: State,
+        params: Tensors,
+        updates: Sequence[ClientUpdate],
+        task: int,
+        seen: Sequence[int],
+        generator: torch.Generator,
     ) -> tuple[State, Tensors]:
         """New state and parameters, of which only `head.*` may differ."""
 
@@ -185,7 +191,11 @@ class Partition(ABC):
     min_samples: int = 1
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that can never work."""
+        """Raise ConfigError for values that can never work. A partition with checks of its own calls this one first."""
+        if self.clients < 1:
+            raise ConfigError(f"clients must be at least 1, got {self.clients}")
+        if self.min_samples < 1:
+            raise ConfigError(f"min_samples must be at least 1 (a client needs data to train), got {self.min_samples}")
 
     @abstractmethod
     def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
@@ -216,7 +226,9 @@ class Adapter(ABC):
         """Fresh tensors; with them the backbone computes what it computes without an adapter (prompts apart)."""
 
     @abstractmethod
-    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
+    def applied(
+        self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> AbstractContextManager[None]:
         """While open, the encoder's forward runs with these tensors, and gradients flow to them.
         `dropout`: the generator of dropout masks while training, None otherwise. The base weights are never touched."""
 

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -347,13 +348,15 @@ def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pyte
     assert not logging.getLogger("flwr").filters
 
 
-def test_a_folder_that_takes_no_data_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_takes_no_data_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(flower, "write_spec", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(PoolError, match=r"No space left on device \(set TMPDIR\)"):
         list(Pool(spec).train(make_jobs(spec, 0)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_losses_are_counted_per_job() -> None:

@@ -12,14 +12,6 @@ from fedsim.core.contracts import IntArray, Partition
 from fedsim.core.errors import ConfigError, PartitionError
 
 
-def check_options(partition: Partition) -> None:
-    """Raise ConfigError for numbers of clients or floors that can never work."""
-    if partition.clients < 1:
-        raise ConfigError(f"clients must be at least 1, got {partition.clients}")
-    if partition.min_samples < 1:
-        raise ConfigError(f"min_samples must be at least 1 (a client needs data to train), got {partition.min_samples}")
-
-
 def check_positive(name: str, value: float) -> None:
     """Raise ConfigError unless a number is positive and finite."""
     if not (value > 0 and np.isfinite(value)):

@@ -48,7 +48,7 @@ class Partition(contracts.Partition):
     max_draws: int = 100_000
 
     def __post_init__(self) -> None:
-        _common.check_options(self)
+        super().__post_init__()
         _common.check_positive("alpha", self.alpha)
         if self.max_draws < 1:
             raise ConfigError(f"max_draws must be at least 1, got {self.max_draws}")

@@ -19,9 +19,6 @@ class Partition(contracts.Partition):
     Raises PartitionError when there are fewer than clients × min_samples samples.
     """
 
-    def __post_init__(self) -> None:
-        _common.check_options(self)
-
     def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
         _common.check_possible(self, len(labels))
         return list(np.array_split(rng.permutation(len(labels)), self.clients))

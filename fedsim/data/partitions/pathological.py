@@ -34,7 +34,7 @@ class Partition(contracts.Partition):
     classes_per_client: int = 2
 
     def __post_init__(self) -> None:
-        _common.check_options(self)
+        super().__post_init__()
         if self.classes_per_client < 1:
             raise ConfigError(f"classes_per_client must be at least 1, got {self.classes_per_client}")
 

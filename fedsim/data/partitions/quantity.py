@@ -24,7 +24,7 @@ class Partition(contracts.Partition):
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        _common.check_options(self)
+        super().__post_init__()
         _common.check_positive("alpha", self.alpha)
 
     def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:

@@ -1,0 +1,128 @@
+"""Adapters, streams, rules and client options in company: each runs, and does what sets it apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.core import plugins
+from fedsim.core.errors import ConfigError
+from fedsim.simulation import run
+from tests.tiny import final_state, tiny
+
+FEDAVG = ("server.aggregator=fedavg", "server.consolidator=none")
+
+
+@pytest.mark.parametrize("consolidator", ["none", "mean"])
+@pytest.mark.parametrize("adapter", [n for n in plugins.names("adapters")])
+def test_every_adapter_runs_with_fedavg(adapter: str, consolidator: str, tmp_path: Path) -> None:
+    config = tiny("server.aggregator=fedavg", f"server.consolidator={consolidator}", f"adapter={adapter}", output=tmp_path)
+    results = run(config)
+    assert np.isfinite(results.accuracy[1]).all()
+    trained = [n for n in final_state(results.path, config).params if n.startswith("adapter.")]
+    assert bool(trained) == (adapter != "none")
+
+
+def test_domain_incremental_keeps_all_classes_in_every_task(tmp_path: Path) -> None:
+    config = tiny(*FEDAVG, "stream.name=domain_incremental", "stream.tasks=null", "data.domains=2", output=tmp_path)
+    results = run(config)
+    assert results.accuracy.shape == (2, 2)
+    np.testing.assert_array_equal(results.accuracy, results.accuracy_task_incremental)
+
+
+def test_task_incremental_reports_the_argmax_inside_the_task(tmp_path: Path) -> None:
+    told = run(tiny("stream.name=task_incremental", output=tmp_path))
+    untold = run(tiny(output=tmp_path))
+    np.testing.assert_array_equal(told.accuracy, untold.accuracy_task_incremental)
+    assert (told.accuracy[1] >= untold.accuracy[1]).all()
+
+
+def test_classes_of_old_tasks_keep_their_rows(tmp_path: Path) -> None:
+    """Training masks the loss to the task's classes: rows of other classes do not move, neither does their bias."""
+    config = tiny(*FEDAVG, "server.rounds=1", output=tmp_path)
+    seen: list[Any] = []
+    from server import checkpoint
+
+    real = checkpoint.save
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "save", lambda path, state, *rest: (seen.append(state), real(path, state, *rest)))
+        run(config)
+    before, after = seen[1].params, seen[-1].params  # after task 0, after task 1
+    assert torch.equal(before["head.weight"][:3], after["head.weight"][:3])
+    assert torch.equal(before["head.bias"][:3], after["head.bias"][:3])
+    assert not torch.equal(before["head.weight"][3:], after["head.weight"][3:])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["client.schedule=CosineAnnealingLR", "client.schedule_options={T_max: steps}"],
+        ["client.clip_norm=0.01"],
+        ["client.optimizer=sgd", "client.optimizer_options={momentum: 0.9}"],
+        ["client.objectives=[{name: proximal, mu: 10.0}]"],
+        ["client.weight_decay=0.5"],
+        ["transform.augment=crop_flip"],
+        ["adapter.dropout=0.5"],
+        ["adapter.alpha=16"],
+    ],
+    ids=lambda o: o[0].partition("=")[0],
+)
+def test_every_option_of_a_client_reaches_it(overrides: list[str], tmp_path: Path) -> None:
+    """An option that changes nothing would be an option that is lost on the way."""
+    short = ("stream.tasks=1", "server.rounds=2", *FEDAVG)
+    plain, other = tiny(*short, output=tmp_path), tiny(*short, *overrides, output=tmp_path)
+    a, b = (final_state(run(c).path, c).params["head.weight"] for c in (plain, other))
+    assert not torch.equal(a, b)
+    assert bool(torch.isfinite(b).all())
+
+
+def test_a_strong_proximal_term_keeps_clients_at_home(tmp_path: Path) -> None:
+    short = ("stream.tasks=1", "server.rounds=1", "client.epochs=5", *FEDAVG)
+    free, held = tiny(*short, output=tmp_path), tiny(*short, "client.objectives=[{name: proximal, mu: 1000.0}]", output=tmp_path)
+    a, b = (final_state(run(c).path, c).params["head.weight"].norm() for c in (free, held))
+    assert b < a
+
+
+def test_a_calibrator_of_the_users_own(tmp_path: Path) -> None:
+    """It is asked for its statistics, sees them, and may change the head; a checkpoint holds its state."""
+    (tmp_path / "shrink.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedsim.core import contracts\n"
+        "from fedsim.core.messages import RoundPlan, StatisticRequest\n"
+        "@dataclass(frozen=True)\n"
+        "class Calibrator(contracts.Calibrator):\n"
+        "    factor: float = 0.0\n"
+        "    def init(self):\n"
+        "        return {'calls': 0}\n"
+        "    def plan(self, state, round):\n"
+        "        return RoundPlan(train=(), statistics=(StatisticRequest('class_moments', ('head.weight',)),))\n"
+        "    def calibrate(self, state, params, updates, task, seen, generator):\n"
+        "        assert all('class_moments.count/head.weight' in u.statistics for u in updates)\n"
+        "        assert seen == list(range(3 * (task + 1)))\n"
+        "        return {'calls': state['calls'] + 1}, {**params, 'head.bias': params['head.bias'] * self.factor}\n"
+    )
+    config = tiny(f"server.calibrator.name={tmp_path / 'shrink.py'}", *FEDAVG, output=tmp_path / "runs")
+    state = final_state(run(config).path, run(config).config)
+    assert state.calibrator == {"calls": 4}
+    assert not state.params["head.bias"].any()
+
+
+def test_a_manifest_repeats_a_split_elsewhere(tmp_path: Path) -> None:
+    first = run(tiny("seed=3", output=tmp_path))
+    assert first.path is not None
+    again = run(tiny("seed=3", "partition.alpha=7", f"manifest={first.path / 'manifest.json'}", output=tmp_path))
+    np.testing.assert_array_equal(first.accuracy, again.accuracy)
+    assert first.manifest_hash == again.manifest_hash
+    with pytest.raises(ConfigError, match="clients"):
+        run(tiny("partition.clients=2", f"manifest={first.path / 'manifest.json'}", output=tmp_path))
+
+
+def test_more_heterogeneity_means_a_smaller_alpha_that_came_out(tmp_path: Path) -> None:
+    from fedsim.simulation import prepare_data
+
+    alphas = [prepare_data(tiny(f"partition.alpha={a}", "data.train_per_class=200"))[0].overall_alpha for a in (0.1, 1.0, 10.0)]
+    assert alphas == sorted(alphas)
