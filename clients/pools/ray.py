@@ -158,7 +158,6 @@ def _worker_class() -> type[Any]:
             import ray
             import torch
 
-            import server  # noqa: F401
             from clients.worker import Worker
 
             spec = ray.get(spec_ref[0])
