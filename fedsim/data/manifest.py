@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,8 @@ from fedsim.core import config as configs
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition, WorkSpec
-from fedsim.core.errors import ConfigError, DataError, PartitionError, StorageError
+from fedsim.core.errors import ConfigError, DataError, PartitionError
+from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data import streams
 from fedsim.data.partitions._alpha import estimate_alpha as estimate_alpha
 
@@ -101,20 +101,10 @@ class Manifest:
         "tasks": [{"name", "classes", "alpha", "clients": [[positions]], "test": [positions], "histogram": [[counts]]}]}
         An infinite α is written as "inf", an unknown one as null.
         """
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
+        target, advice = Path(path), "free some space, or choose another folder"
+        with storage_errors(target, advice):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(json.dumps({"format": FORMAT, "hash": self.hash, **_content(self)}))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except OSError as e:
-            partial.unlink(missing_ok=True)
-            raise StorageError(
-                f"cannot write the manifest {target}: {e.strerror or e} (free some space, or choose another folder)"
-            ) from e
+        write_atomic(target, json.dumps({"format": FORMAT, "hash": self.hash, **_content(self)}).encode(), advice)
 
 
 def make(config: SimConfig, dataset: Dataset) -> Manifest:

@@ -1,0 +1,1 @@
+"""fedsim beside an independent plain loop."""

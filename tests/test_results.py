@@ -1,0 +1,344 @@
+"""The run directory: what is written is what is loaded, and what is in the way or damaged is said in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsim.core import config as configs
+from fedsim.core import files
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import RunDirError, StorageError
+from fedsim.core.events import Row
+from fedsim.results import Results, RunDir
+from tests.tiny import tiny
+
+COSTS = {
+    "bytes": {"down": {"adapter": 1200, "head": 80}, "up": {"adapter": 600}},
+    "seconds": {"start_up": 0.1, "train": 1 / 3},
+    "client_rounds": 6,
+}
+ROWS = (
+    Row(0, 0, "round", 0, 3, 5, 10),
+    Row(0, 1, "task_end", 0, 9, 9, 10),
+    Row(1, 0, "round", 0, 7, 8, 10),
+    Row(1, 0, "round", 1, 1, 2, 3),
+    Row(1, 1, "task_end", 0, 6, 8, 10),
+    Row(1, 1, "task_end", 1, 2, 3, 3),
+)
+
+
+@dataclass(frozen=True)
+class FakeManifest:
+    hash: str = "abc"
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"hash": self.hash}))
+
+
+def begun(config: SimConfig, output: Path | None = None) -> RunDir:
+    run_dir = RunDir.create(config, output)
+    run_dir.write_start(FakeManifest())
+    return run_dir
+
+
+# ---------------------------------------------------------------- Results
+
+
+def test_accuracy_is_of_the_tasks_ends() -> None:
+    results = Results(tiny(), ROWS, COSTS)
+    np.testing.assert_array_equal(results.accuracy, [[90, np.nan], [60, 200 / 3]])
+    np.testing.assert_array_equal(results.accuracy_task_incremental, [[90, np.nan], [80, 100]])
+    assert results.metrics["final_average_accuracy"] == (60 + 200 / 3) / 2
+    assert results.metrics["forgetting"] == 30
+    assert results.metrics["forgetting_task_incremental"] == 10
+
+
+def test_a_task_incremental_stream_is_judged_with_the_task_known() -> None:
+    results = Results(tiny("stream.name=task_incremental"), ROWS, COSTS)
+    np.testing.assert_array_equal(results.accuracy, results.accuracy_task_incremental)
+    assert results.metrics["forgetting"] == 10
+    assert results.frame()["accuracy"].tolist() == results.frame()["accuracy_task_incremental"].tolist()
+
+
+def test_frame_has_one_row_per_test() -> None:
+    frame = Results(tiny(), ROWS, COSTS).frame()
+    assert list(frame.columns) == [
+        "task", "round", "stage", "tested", "correct", "correct_in_task", "total", "accuracy", "accuracy_task_incremental",
+    ]  # fmt: skip
+    assert len(frame) == len(ROWS)
+    end = frame[(frame.stage == "task_end") & (frame.task == 1)]
+    assert end.accuracy.mean() == Results(tiny(), ROWS, COSTS).metrics["final_average_accuracy"]
+
+
+def test_before_the_first_task_ends_nothing_is_claimed() -> None:
+    results = Results(tiny(), ROWS[:1], COSTS)
+    assert results.accuracy.shape == (0, 0)
+    assert set(results.metrics.values()) == {None}
+
+
+# ---------------------------------------------------------------- written and loaded
+
+
+def test_round_trip(run_dirs: Path) -> None:
+    run_dir = begun(tiny(output=run_dirs))
+    written = run_dir.write_end(ROWS, COSTS, "abc", ["client 1 failed"])
+    loaded = Results.load(run_dir.path)
+    assert loaded == written
+    assert (loaded.manifest_hash, loaded.failures, loaded.finished) == ("abc", ("client 1 failed",), True)
+    assert loaded.config.identity() == run_dir.config.identity()
+
+
+def test_files_at_the_end(run_dirs: Path) -> None:
+    import pandas as pd
+
+    run_dir = begun(tiny(output=run_dirs))
+    results = run_dir.write_end(ROWS, COSTS, "abc")
+    names = {p.name for p in run_dir.path.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "environment.json", "rounds.csv", "costs.json", "status.json",
+        "accuracy.csv", "accuracy_task_incremental.csv", "metrics.json",
+    }  # fmt: skip
+    np.testing.assert_array_equal(pd.read_csv(run_dir.path / "accuracy.csv", index_col=0).to_numpy(), results.accuracy)
+    pd.testing.assert_frame_equal(pd.read_csv(run_dir.path / "rounds.csv"), results.frame())
+    assert json.loads((run_dir.path / "metrics.json").read_text()) == results.metrics
+    assert json.loads((run_dir.path / "costs.json").read_text()) == COSTS
+
+
+def test_an_unfinished_run_loads_what_there_is(run_dirs: Path) -> None:
+    run_dir = begun(tiny(output=run_dirs))
+    assert Results.load(run_dir.path).rows == ()
+    run_dir.write_progress(ROWS[:2], COSTS)
+    loaded = Results.load(run_dir.path)
+    assert (loaded.rows, loaded.costs, loaded.finished) == (ROWS[:2], COSTS, False)
+    np.testing.assert_array_equal(loaded.accuracy, [[90]])
+
+
+def test_environment_says_what_made_the_numbers(run_dirs: Path) -> None:
+    import torch
+
+    run_dir = begun(tiny(output=run_dirs))
+    environment = json.loads((run_dir.path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert set(environment) >= {"fedsim", "git", "python", "platform", "cpu", "cores", "command", "started"}
+    assert environment["git"] is None or len(environment["git"]["commit"]) == 40
+    RunDir.open(run_dir.path).write_start(FakeManifest())
+    again = json.loads((run_dir.path / "environment.json").read_text())
+    assert again.pop("resumed")[0]["packages"] == environment["packages"]
+    assert again == environment
+
+
+def test_nan_accuracy_of_a_task_without_test_samples(run_dirs: Path) -> None:
+    run_dir = begun(tiny(output=run_dirs))
+    rows = (Row(0, 1, "task_end", 0, 0, 0, 0),)
+    assert run_dir.write_end(rows, COSTS, "abc").metrics["final_average_accuracy"] is None
+    assert Results.load(run_dir.path).rows == rows
+    assert math.isnan(Results.load(run_dir.path).frame()["accuracy"][0])
+
+
+# ---------------------------------------------------------------- plug-in files
+
+
+RULE = """
+from dataclasses import dataclass
+from fedsim.core import contracts
+
+@dataclass(frozen=True)
+class Aggregator(contracts.Aggregator):
+    scale: float = 1.0
+    def combine(self, state, params, updates):
+        return state, {n: self.scale * t for n, t in params.items()}
+"""
+
+
+def test_plugin_files_travel_with_the_run(tmp_path: Path, run_dirs: Path) -> None:
+    for folder in ("a", "b"):  # two files of the same name
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rule.py").write_text(RULE + f"# {folder}\n")
+    groups = [{"match": "head.*", "name": str(tmp_path / "a" / "rule.py"), "scale": 2.0}]
+    groups += [{"match": "*", "name": str(tmp_path / "b" / "rule.py")}]
+    config = tiny(output=run_dirs, server={"aggregator": groups})
+    run_dir = begun(config)
+    for folder in ("a", "b"):
+        (tmp_path / folder / "rule.py").unlink()
+    moved = run_dir.path.rename(tmp_path / "elsewhere")
+    found = RunDir.open(moved)
+    sections = found.config.server.aggregator
+    assert [Path(s["name"]).read_text()[-2] for s in sections] == ["a", "b"]
+    assert all(Path(s["name"]).parent == moved / "plugins" for s in sections)
+    assert configs.build("aggregators", {k: v for k, v in sections[0].items() if k != "match"}).scale == 2.0
+    (moved / "plugins" / "rule.py").write_text(RULE)
+    with pytest.raises(RunDirError, match="plugins/ were changed"):
+        RunDir.open(moved)
+
+
+def test_a_rule_object_stays_as_a_description(run_dirs: Path) -> None:
+    from fedsim.simulation import run
+    from server.aggregators.fedavg import Aggregator
+
+    results = run(tiny("stream.tasks=1", "server.rounds=1", output=run_dirs), aggregator=Aggregator())
+    assert results.path is not None
+    loaded = Results.load(results.path)
+    assert loaded.config.server.aggregator["name"] == "python:server.aggregators.fedavg.Aggregator"
+    assert loaded.config.identity() == results.config.identity()
+    assert loaded.rows == results.rows
+
+
+# ---------------------------------------------------------------- names of folders
+
+
+def test_default_folders_are_numbered(run_dirs: Path) -> None:
+    config = tiny(output=run_dirs)
+    stem = f"tiny-{config.identity()[:8]}"
+    assert [RunDir.create(config).path.name for _ in range(3)] == [stem, f"{stem}-2", f"{stem}-3"]
+
+
+def test_a_given_folder_may_be_new_or_empty(tmp_path: Path) -> None:
+    assert RunDir.create(tiny(), tmp_path / "deep" / "new").path.is_dir()
+    (tmp_path / "empty").mkdir()
+    assert RunDir.create(tiny(), tmp_path / "empty").path == tmp_path / "empty"
+
+
+def occupied(path: Path) -> Path:
+    path.mkdir()
+    (path / "thesis.tex").write_text("\\section{}")
+    return path
+
+
+def unfinished(path: Path) -> Path:
+    return begun(tiny(), path).path
+
+
+def finished(path: Path) -> Path:
+    begun(tiny(), path).write_end(ROWS, COSTS, "abc")
+    return path
+
+
+def of_another_config(path: Path) -> Path:
+    return begun(tiny("seed=1"), path).path
+
+
+def a_file(path: Path) -> Path:
+    path.write_text("")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (occupied, "is not empty, and no run directory"),
+        (unfinished, "unfinished run of this config: go on with fedsim run --resume"),
+        (finished, "already holds a finished run"),
+        (of_another_config, "belongs to another config"),
+        (a_file, "is a file"),
+    ],
+)
+def test_what_is_in_the_way(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    path = make(tmp_path / "out")
+    before = sorted(path.rglob("*"))
+    with pytest.raises(RunDirError, match=message):
+        RunDir.create(tiny(), path)
+    assert sorted(path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_where_it_runs_may_change_on_resume(tmp_path: Path) -> None:
+    run_dir = begun(tiny(), tmp_path / "out")
+    config = tiny("runtime.pool=ray", "runtime.workers=2", "name=other")
+    assert RunDir.open(run_dir.path, config).config is config
+
+
+def test_resume_of_another_config(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="belongs to another config"):
+        RunDir.open(begun(tiny(), tmp_path / "out").path, tiny("partition.alpha=0.1"))
+
+
+def test_resume_with_another_split(tmp_path: Path) -> None:
+    run_dir = begun(tiny(), tmp_path / "out")
+    with pytest.raises(RunDirError, match="another split"):
+        run_dir.write_start(FakeManifest("xyz"))
+
+
+def remove(name: str) -> Callable[[Path], Any]:
+    return lambda path: (path / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], Any]:
+    return lambda path: (path / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (remove("status.json"), "no run directory: it holds no status.json"),
+        (remove("config.yaml"), "is damaged: it holds no config.yaml"),
+        (write("status.json", "{"), "status.json is damaged"),
+        (write("status.json", "[]"), "status.json is damaged"),
+        (write("status.json", "{}"), "status.json is damaged"),
+        (write("config.yaml", "- 1"), "config.yaml is damaged"),
+        (write("config.yaml", "sed: 1"), "unknown key 'sed'"),
+        (write("rounds.csv", "task,round\n0,x\n"), "rounds.csv is damaged"),
+        (write("rounds.csv", "task,round,stage,tested,correct,correct_in_task,total\n0,0,round,0,1,"), "rounds.csv is damaged"),
+        (write("costs.json", "null"), "costs.json is damaged"),
+        (write("failures.json", "3"), "failures.json is damaged"),
+    ],
+)
+def test_damage_is_one_line(tmp_path: Path, harm: Callable[[Path], Any], message: str) -> None:
+    run_dir = begun(tiny(), tmp_path / "out")
+    run_dir.write_end(ROWS, COSTS, "abc")
+    harm(run_dir.path)
+    with pytest.raises(RunDirError, match=message) as caught:
+        Results.load(run_dir.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="no run directory"):
+        RunDir.open(tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- whole files
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = begun(tiny(), tmp_path / "out")
+    run_dir.write_progress(ROWS[:1], COSTS)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StorageError, match=f"disk full, .*rounds.csv.*fedsim run --resume {run_dir.path}"):
+        run_dir.write_progress(ROWS, COSTS)
+    monkeypatch.undo()
+    assert Results.load(run_dir.path).rows == ROWS[:1]
+    assert not list(run_dir.path.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="could not be written: No such file or directory"):
+        files.write_atomic(tmp_path / "nothing" / "file", b"")
+
+
+def test_write_atomic_replaces_and_cleans_up_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    files.write_atomic(target, b"old")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomic(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
