@@ -159,23 +159,22 @@ def show_results(results: Results, console: Console) -> None:
 
 
 def accuracy_tables(accuracy_TT: FloatArray, width: int) -> Iterator[Table]:
-    """The accuracy matrix; when it is wider than the terminal, in several tables side by side under each other."""
+    """The accuracy matrix; when it is wider than the terminal, its columns in several tables, the means in the first."""
     import numpy as np
 
     tasks = len(accuracy_TT)
-    room = max(1, (width - 12) // 7)
+    room = max(1, (width - 18) // 8)  # columns beside "after task" and "mean"
     for start in range(0, tasks, room):
         stop = min(start + room, tasks)
-        last = stop == tasks
         table = _table("Accuracy in % per task" + (f" (tasks {start} to {stop - 1})" if tasks > room else ""))
         table.add_column("after task", justify="right")
         for j in range(start, stop):
             table.add_column(str(j), justify="right", min_width=5)
-        if last:
+        if start == 0:
             table.add_column("mean", justify="right", min_width=5, style="bold")
         for i in range(start, tasks):
             cells = ["" if np.isnan(a) else f"{a:.1f}" for a in accuracy_TT[i, start:stop]]
-            table.add_row(str(i), *cells, *([f"{accuracy_TT[i, : i + 1].mean():.1f}"] if last else []))
+            table.add_row(str(i), *cells, *([f"{accuracy_TT[i, : i + 1].mean():.1f}"] if start == 0 else []))
         yield table
 
 
@@ -368,5 +367,7 @@ def _table(title: str) -> Table:
 
 
 if __name__ == "__main__":
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(fedsim.__file__)))  # not the user's folder: it may hold a clients.py
+    sys.path[0] = os.path.dirname(
+        os.path.dirname(os.path.abspath(fedsim.__file__))
+    )  # not the user's folder: it may hold a clients.py
     sys.exit(main())

@@ -91,7 +91,10 @@ def test_any_torch_optimizer(name: str) -> None:
 
 def test_a_schedule_over_the_steps_of_the_round() -> None:
     client = ClientConfig(
-        optimizer="sgd", lr=1.0, optimizer_options={"momentum": 0.5}, schedule="CosineAnnealingLR",
+        optimizer="sgd",
+        lr=1.0,
+        optimizer_options={"momentum": 0.5},
+        schedule="CosineAnnealingLR",
         schedule_options={"T_max": "steps"},
     )
     optimizer, schedule = optim.build(client, [torch.ones(1, requires_grad=True)], 8)

@@ -124,16 +124,12 @@ def accuracy(model: Classifier, data: Split, batch_size: int = 512) -> float:
     model.eval()
     num_correct = 0
     with torch.inference_mode():
-        for images, labels in zip(
-            torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
-        ):
+        for images, labels in zip(torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True):
             num_correct += int((model(normalise(images)).argmax(dim=1) == labels).sum())
     return num_correct / len(data.labels)
 
 
-def train(
-    model: Classifier, data: Split, held_out: Split, *, epochs: int, batch_size: int, lr: float, seed: int
-) -> None:
+def train(model: Classifier, data: Split, held_out: Split, *, epochs: int, batch_size: int, lr: float, seed: int) -> None:
     """Trains `model` in place; one printed line per epoch: mean loss, minutes so far, `held_out` accuracy if measured.
 
     AdamW under a one-cycle schedule with peak `lr`, cross-entropy with label smoothing. Each epoch is one pass over

@@ -3,8 +3,9 @@
     python -m experiments.yardstick.same_splits path/to/plain_loop.py [--rules lorm mean continue] [--alphas 0.5 0.1] [--seeds 3]
 
 The plain loop draws its splits and its batches from one generator. This script replays those draws (no training), writes
-the split as a manifest, and runs fedsim on it; `--loop` runs the loop itself, too. What is left of a difference is the
-initial A, the order of batches, and the implementation. Writes results.csv beside this file and prints the means.
+the split as a manifest, and runs fedsim on it. What is left of a difference is the initial A, the order of batches, and the
+implementation. `--loop` runs the loop itself, too, and writes loop.csv; without it the figures there are used.
+Writes results.csv beside this file and prints the means.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.runs import finished
 from fedsim.core.config import SimConfig, build, load
 from fedsim.core.contracts import Dataset
 from fedsim.data import manifest as manifests
-from fedsim.simulation import run
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
+KEYS = ["rule", "alpha", "seed"]
 PRESETS = {"lorm": "lorm", "mean": "fedavg_mean", "continue": "fedavg"}  # rule of the loop -> our preset
 
 
@@ -72,7 +74,7 @@ def one(path: str, rule: str, alpha: float, seed: int, output: str, with_loop: b
     config = load(CONFIGS / f"{PRESETS[rule]}.yaml", [f"seed={seed}", f"partition.alpha={alpha}", "runtime.pool=serial"])
     split = Path(output) / f"split-{alpha}-{seed}-{rule}.json"
     replay(loop, config, build("sources", config.data).load()).save(split)
-    results = run(dataclasses.replace(config, manifest=str(split), runtime=dataclasses.replace(config.runtime, output=output)))
+    results = finished(dataclasses.replace(config, manifest=str(split)), Path(output) / f"{rule}-{alpha}-{seed}")
     row: dict[str, object] = {"rule": rule, "alpha": alpha, "seed": seed, "fedsim": results.metrics["final_average_accuracy"]}
     if with_loop:
         command = [sys.executable, path, "--rule", rule, "--alpha", str(alpha), "--seed", str(seed), "--threads", "1"]
@@ -99,6 +101,10 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(one, *zip(*wanted, strict=True)))
     frame = pd.DataFrame(rows)
+    if args.loop:
+        frame[[*KEYS, "loop"]].to_csv(HERE / "loop.csv", index=False)
+    else:
+        frame = frame.merge(pd.read_csv(HERE / "loop.csv"), on=KEYS, how="left")
     frame.to_csv(HERE / "results.csv", index=False, float_format="%.2f")
     print(frame.to_string(index=False))
     print(frame.groupby(["rule", "alpha"], sort=False).mean(numeric_only=True).drop(columns="seed").round(2).to_string())
