@@ -115,7 +115,8 @@ class Results:
         """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""
         import pandas as pd
 
-        return pd.DataFrame(self._records(), columns=list(COLUMNS))
+        frame: pd.DataFrame = pd.DataFrame(self._records(), columns=list(COLUMNS))
+        return frame
 
     def _records(self) -> list[tuple[Any, ...]]:
         return [
