@@ -20,7 +20,17 @@ from fedsim.core.config import load
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
-METHODS = ["joint", "lorm", "fedavg_mean", "fedavg", "fairavg", "variance_weighted", "prefix"]
+METHODS = [
+    "joint",
+    "lorm_variance_weighted",
+    "variance_weighted",
+    "lorm",
+    "fedavg_mean",
+    "fedavg",
+    "fairavg",
+    "head_only",
+    "prefix",
+]
 COLUMNS = [
     "method",
     "alpha",
