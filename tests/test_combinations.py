@@ -18,7 +18,7 @@ FEDAVG = ("server.aggregator=fedavg", "server.consolidator=none")
 
 
 @pytest.mark.parametrize("consolidator", ["none", "mean"])
-@pytest.mark.parametrize("adapter", [n for n in plugins.names("adapters")])
+@pytest.mark.parametrize("adapter", plugins.names("adapters"))
 def test_every_adapter_runs_with_fedavg(adapter: str, consolidator: str, tmp_path: Path) -> None:
     config = tiny("server.aggregator=fedavg", f"server.consolidator={consolidator}", f"adapter={adapter}", output=tmp_path)
     results = run(config)

@@ -86,11 +86,11 @@ class ModelConfig:
 
     backbone: str = "omniglot-vit"
     pooling: str = "auto"
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _choice("pooling", self.pooling, ("auto", "cls", "mean"))
-        if self.backbone == "random" and "model_type" not in self.config:
+        if self.backbone == "random" and "model_type" not in (self.config or {}):
             raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
         if self.backbone != "random" and self.config:
             raise ConfigError(f"config is for backbone 'random' only: leave it out, or set that, got {self.backbone!r}")

@@ -92,7 +92,7 @@ def load(config: ModelConfig) -> Backbone:
     encoder: Any
     with _unseeded(), _quiet():
         if config.backbone == "random":
-            encoder, scales = _random(config.config), HALF
+            encoder, scales = _random(config.config or {}), HALF
         elif config.backbone.endswith(".safetensors"):
             encoder = timm_names.load(Path(config.backbone).expanduser())
             scales = IMAGENET if encoder.config.num_channels == len(IMAGENET[0]) else HALF
