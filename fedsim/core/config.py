@@ -86,7 +86,7 @@ class ModelConfig:
 
     backbone: str = "omniglot-vit"
     pooling: str = "auto"
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _choice("pooling", self.pooling, ("auto", "cls", "mean"))
