@@ -48,7 +48,7 @@ def begin_task(sim: Simulation, state: ServerState) -> ServerState:
     """Parameters and rule states that a task starts with."""
     params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task))
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
-    return replace(state, params=params, aggregator=sim.aggregator.init(params), calibrator=calibrator)
+    return replace(state, params=params, aggregator=sim.aggregator.init(params), calibrator=calibrator, holders=())
 
 
 def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
@@ -125,10 +125,10 @@ def run_clients(
             f"task {state.task}, round {state.round}: nobody is left, all {len(jobs)} clients failed; the last: {failures[-1]}"
         )
     memories = {**state.memories, **{u.client_id: u.memory for u in updates if u.memory}}
-    traffic = add_traffic(state.bytes, jobs, updates)
+    traffic, holders = add_traffic(state.bytes, jobs, updates, state.holders)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
-    state = replace(state, memories=memories, failures=(*state.failures, *failures), bytes=traffic, seconds=spent)
-    return updates, replace(state, client_rounds=state.client_rounds + len(jobs))
+    state = replace(state, memories=memories, holders=holders, failures=(*state.failures, *failures), bytes=traffic)
+    return updates, replace(state, seconds=spent, client_rounds=state.client_rounds + len(jobs))
 
 
 def measure(sim: Simulation, state: ServerState, deployed: Tensors, stage: str) -> tuple[tuple[Row, ...], ServerState]:

@@ -42,6 +42,7 @@ class ServerState:
     calibrator: State = None
     aggregator: State = None
     memories: Mapping[int, Tensors] = field(default_factory=dict)
+    holders: tuple[int, ...] = ()  # clients that have received the background of this task
     rows: tuple[Row, ...] = ()
     failures: tuple[ClientFailed, ...] = ()
     bytes: Bytes = field(default_factory=lambda: {"down": {}, "up": {}})

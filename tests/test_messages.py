@@ -48,10 +48,19 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
 def test_the_ledger_adds_up() -> None:
     job = ClientJob(0, 0, 0, {"adapter.x": torch.zeros(3), "head.weight": torch.zeros(2)}, RoundPlan())
     update = ClientUpdate(0, 4, {"head.weight": torch.zeros(2)}, {"gram.full/head.weight": torch.zeros(5)})
-    first = add_traffic({}, [job, job], [update, update])
+    first, _ = add_traffic({}, [job, job], [update, update])
     assert first["down"] == {"adapter": 24, "head": 16, "background": 0}
     assert first["up"] == {"head": 16, "statistics": 40}
-    assert add_traffic(first, [job], [update])["up"] == {"head": 24, "statistics": 60}
+    assert add_traffic(first, [job], [update])[0]["up"] == {"head": 24, "statistics": 60}
+
+
+def test_the_background_is_sent_once_per_client_and_task() -> None:
+    plan = RoundPlan(background={"adapter.x": torch.zeros(10)})
+    jobs = [ClientJob(c, 1, 0, {}, plan) for c in (0, 1, 2)]
+    first, holders = add_traffic({}, jobs[:2], [])
+    assert (first["down"]["background"], holders) == (80, (0, 1))
+    second, holders = add_traffic(first, jobs, [], holders)
+    assert (second["down"]["background"], holders) == (120, (0, 1, 2))
 
 
 def test_mean_loss_is_weighted_by_samples() -> None:

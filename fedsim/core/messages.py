@@ -102,7 +102,8 @@ def num_bytes(tensors: Tensors) -> int:
 
 
 def bytes_down(job: ClientJob) -> dict[str, int]:
-    """Bytes that a client receives for this job, by kind of object. Memory is the client's own and does not travel."""
+    """Bytes that a client needs for this job, by kind of object. Memory is the client's own and does not travel; the
+    background changes only between tasks, so a client that has had it in this task keeps it (`server.ledger` counts so)."""
     return _by_kind(job.params) | {"background": num_bytes(job.plan.background)}
 
 
