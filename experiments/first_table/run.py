@@ -56,15 +56,22 @@ def one(method: str, alpha: float, seed: int, output: str) -> dict[str, object]:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """The rows of the README's table, in Markdown."""
-    lines = ["| preset | α | final average accuracy | forgetting | MB up |", "|---|---|---|---|---|"]
-    for (method, alpha), group in frame.groupby(["method", "alpha"], sort=False):
-        accuracy, forgetting = group["final_average_accuracy"], group["forgetting"]
-        shown = "–" if forgetting.isna().all() else f"{forgetting.mean():.1f} ± {forgetting.std():.1f}"
-        heterogeneity = "–" if method == "joint" else f"{alpha:g}"
-        up = group["megabytes_up"].mean()
-        lines.append(f"| `{method}` | {heterogeneity} | {accuracy.mean():.1f} ± {accuracy.std():.1f} | {shown} | {up:.0f} |")
+    """The README's table, in Markdown: one row per preset, accuracy and forgetting per α."""
+    alphas = list(frame["alpha"].unique())
+    heads = [f"{what}, α = {alpha:g}" for alpha in alphas for what in ("accuracy", "forgetting")]
+    lines = ["| preset | " + " | ".join(heads) + " | MB up |", "|---" * (len(heads) + 2) + "|"]
+    for method, group in frame.groupby("method", sort=False):
+        cells = [
+            _cell(group.loc[group["alpha"] == alpha, column])
+            for alpha in alphas
+            for column in ("final_average_accuracy", "forgetting")
+        ]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {group['megabytes_up'].mean():.0f} |")
     return "\n".join(lines)
+
+
+def _cell(values: pd.Series) -> str:
+    return "–" if values.dropna().empty else f"{values.mean():.1f} ± {values.std():.1f}"
 
 
 def main() -> None:
