@@ -383,6 +383,13 @@ def test_check_explains_what_is_broken(
     assert "off by 0.5" in out
 
 
+def test_check_sees_a_file_that_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Within one process and one second, and with the same size."""
+    for tilt, code in (("0.0", 0), ("0.5", 1), ("0.0", 0)):
+        (tmp_path / "rule.py").write_text(RULE.replace("tilt: float = 0.0", f"tilt: float = {tilt}"))
+        assert cli.main(["check", str(tmp_path / "rule.py")]) == code, capsys.readouterr().out
+
+
 def test_check_of_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "lorm", "decai=1"]) == 2
     assert "Did you mean 'decay'?" in capsys.readouterr().err

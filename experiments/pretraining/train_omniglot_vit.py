@@ -5,7 +5,7 @@ so other people's handwriting. The 20 evaluation alphabets are dropped when the 
 The last epoch is what is saved: the held-out drawers are looked at, but pick nothing. The same seed, thread count and
 library versions give the same bits.
 
-    python -m experiments.pretraining.train_omniglot_vit --output /tmp/omniglot_vit
+    python -m experiments.pretraining.train_omniglot_vit --output runs/omniglot_vit
 """
 
 from __future__ import annotations

@@ -98,16 +98,16 @@ def _module(kind: str, name: str) -> ModuleType:
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise PluginError(f"no file {path}: a plug-in named by path is looked for beside the YAML that names it")
-    name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    source = path.read_bytes()  # part of the name: a file that was edited is another module, in a long session too
+    name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), module.__dict__)  # past the bytecode cache, which trusts the file's second
     except Exception as e:
         del sys.modules[name]
         raise PluginError(f"{path} does not load: {type(e).__name__}: {e}") from e
