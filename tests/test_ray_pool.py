@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -103,3 +106,34 @@ def test_no_cluster_at_the_address(tmp_path: Path) -> None:
     config = tiny("runtime.pool=ray", "runtime.address=127.0.0.1:1", output=tmp_path)
     with pytest.raises(PoolError, match=r"no Ray cluster at '127.0.0.1:1'"):
         run(config)
+
+
+def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same bits as in this process; and without an address, a cluster that happens to be there is left alone."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what Ray >= 2.59 starts clusters with, and what whoever joins must say
+    notes = tempfile.mkdtemp(prefix="fedsim")  # where Ray notes that it runs: no other test sees it
+    monkeypatch.setenv("RAY_TMPDIR", notes)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    log = (tmp_path / "head.log").open("w")
+    cluster = subprocess.Popen([*head, "--include-dashboard=false"], stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
+            assert cluster.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.2)
+        (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
+        joined = ["run", "tiny.yaml", "runtime.pool=ray", "runtime.workers=1"]
+        for output, extra in (("joined", [f"runtime.address=127.0.0.1:{port}"]), ("own", [])):
+            done = fedsim(*joined, *extra, "--output", output, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)  # the head and all that it started
+        cluster.wait(30)
+        log.close()
+        shutil.rmtree(notes, ignore_errors=True)
+    serial = run(tiny(output=tmp_path / "serial"))
+    for output in ("joined", "own"):
+        assert (tmp_path / output / "rounds.csv").read_text() == (serial.path / "rounds.csv").read_text()  # type: ignore[operator]

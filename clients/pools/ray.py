@@ -209,24 +209,31 @@ def _to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _start(address: str | None, workers: Any, threads: int) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        _knock(address)
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as e:  # somebody is there, and refuses
+            advice = "the same versions of Ray and Python? a token, as clusters of Ray >= 2.59 want: set RAY_AUTH_MODE=token"
+            raise PoolError(f"cannot join the Ray cluster at '{address}': {_last_line(e)} ({advice})") from e
+        return
+    cores = os.cpu_count() or 1
+    wanted = cores if workers == "auto" else max(cores, workers * threads)
     try:
-        if address is not None:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            cores = os.cpu_count() or 1
-            wanted = cores if workers == "auto" else max(cores, workers * threads)
-            ray.init(num_cpus=wanted, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=wanted, include_dashboard=False, **quiet)  # never a cluster that happens to be there
     except Exception as e:
-        where = f"no Ray cluster at '{address}'" if address else "Ray does not start"
-        raise PoolError(f"{where}: {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
+        raise PoolError(f"Ray does not start: {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
 
 
 def _knock(address: str) -> None:
     """Ray itself waits for minutes before it says that nobody is at an address."""
     host, _, port = address.partition("://")[-1].rpartition(":") if "://" in address else address.rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as e:
+            raise PoolError(f"no Ray cluster at '{address}': {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
 
 
 def _num_workers(spec: contracts.WorkSpec) -> int:

@@ -154,7 +154,8 @@ class RuntimeConfig:
     """Where and how it runs. Only threads, device, precision and eval_batch may move bits; the rest never does.
 
     pool: serial | ray | flower; workers: processes, "auto": CPU cores / threads (at most one per client).
-    threads: of one worker, the same in every pool; address: of a Ray cluster to join; gpus_per_worker: may be a fraction.
+    threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
+    address: of a Ray cluster to join, "auto" for one on this machine (if it wants a token: RAY_AUTH_MODE=token).
     fused: auto | false: train several clients in one forward where it pays (today: nowhere, clients run one by one).
     output: folder of run directories; max_restarts: of a Ray worker that dies, per job.
     """
