@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -125,9 +126,11 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
             assert cluster.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.2)
         (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
-        joined = ["run", "tiny.yaml", "runtime.pool=ray", "runtime.workers=1"]
-        for output, extra in (("joined", [f"runtime.address=127.0.0.1:{port}"]), ("own", [])):
-            done = fedsim(*joined, *extra, "--output", output, cwd=tmp_path)
+        runs = {"joined": ["runtime.pool=ray", f"runtime.address=127.0.0.1:{port}"], "own": ["runtime.pool=ray"]}
+        if importlib.util.find_spec("flwr") is not None:
+            runs["flower"] = ["runtime.pool=flower"]
+        for output, overrides in runs.items():
+            done = fedsim("run", "tiny.yaml", "runtime.workers=1", *overrides, "--output", output, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
     finally:
         os.killpg(cluster.pid, signal.SIGKILL)  # the head and all that it started
@@ -135,5 +138,5 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
         log.close()
         shutil.rmtree(notes, ignore_errors=True)
     serial = run(tiny(output=tmp_path / "serial"))
-    for output in ("joined", "own"):
+    for output in runs:
         assert (tmp_path / output / "rounds.csv").read_text() == (serial.path / "rounds.csv").read_text()  # type: ignore[operator]

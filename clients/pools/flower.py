@@ -568,6 +568,7 @@ def _backend_config(spec: contracts.WorkSpec) -> dict[str, dict[str, Any]]:
     return {
         "init_args": {
             "num_cpus": workers * runtime.threads,
+            "address": "local",
             "include_dashboard": False,
             "log_to_driver": False,
             "logging_level": "error",
