@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, spec: WorkSpec) -> None:
         device = resolve_device(spec.config.runtime.device)
         self.spec = spec
-        self.model = models.build(spec.config, sum_classes(spec), device)
+        self.model = models.build(spec.config, num_classes(spec), device)
         self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
@@ -48,7 +48,7 @@ class Worker:
         return EvalResult(job.task, right, right_in_task, len(positions))
 
 
-def sum_classes(spec: WorkSpec) -> int:
+def num_classes(spec: WorkSpec) -> int:
     """Number of rows of the head: all classes of the stream."""
     return 1 + max(c for classes in spec.task_classes for c in classes)
 

@@ -144,6 +144,11 @@ class RunDir:
     path: Path
     config: SimConfig
 
+    @cached_property
+    def identity(self) -> str:
+        """The config's, taken once: a rule file that is edited while the run goes on is not the rule that runs."""
+        return self.config.identity()
+
     @classmethod
     def create(cls, config: SimConfig, output: str | Path | None = None) -> RunDir:
         """A new folder: `output`, or `<runtime.output>/<name>-<identity>` with -2, -3, … when that is taken.
@@ -261,7 +266,7 @@ class RunDir:
     def _write_status(self, state: str, manifest_hash: str) -> None:
         status = {
             "state": state,
-            "identity": self.config.identity(),
+            "identity": self.identity,
             "manifest_hash": manifest_hash,
             "fedsim": fedsim.__version__,
         }

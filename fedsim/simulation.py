@@ -58,7 +58,7 @@ def run(
         if resume is not None and run_dir.finished:
             return Results.load(run_dir.path)
         if run_dir.checkpoint.exists():
-            state = checkpoint.load(run_dir.checkpoint, config.identity())
+            state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
         run_dir.write_start(manifest)
         if progress is not None:
             progress(RunDirOpened(str(run_dir.path)))
@@ -130,7 +130,7 @@ def _keep(run_dir: RunDir, state: ServerState) -> ServerState:
     """Save after a round; the time that takes is counted in the next one."""
     clock = time.perf_counter()
     checkpoint.save(
-        run_dir.checkpoint, state, run_dir.config.identity(), f"free space, then go on with: fedsim run --resume {run_dir.path}"
+        run_dir.checkpoint, state, run_dir.identity, f"free space, then go on with: fedsim run --resume {run_dir.path}"
     )
     run_dir.write_progress(state.rows, _costs(state), [str(f) for f in state.failures])
     return dataclasses.replace(state, seconds=state.spent("checkpoint", time.perf_counter() - clock))

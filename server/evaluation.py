@@ -20,7 +20,7 @@ def evaluate(
     batch: int,
 ) -> tuple[Row, ...]:
     """One row of counts per task 0..task. The slices do not depend on the number of workers."""
-    seen = sorted({c for classes in task_classes[: task + 1] for c in classes})
+    seen = seen_classes(task_classes, task)
     jobs = [
         EvalJob(j, start, min(start + batch, test_sizes[j]), deployed, seen)
         for j in range(task + 1)
@@ -31,6 +31,11 @@ def evaluate(
         for k, value in enumerate((r.correct, r.correct_in_task, r.total)):
             counts[r.task][k] += value
     return tuple(Row(task, round, stage, j, *counts[j]) for j in range(task + 1))
+
+
+def seen_classes(task_classes: Sequence[Sequence[int]], task: int) -> list[int]:
+    """Head rows of the classes of tasks 0..task, ascending."""
+    return sorted({c for classes in task_classes[: task + 1] for c in classes})
 
 
 def accuracies(rows: Sequence[Row]) -> tuple[float, ...]:

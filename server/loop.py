@@ -25,7 +25,7 @@ from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row,
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
 from fedsim.core.tensors import require_finite
 from server import sampling
-from server.evaluation import accuracies, evaluate
+from server.evaluation import accuracies, evaluate, seen_classes
 from server.ledger import add_traffic, mean_loss
 from server.state import ServerState, Simulation
 
@@ -66,7 +66,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     aggregator, params = sim.aggregator.combine(state.aggregator, state.params, updates)
     calibrator = state.calibrator
     if sim.calibrator is not None:
-        seen = sorted({c for classes in sim.task_classes[: state.task + 1] for c in classes})
+        seen = seen_classes(sim.task_classes, state.task)
         draw = rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
         calibrator, params = sim.calibrator.calibrate(calibrator, params, updates, state.task, seen, draw)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")

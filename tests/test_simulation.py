@@ -16,6 +16,7 @@ from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunDirOpene
 from fedsim.results import Results
 from fedsim.simulation import run
 from server import checkpoint, loop
+from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, tiny
 
 POOLS = {
@@ -228,3 +229,28 @@ def test_threads_of_the_caller_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     run(tiny("runtime.threads=2", "server.rounds=1", "stream.tasks=1", output=tmp_path))
     assert torch.get_num_threads() == before
+
+
+def test_a_rule_file_that_is_edited_during_a_run_does_not_spoil_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on with the rule that it began with, and can be resumed: the run directory holds a copy of the file."""
+    rule = tmp_path / "my_rule.py"
+    rule.write_text(median_rule())
+    config = tiny(f"server.aggregator.name={rule}", "server.consolidator=none", output=tmp_path)
+    whole = run(config)
+    real, saved = checkpoint.save, []
+
+    def edited_then_stopped(*args: Any) -> None:
+        rule.write_text(median_rule() + "\n# edited while it runs\n")
+        real(*args)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", edited_then_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=tmp_path / "stopped")
+    resumed = run(resume=tmp_path / "stopped")
+    np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+    np.testing.assert_array_equal(Results.load(tmp_path / "stopped").accuracy, whole.accuracy)
+    assert run(resume=tmp_path / "stopped").finished

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
-Result = TypeVar("Result")
 ROOT = str(Path(fedsim.__file__).resolve().parents[1])
 IN_FLIGHT = 2  # jobs handed to a worker ahead: the next one waits there while a result travels
 

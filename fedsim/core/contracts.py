@@ -298,13 +298,32 @@ class Pool(ABC):
         self.close()
 
 
-@dataclass(frozen=True)
-class WorkSpec:
-    """All that a worker needs to build its model and find a client's shard; sent once.
+class ShardLookup:
+    """Who holds what, found in flat arrays: shared by the manifest and by what is sent to the workers.
 
-    shard_offsets (T·K + 1,): client k's samples of task t are `shard_indices[offsets[t*K+k] : offsets[t*K+k+1]]`,
-    positions into `train`; test_offsets (T + 1,): the same for `test`. Labels are already in the order of the head's rows.
+    shard_offsets (T·K + 1,): client k's samples of task t are `shard_indices[offsets[t*K+k] : offsets[t*K+k+1]]`, positions
+    into the training split; test_offsets (T + 1,): the same for the test split.
     """
+
+    num_clients: int
+    shard_indices: IntArray
+    shard_offsets: IntArray
+    test_indices: IntArray
+    test_offsets: IntArray
+
+    def shard(self, task: int, client_id: int) -> IntArray:
+        """Positions into the training split of one client's samples of one task."""
+        cell = task * self.num_clients + client_id
+        return self.shard_indices[self.shard_offsets[cell] : self.shard_offsets[cell + 1]]
+
+    def test_of(self, task: int) -> IntArray:
+        """Positions into the test split of one task's samples."""
+        return self.test_indices[self.test_offsets[task] : self.test_offsets[task + 1]]
+
+
+@dataclass(frozen=True)
+class WorkSpec(ShardLookup):
+    """All that a worker needs to build its model and find a client's shard; sent once. Labels are in the head's row order."""
 
     config: SimConfig
     train: ArraySplit
@@ -315,12 +334,3 @@ class WorkSpec:
     shard_offsets: IntArray
     test_indices: IntArray
     test_offsets: IntArray
-
-    def shard(self, task: int, client_id: int) -> IntArray:
-        """Positions into `train` of one client's samples of one task."""
-        cell = task * self.num_clients + client_id
-        return self.shard_indices[self.shard_offsets[cell] : self.shard_offsets[cell + 1]]
-
-    def test_of(self, task: int) -> IntArray:
-        """Positions into `test` of one task's samples."""
-        return self.test_indices[self.test_offsets[task] : self.test_offsets[task + 1]]

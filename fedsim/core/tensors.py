@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core.errors import NonFinite
-from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.messages import Tensors
 
 # r rank, d inputs, m outputs, T modules
 LORA_A, LORA_B = ".lora_A", ".lora_B"
@@ -53,13 +53,6 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
         total = t.clone() if total is None else total.add_(t)
     assert total is not None, "a sum needs at least one term"
     return total
-
-
-def weighted_mean(updates: Sequence[ClientUpdate], name: str, weights: Sequence[float]) -> Tensor:
-    """Σ w_i x_i / Σ w_i in float64, cast back to the type that came in."""
-    first = updates[0].params[name]
-    total = sum_in_order([w * u.params[name].double() for u, w in zip(updates, weights, strict=True)])
-    return (total / sum(weights)).to(first.dtype)
 
 
 def require_finite(tensors: Tensors, what: str) -> None:

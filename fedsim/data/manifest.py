@@ -20,7 +20,7 @@ import numpy as np
 from fedsim.core import config as configs
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition, WorkSpec
+from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition, ShardLookup, WorkSpec
 from fedsim.core.errors import ConfigError, DataError, PartitionError
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data import streams
@@ -30,14 +30,13 @@ FORMAT = "fedsim-manifest-1"
 
 
 @dataclass(frozen=True, eq=False)
-class Manifest:
+class Manifest(ShardLookup):
     """Who holds what. Two manifests are equal when their hashes are.
 
     data: sha256 of the data (`fingerprint`); num_train, num_test: its samples.
     class_order: original class ids in the order of the head's rows; class_names: in the same order.
     task_classes: rows of the head per task.
-    shard_indices, shard_offsets (T·K + 1,): client k's samples of task t are `shard_indices[offsets[t*K+k] : offsets[t*K+k+1]]`,
-        positions into the training split; test_indices, test_offsets (T + 1,): the same for the test split.
+    shard_indices, shard_offsets, test_indices, test_offsets: see `ShardLookup`.
     histograms: per task (K, C), training samples of the task's classes at every client.
     alpha: maximum-likelihood Dirichlet α per task; overall_alpha: of all tasks together.
     asked: the sections of the config and the seed that made it (for the reader; not part of the hash).
@@ -68,15 +67,6 @@ class Manifest:
     def sizes(self) -> IntArray:
         """Training samples per task and client (T, K)."""
         return np.diff(self.shard_offsets).reshape(self.num_tasks, self.num_clients)
-
-    def shard(self, task: int, client_id: int) -> IntArray:
-        """Positions into the training split of one client's samples of one task."""
-        cell = task * self.num_clients + client_id
-        return self.shard_indices[self.shard_offsets[cell] : self.shard_offsets[cell + 1]]
-
-    def test_of(self, task: int) -> IntArray:
-        """Positions into the test split of one task's samples."""
-        return self.test_indices[self.test_offsets[task] : self.test_offsets[task + 1]]
 
     @cached_property
     def hash(self) -> str:

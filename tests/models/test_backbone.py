@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedsim.core.config import ModelConfig, SimConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import backbone, timm_names
 from fedsim.models import model as models
-from tests.models.zoo import BERT, LENGTHS, VIT, images, model, shared_data, texts
+from tests.models.zoo import BERT, LENGTHS, VIT, images, model, texts
 
 
 def config(source: str | Path, **options: Any) -> ModelConfig:
@@ -201,7 +202,7 @@ def test_timm_names_give_timm_features(tmp_path: Path, bias: bool) -> None:
     assert torch.allclose(loaded.image_features(x), want, rtol=0, atol=1e-11)
 
 
-def test_deit_tiny_gives_timm_features() -> None:
+def test_deit_tiny_gives_timm_features(shared_data: Callable[[str], Path]) -> None:
     file = shared_data("deit_tiny_patch16_224_fp16.safetensors")
     loaded = backbone.load(config(file))
     assert (loaded.width, loaded.image_size, loaded.mean) == (192, (224, 224), (0.485, 0.456, 0.406))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -71,11 +68,3 @@ def untouched(encoder: nn.Module) -> dict[str, Any]:
         for key, p in module._parameters.items():
             left[f"{name}.{key}"] = None if p is None else (id(p), p.data_ptr(), p.detach().numpy().tobytes())
     return left
-
-
-def shared_data(name: str) -> Path:
-    """A file of the data folder beside the repository (or FEDSIM_DATA); skips the test where there is none."""
-    folder = Path(os.environ.get("FEDSIM_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-    if not (folder / name).exists():
-        pytest.skip(f"needs {name} of the shared data (FEDSIM_DATA)")
-    return folder / name
