@@ -41,9 +41,9 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[flower,huggingface,test]'
+	$(PIP) --editable '.[flower,huggingface,tensorboard,wandb,mlflow,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(PIP) --editable '.[flower,huggingface,test,dev]'
+	$(PIP) --editable '.[flower,huggingface,tensorboard,wandb,mlflow,test,dev]'
 	@touch $@

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from clients import local
 from clients.samples import Samples
 from fedsim.core import config as configs
-from fedsim.core.contracts import WorkSpec
+from fedsim.core.contracts import IntArray, WorkSpec
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult
 from fedsim.models import model as models
@@ -21,7 +22,7 @@ class Worker:
     """Holds no client state between jobs, so any worker may run any client. Torch's threads are the pool's business."""
 
     def __init__(self, spec: WorkSpec) -> None:
-        device = resolve_device(spec.config.runtime.device)
+        device = torch.device(configs.resolve_device(spec.config.runtime.device))
         self.spec = spec
         self.model = models.build(spec.config, num_classes(spec), device)
         self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
@@ -42,10 +43,10 @@ class Worker:
         inputs, labels = self.test_samples.batch(positions)
         with self.model.merged(params):
             logits = self.model.logits(self.model.features(inputs), params)
-        right, right_in_task = (
-            int((predict(logits, classes) == labels).sum()) for classes in (job.seen, self.spec.task_classes[job.task])
-        )
-        return EvalResult(job.task, right, right_in_task, len(positions))
+        guess, guess_in_task = (predict(logits, classes) for classes in (job.seen, self.spec.task_classes[job.task]))
+        right_in_task = int((guess_in_task == labels).sum())
+        by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())
+        return EvalResult(job.task, sum(c[1] for c in by_class), right_in_task, len(positions), by_class)
 
 
 def num_classes(spec: WorkSpec) -> int:
@@ -53,9 +54,11 @@ def num_classes(spec: WorkSpec) -> int:
     return 1 + max(c for classes in spec.task_classes for c in classes)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that "auto" stands for: the GPU if there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def class_counts(guess_b: IntArray, labels_b: IntArray) -> tuple[tuple[int, int, int, int], ...]:
+    """(class, right, predicted, total) of every class among predictions and labels, ascending."""
+    size = 1 + int(max(guess_b.max(initial=0), labels_b.max(initial=0)))
+    right, predicted, total = (np.bincount(c, minlength=size) for c in (labels_b[guess_b == labels_b], guess_b, labels_b))
+    return tuple((int(c), int(right[c]), int(predicted[c]), int(total[c])) for c in np.flatnonzero(predicted + total))
 
 
 @contextmanager

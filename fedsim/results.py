@@ -4,10 +4,14 @@
     plugins/           copies of the user's own plug-in files, which config.yaml names
     manifest.json      the stream and partition: indices, histograms, hash
     environment.json   versions, machine, git commit, command line
+    partition.csv      training samples per (task, client, class), where there are any
     rounds.csv         raw counts and percent, one row per (task trained, round, task tested)
+    classes.csv        raw counts per class at every task's end
+    drift.csv          how far the clients of a round went from what they received, and from each other
     costs.json         bytes by direction and kind of object, seconds by phase, client rounds
     failures.json      clients that were skipped, if any
     checkpoint.pt      the whole state after the last round
+    tracking.json      the run's id to its trackers, if any; they may keep folders of their own here (tensorboard/, wandb/)
     accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
     status.json        running | finished, and the identity of the config
 
@@ -21,11 +25,12 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -40,7 +45,7 @@ import fedsim
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
-from fedsim.core.events import Row
+from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.files import storage_errors, write_atomic
 from server import metrics
 
@@ -53,9 +58,13 @@ Costs: TypeAlias = Mapping[
     str, Any
 ]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
 
+# file -> the field of Results that holds its rows
+TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}
 COUNTS = tuple(f.name for f in dataclasses.fields(Row))
+DRIFT_MEASURES = tuple(f.name for f in dataclasses.fields(DriftRow))[4:]
 COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
 PACKAGES = ("torch", "transformers", "ray", "flwr", "numpy", "omegaconf", "safetensors")
+PARSE: Mapping[str, Callable[[str], Any]] = {"int": int, "str": str, "float | None": lambda cell: float(cell) if cell else None}
 RULE_OBJECT = "python:"  # the name of a rule that was passed as an object, not by name
 
 
@@ -65,6 +74,18 @@ class SavesItself(Protocol):
     @property
     def hash(self) -> str: ...
     def save(self, path: Path) -> None: ...
+    def holdings(self) -> Iterable[tuple[int, int, int, str, int]]: ...
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Training samples of one class that one client holds in one task; only where there are any."""
+
+    task: int
+    client: int
+    class_row: int
+    class_name: str
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -78,18 +99,35 @@ class Results:
     manifest_hash: str = ""
     failures: tuple[str, ...] = ()
     finished: bool = True
+    classes: tuple[ClassRow, ...] = ()
+    drifts: tuple[DriftRow, ...] = ()
+    holdings: tuple[Holding, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """Read a run directory, finished or not. Raises RunDirError when it is missing or damaged."""
         run_dir = RunDir.read(path)
-        with _damage(run_dir.path / "rounds.csv"):
-            rows = _rows_from_csv(_read_text(run_dir.path / "rounds.csv", ""))
+        tables: dict[str, Any] = {}
+        for (name, field), kind in zip(TABLES.items(), (Holding, Row, ClassRow, DriftRow), strict=True):
+            with _damage(run_dir.path / name):
+                tables[field] = _from_csv(kind, _read_text(run_dir.path / name, ""))
         with _damage(run_dir.path / "costs.json"):
             costs = dict(json.loads(_read_text(run_dir.path / "costs.json", "{}")))
         with _damage(run_dir.path / "failures.json"):
             failures = tuple(str(f) for f in json.loads(_read_text(run_dir.path / "failures.json", "[]")))
-        return cls(run_dir.config, rows, costs, run_dir.path, run_dir.manifest_hash, failures, run_dir.finished)
+        found = cls(
+            run_dir.config,
+            costs=costs,
+            path=run_dir.path,
+            manifest_hash=run_dir.manifest_hash,
+            failures=failures,
+            finished=run_dir.finished,
+            **tables,
+        )
+        if found.finished:
+            with _damage(run_dir.path / "metrics.json"):
+                found._require_metrics(json.loads((run_dir.path / "metrics.json").read_text()))
+        return found
 
     @cached_property
     def accuracy(self) -> FloatArray:
@@ -106,10 +144,55 @@ class Results:
 
     @cached_property
     def metrics(self) -> dict[str, float | None]:
-        """Metrics of `server.metrics` in percent, and the same with the suffix `_task_incremental`; None where undefined."""
+        """Metrics of `server.metrics`, in percent unless said otherwise there, the accuracy matrix's also with the suffix
+        `_task_incremental`; None where undefined. `drift_<measure>_<group>` are means over rounds, see `server.drift`."""
         total = self._counts("total")
         told = metrics.summary(self._counts("correct_in_task"), total, "_task_incremental")
-        return metrics.summary(self._counts("correct"), total) | told
+        return metrics.summary(self._counts("correct"), total) | told | self._of_classes() | self._of_drift()
+
+    @property
+    def client_accuracy(self) -> FloatArray:
+        """(K,) percent of the final model at every client, on test samples that are distributed as its training samples are.
+
+        NaN for a client that holds nothing of what was tested. The argmax is over all classes.
+        """
+        final = self._final_classes()
+        rows = 1 + max([h.class_row for h in self.holdings] + [c.class_row for c in final], default=-1)
+        correct_C, total_C = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+        for c in final:
+            correct_C[c.class_row], total_C[c.class_row] = c.correct, c.total
+        held = [(h.client, h.class_row, h.samples) for h in self.holdings]
+        return metrics.client_accuracy(held, self.config.partition["clients"], correct_C, total_C)
+
+    def _require_metrics(self, written: Mapping[str, float | None]) -> None:
+        """Raises ValueError when the counts do not give the metrics that were written at the end: a file was cut or changed."""
+        for name in {**self.metrics, **written}:
+            value = self.metrics.get(name)
+            then = written.get(name, value)  # a metric that came into being later
+            same = value is then or (
+                value is not None and then is not None and math.isclose(value, then, rel_tol=1e-6, abs_tol=1e-9)
+            )
+            if not same:
+                raise ValueError(f"{name} is {then}, but the counts give {value}")
+
+    def _final_classes(self) -> list[ClassRow]:
+        ends = [c for c in self.classes if c.stage == "task_end"]
+        last = max((c.task for c in ends), default=0)
+        return [c for c in ends if c.task == last]
+
+    def _of_classes(self) -> dict[str, float | None]:
+        final = self._final_classes()
+        before = {c.class_row for c in self.classes if c.stage == "task_end" and c.task < final[0].task} if final else set()
+        share = metrics.newest_share([(c.predicted, c.class_row not in before) for c in final]) if before else None
+        return {"newest_share": share} | metrics.fairness(self.client_accuracy)
+
+    def _of_drift(self) -> dict[str, float | None]:
+        values: dict[str, list[float]] = {}
+        for row in self.drifts:
+            for measure in DRIFT_MEASURES:
+                if (value := getattr(row, measure)) is not None:
+                    values.setdefault(f"drift_{measure}_{row.group}", []).append(value)
+        return {name: float(np.mean(of_rounds)) for name, of_rounds in values.items()}
 
     def frame(self) -> pd.DataFrame:
         """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""
@@ -231,27 +314,32 @@ class RunDir:
         self._write("config.yaml", self._copy_plugins().to_yaml())
         with storage_errors(self.path / "manifest.json", self._advice):
             manifest.save(self.path / "manifest.json")
+        self._write("partition.csv", _to_csv([f.name for f in dataclasses.fields(Holding)], list(manifest.holdings())))
         self._write_json("environment.json", environment())
         self._write_status("running", manifest.hash)
 
-    def write_progress(self, rows: Sequence[Row], costs: Costs, failures: Sequence[str] = ()) -> None:
+    def write_progress(self, results: Results) -> None:
         """Write what is known after a round. Raises StorageError when the disk is full."""
-        self._write("rounds.csv", _to_csv(COLUMNS, Results(self.config, tuple(rows), costs)._records()))
-        self._write_json("costs.json", costs)
-        if failures or (self.path / "failures.json").exists():
-            self._write_json("failures.json", list(failures))
+        self._write("rounds.csv", _to_csv(COLUMNS, results._records()))
+        self._write("classes.csv", _table(ClassRow, [c for c in results.classes if c.stage == "task_end"]))
+        self._write("drift.csv", _table(DriftRow, results.drifts))
+        self._write_json("costs.json", results.costs)
+        if results.failures or (self.path / "failures.json").exists():
+            self._write_json("failures.json", list(results.failures))
 
-    def write_end(self, rows: Sequence[Row], costs: Costs, manifest_hash: str, failures: Sequence[str] = ()) -> Results:
-        """Write the outcome, mark the run as finished, and return it."""
-        results = Results(self.config, tuple(rows), costs, self.path, manifest_hash, tuple(failures))
-        self.write_progress(rows, costs, failures)
+    def write_end(self, results: Results) -> Results:
+        """Write the outcome, mark the run as finished, and return it as it is read back."""
+        self.write_progress(results)
         for name in ("accuracy", "accuracy_task_incremental"):
             matrix = getattr(results, name)
             records = [(i, *("" if np.isnan(a) else repr(float(a)) for a in row)) for i, row in enumerate(matrix)]
             self._write(f"{name}.csv", _to_csv(("after_task", *range(len(matrix))), records))
-        self._write_json("metrics.json", results.metrics)
-        self._write_status("finished", manifest_hash)
-        return results
+        with _damage(self.path / "partition.csv"):
+            holdings = _from_csv(Holding, _read_text(self.path / "partition.csv", ""))
+        complete = dataclasses.replace(results, config=self.config, path=self.path, holdings=holdings, finished=True)
+        self._write_json("metrics.json", complete.metrics)
+        self._write_status("finished", results.manifest_hash)
+        return complete
 
     @property
     def _advice(self) -> str:
@@ -405,6 +493,7 @@ def _renamed(config: SimConfig, old: str, new: str) -> SimConfig:
             server, **{key: _replaced(getattr(server, key), old, new) for key in configs.SERVER_PLUGIN_KEYS}
         ),
         client=dataclasses.replace(client, objectives=_replaced(client.objectives, old, new)),
+        trackers=_replaced(config.trackers, old, new),
     )
 
 
@@ -428,12 +517,14 @@ def _to_csv(header: Sequence[Any], records: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _rows_from_csv(text: str) -> tuple[Row, ...]:
-    rows = []
-    for record in csv.DictReader(io.StringIO(text)):
-        counts = {name: record[name] if name == "stage" else int(record[name]) for name in COUNTS}
-        rows.append(Row(**counts))  # type: ignore[arg-type]
-    return tuple(rows)
+def _table(kind: type[Any], rows: Sequence[Any]) -> str:
+    return _to_csv([f.name for f in dataclasses.fields(kind)], [dataclasses.astuple(row) for row in rows])
+
+
+def _from_csv(kind: type[Any], text: str) -> tuple[Any, ...]:
+    """Rows of a dataclass of numbers and words; further columns, which are derived, are left out. An empty cell is None."""
+    columns = {f.name: PARSE[str(f.type)] for f in dataclasses.fields(kind)}
+    return tuple(kind(**{n: parse(record[n]) for n, parse in columns.items()}) for record in csv.DictReader(io.StringIO(text)))
 
 
 def _read_text(path: Path, absent: str) -> str:
@@ -445,5 +536,5 @@ def _damage(path: Path) -> Iterator[None]:
     """Whatever goes wrong while a file is read is damage to the run directory."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error) as e:
         raise RunDirError(f"{path} is damaged ({type(e).__name__}: {e})") from e

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clients import optim
-from clients.worker import resolve_device, torch_threads
+from clients.worker import torch_threads
+from fedsim import tracking
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
@@ -22,7 +24,7 @@ from fedsim.data.manifest import Manifest
 from fedsim.models import backbone
 from fedsim.models import model as models
 from fedsim.models.model import Model
-from fedsim.results import Results, RunDir
+from fedsim.results import Holding, Results, RunDir
 from server import checkpoint, grouped, loop, sampling
 from server.state import ServerState, Simulation
 
@@ -48,44 +50,99 @@ def run(
         config = RunDir.open(resume).config  # type: ignore[arg-type]
     if aggregator is not None:
         config = _with_rule_object(config, aggregator)
-    rule = aggregator if aggregator is not None else build_aggregator(config.server.aggregator)
-    check(config)
-    manifest, spec = prepare_data(config)
-    with torch_threads(config.runtime.threads):  # the rules' arithmetic, too, has the same bits on every machine size
-        model = models.build(config, len(manifest.class_order))
-        state = first_state(config, model, rule)
-        run_dir = RunDir.create(config, output) if resume is None else RunDir.open(resume, config)
-        if resume is not None and run_dir.finished:
-            return Results.load(run_dir.path)
-        if run_dir.checkpoint.exists():
-            state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
-        run_dir.write_start(manifest)
-        if progress is not None:
-            progress(RunDirOpened(str(run_dir.path)))
-        with plugins.load("pools", config.runtime.pool)(spec) as pool:
-            sim = Simulation(
-                config=config,
-                pool=pool,
-                aggregator=rule,
-                consolidator=configs.build("consolidators", config.server.consolidator),
-                calibrator=None if config.server.calibrator is None else configs.build("calibrators", config.server.calibrator),
-                fresh_adapter=lambda task: fresh_adapter(config, model, task),
-                task_names=manifest.task_names,
-                task_classes=manifest.task_classes,
-                test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
-                num_clients=manifest.num_clients,
-            )
+    begun = None if resume is None else RunDir.open(resume, config)
+    if begun is not None and begun.finished:
+        return Results.load(begun.path)
+    parts = prepare(config, aggregator)
+    state = parts.state
+    run_dir = begun or RunDir.create(config, output)
+    if run_dir.checkpoint.exists():
+        state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
+    run_dir.write_start(parts.manifest)
+    if progress is not None:
+        progress(RunDirOpened(str(run_dir.path)))
+    with tracking.tracked(config, run_dir) as record:
+        with _wired(parts) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
             for step in loop.run(sim, state):
                 if isinstance(step, ServerState):
                     state = _keep(run_dir, step)
                 elif progress is not None:
                     progress(step)
-    return run_dir.write_end(state.rows, _costs(state), manifest.hash, [str(f) for f in state.failures])
+                record(step)
+        results = run_dir.write_end(_results(config, state, parts.manifest.hash))
+        record(results)
+    return results
+
+
+def once(config: SimConfig, path: Path, progress: Callable[[Event], None] | None = None) -> Results:
+    """The results of a config in a run directory of its own: loaded if it is finished, gone on with if it was stopped, else made.
+
+    Raises RunDirError when the folder is damaged or belongs to another config.
+    """
+    if not (path / "status.json").is_file():
+        return run(config, output=path, progress=progress)
+    found = RunDir.open(path, config)
+    return Results.load(path) if found.finished else run(config, resume=path, progress=progress)
+
+
+def first_round(config: SimConfig) -> Results:
+    """Play the first round and keep nothing: what a round costs. The rows are its evaluation."""
+    start = time.perf_counter()
+    parts = prepare(config)
+    with _wired(parts) as sim:
+        state = dataclasses.replace(parts.state, seconds={"start_up": time.perf_counter() - start})
+        steps = loop.run(sim, state)
+        state = next(step for step in steps if isinstance(step, ServerState))
+    holdings = tuple(Holding(*h) for h in parts.manifest.holdings())
+    return dataclasses.replace(_results(parts.config, state, parts.manifest.hash), holdings=holdings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run before its first round: all that can be wrong with config, data and model has been found by now."""
+
+    config: SimConfig
+    rule: Aggregator
+    manifest: Manifest
+    spec: WorkSpec
+    model: Model
+    state: ServerState
+
+
+def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
+    """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
+    rule = aggregator if aggregator is not None else build_aggregator(config.server.aggregator)
+    check(config)
+    manifest, spec = prepare_data(config)
+    with torch_threads(config.runtime.threads):  # the rules' arithmetic, too, has the same bits on every machine size
+        model = models.build(config, len(manifest.class_order))
+        return Prepared(config, rule, manifest, spec, model, first_state(config, model, rule))
+
+
+@contextmanager
+def _wired(parts: Prepared) -> Iterator[Simulation]:
+    """The parts with a pool that runs, and torch's threads set."""
+    config, manifest, spec = parts.config, parts.manifest, parts.spec
+    calibrator = config.server.calibrator
+    with torch_threads(config.runtime.threads), plugins.load("pools", config.runtime.pool)(spec) as pool:
+        yield Simulation(
+            config=config,
+            pool=pool,
+            aggregator=parts.rule,
+            consolidator=configs.build("consolidators", config.server.consolidator),
+            calibrator=None if calibrator is None else configs.build("calibrators", calibrator),
+            fresh_adapter=lambda task: fresh_adapter(config, parts.model, task),
+            task_names=manifest.task_names,
+            task_classes=manifest.task_classes,
+            test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
+            num_clients=manifest.num_clients,
+        )
 
 
 def check(config: SimConfig) -> None:
-    """What can be known before any data is read: optimizer and schedule, participation."""
+    """What can be known before any data is read: trackers' packages, optimizer and schedule, participation."""
+    tracking.check(config)
     optim.check(config.client)
     sampling.num_sampled(config.partition["clients"], config.server.participation)
 
@@ -95,9 +152,7 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
     dataset = configs.build("sources", config.data).load(backbone.tokenizer_name(config.model))
     manifest = manifests.make(config, dataset)
     sampling.num_sampled(manifest.num_clients, config.server.participation)
-    device = str(resolve_device(config.runtime.device))  # workers need not see what the driver sees
-    runtime = dataclasses.replace(config.runtime, device=device)
-    return manifest, manifests.work_spec(manifest, dataset, dataclasses.replace(config, runtime=runtime))
+    return manifest, manifests.work_spec(manifest, dataset, config)
 
 
 def build_aggregator(section: Any) -> Aggregator:
@@ -132,12 +187,22 @@ def _keep(run_dir: RunDir, state: ServerState) -> ServerState:
     checkpoint.save(
         run_dir.checkpoint, state, run_dir.identity, f"free space, then go on with: fedsim run --resume {run_dir.path}"
     )
-    run_dir.write_progress(state.rows, _costs(state), [str(f) for f in state.failures])
+    run_dir.write_progress(_results(run_dir.config, state))
     return dataclasses.replace(state, seconds=state.spent("checkpoint", time.perf_counter() - clock))
 
 
-def _costs(state: ServerState) -> dict[str, Any]:
-    return {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds}
+def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> Results:
+    """What is known so far, in the form that is written."""
+    return Results(
+        config,
+        state.rows,
+        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds},
+        manifest_hash=manifest_hash,
+        failures=tuple(map(str, state.failures)),
+        finished=False,
+        classes=state.classes,
+        drifts=state.drifts,
+    )
 
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsim.core.contracts import Pool
-from fedsim.core.events import Row
+from fedsim.core.events import ClassRow, Row
 from fedsim.core.messages import EvalJob, Tensors
 
 
@@ -18,8 +18,8 @@ def evaluate(
     task_classes: Sequence[Sequence[int]],
     test_sizes: Sequence[int],
     batch: int,
-) -> tuple[Row, ...]:
-    """One row of counts per task 0..task. The slices do not depend on the number of workers."""
+) -> tuple[tuple[Row, ...], tuple[ClassRow, ...]]:
+    """One row of counts per task 0..task, and one per class seen. The slices do not depend on the number of workers."""
     seen = seen_classes(task_classes, task)
     jobs = [
         EvalJob(j, start, min(start + batch, test_sizes[j]), deployed, seen)
@@ -27,10 +27,14 @@ def evaluate(
         for start in range(0, test_sizes[j], batch)
     ]
     counts = [[0, 0, 0] for _ in range(task + 1)]
+    by_class = {c: [0, 0, 0] for c in seen}
     for r in pool.evaluate(jobs):
         for k, value in enumerate((r.correct, r.correct_in_task, r.total)):
             counts[r.task][k] += value
-    return tuple(Row(task, round, stage, j, *counts[j]) for j in range(task + 1))
+        for c, *values in r.by_class:
+            by_class[c] = [a + b for a, b in zip(by_class[c], values, strict=True)]
+    rows = tuple(Row(task, round, stage, j, *counts[j]) for j in range(task + 1))
+    return rows, tuple(ClassRow(task, round, stage, c, *by_class[c]) for c in seen)
 
 
 def seen_classes(task_classes: Sequence[Sequence[int]], task: int) -> list[int]:

@@ -25,6 +25,7 @@ from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row,
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
 from fedsim.core.tensors import require_finite
 from server import sampling
+from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate, seen_classes
 from server.ledger import add_traffic, mean_loss
 from server.state import ServerState, Simulation
@@ -62,6 +63,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
         plan = replace(plan, background=background, share=share)
     updates, state = yield from run_clients(sim, state, plan)
 
+    drifts = state.drifts + measure_drift(state.task, state.round, state.params, updates)
     clock = time.perf_counter()
     aggregator, params = sim.aggregator.combine(state.aggregator, state.params, updates)
     calibrator = state.calibrator
@@ -75,6 +77,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
         aggregator=aggregator,
         calibrator=calibrator,
         params=params,
+        drifts=drifts,
         seconds=state.spent("combine", time.perf_counter() - clock),
     )
 
@@ -134,10 +137,13 @@ def run_clients(
 def measure(sim: Simulation, state: ServerState, deployed: Tensors, stage: str) -> tuple[tuple[Row, ...], ServerState]:
     """Evaluate on every task seen. What was just measured, with the same tensors, is not measured again."""
     clock = time.perf_counter()
-    last = [r for r in state.rows if (r.task, r.round) == (state.task, state.round - 1)]
+    last = tuple(r for r in state.rows if (r.task, r.round) == (state.task, state.round - 1))
+    kept = tuple(c for c in state.classes if c.stage == "task_end")  # by class, only what a task's end gave is kept
     if stage == "task_end" and deployed is state.params and last:
         rows = tuple(replace(r, round=state.round, stage=stage) for r in last)
+        classes = tuple(replace(c, round=state.round, stage=stage) for c in state.classes[len(kept) :])
     else:
         batch = sim.config.runtime.eval_batch
-        rows = evaluate(sim.pool, deployed, state.task, state.round, stage, sim.task_classes, sim.test_sizes, batch)
-    return rows, replace(state, rows=state.rows + rows, seconds=state.spent("evaluate", time.perf_counter() - clock))
+        rows, classes = evaluate(sim.pool, deployed, state.task, state.round, stage, sim.task_classes, sim.test_sizes, batch)
+    spent = state.spent("evaluate", time.perf_counter() - clock)
+    return rows, replace(state, rows=state.rows + rows, classes=kept + classes, seconds=spent)

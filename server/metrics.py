@@ -8,7 +8,8 @@ maximum, and fed-mammoth's diagonal form; backward transfer follows Lopez-Paz & 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,3 +93,49 @@ def summary(correct_TT: ArrayLike, total_TT: ArrayLike, suffix: str = "") -> dic
     }
     values["final_average_accuracy_micro"] = final_average_accuracy_micro(correct_TT, total_TT) if complete else None
     return {f"{name}{suffix}": value for name, value in values.items()}
+
+
+def newest_share(predicted: Sequence[tuple[int, bool]]) -> float | None:
+    """Percent of all predictions after the last task that fall on the classes which it brought; (count, is new) per class.
+
+    With test sets of equal size 100/T is fair; more is the incremental bias that HGP (Mosconi et al. 2024) describes.
+    """
+    total = sum(count for count, _ in predicted)
+    return 100.0 * sum(count for count, new in predicted if new) / total if total else None
+
+
+def client_accuracy(held_H3: ArrayLike, clients: int, correct_C: ArrayLike, total_C: ArrayLike) -> FloatArray:
+    """acc_k = Σ_c h_kc · (correct_c / total_c) / Σ_c h_kc in percent, (K,): the expected accuracy on test samples that are
+    distributed over classes as the client's own training samples h_k are. NaN for a client without a tested class.
+
+    held_H3: rows of (client, class, samples), as many as there are.
+    """
+    client_H, class_H, samples_H = np.asarray(held_H3, dtype=np.int64).reshape(-1, 3).T
+    acc_H = accuracy(correct_C, total_C)[class_H] if len(class_H) else np.zeros(0)
+    tested_H = ~np.isnan(acc_H)
+    weight_H = np.where(tested_H, samples_H, 0)
+    right_K = np.bincount(client_H, weight_H * np.where(tested_H, acc_H, 0.0), minlength=clients)
+    weight_K = np.bincount(client_H, weight_H, minlength=clients)
+    mean_K: FloatArray = np.divide(right_K, weight_K, out=np.full(len(weight_K), np.nan), where=weight_K > 0)
+    return mean_K
+
+
+def fairness(acc_K: FloatArray) -> dict[str, float | None]:
+    """How evenly a model serves the clients that have an accuracy; percent but for Jain's index and the entropy.
+
+    client_accuracy_mean, _std (all clients are there: ddof 0), _min; _worst_decile, _best_decile: mean of the ⌈K/10⌉ lowest,
+    highest; client_jain: (Σ acc)² / (K Σ acc²), 1 when all are equal (Jain et al. 1984); client_entropy: of acc / Σ acc, in nats,
+    ln K when all are equal.
+    None without clients; the last two also where every accuracy is 0.
+    """
+    known = np.sort(acc_K[~np.isnan(acc_K)])
+    names = ("mean", "std", "min", "worst_decile", "best_decile")
+    if not len(known):
+        return dict.fromkeys((*(f"client_accuracy_{n}" for n in names), "client_jain", "client_entropy"))
+    tenth = math.ceil(len(known) / 10)
+    values = (known.mean(), known.std(), known[0], known[:tenth].mean(), known[-tenth:].mean())
+    share = known[known > 0] / known.sum() if known.sum() > 0 else None
+    return {f"client_accuracy_{n}": float(v) for n, v in zip(names, values, strict=True)} | {
+        "client_jain": None if share is None else float(known.sum() ** 2 / (len(known) * np.square(known).sum())),
+        "client_entropy": None if share is None else float(-(share * np.log(share)).sum()),
+    }

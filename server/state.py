@@ -9,9 +9,10 @@ from typing import Any
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, Pool
 from fedsim.core.errors import ClientFailed
-from fedsim.core.events import Row
+from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
 
+ROWS: Mapping[str, type[Any]] = {"rows": Row, "classes": ClassRow, "drifts": DriftRow}
 Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 
 
@@ -44,6 +45,8 @@ class ServerState:
     memories: Mapping[int, Tensors] = field(default_factory=dict)
     holders: tuple[int, ...] = ()  # clients that have received the background of this task
     rows: tuple[Row, ...] = ()
+    classes: tuple[ClassRow, ...] = ()  # of every task's end, and of the latest round
+    drifts: tuple[DriftRow, ...] = ()
     failures: tuple[ClientFailed, ...] = ()
     bytes: Bytes = field(default_factory=lambda: {"down": {}, "up": {}})
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -56,7 +59,8 @@ class ServerState:
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, tensors, numbers and strings only: what a file can hold."""
         plain = dict(vars(self))
-        plain["rows"] = [list(vars(r).values()) for r in self.rows]
+        for name in ROWS:
+            plain[name] = [list(vars(r).values()) for r in getattr(self, name)]
         plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
         plain["params"] = dict(self.params)
         plain["memories"] = {k: dict(v) for k, v in self.memories.items()}
@@ -67,6 +71,5 @@ class ServerState:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ServerState:
         """The inverse of `to_plain`."""
-        rows = tuple(Row(*r) for r in plain["rows"])
-        failures = tuple(ClientFailed(*f) for f in plain["failures"])
-        return cls(**{**plain, "rows": rows, "failures": failures})
+        rows = {name: tuple(kind(*r) for r in plain[name]) for name, kind in ROWS.items()}
+        return cls(**{**plain, **rows, "failures": tuple(ClientFailed(*f) for f in plain["failures"])})

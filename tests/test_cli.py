@@ -15,6 +15,9 @@ from rich.console import Console
 
 import fedsim
 from fedsim import cli, simulation
+from fedsim.cli import list as cli_list
+from fedsim.cli import run as cli_run
+from fedsim.cli.printing import human_bytes
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, Row, RunDirOpened, RunStarted, TaskDone
 from fedsim.progress import ProgressDisplay, duration
@@ -188,14 +191,14 @@ def test_outcome(config_file: Path, calls: list[dict[str, Any]], capsys: pytest.
 @pytest.mark.parametrize("tasks", [1, 5, 20])
 def test_outcome_fits_the_terminal(width: int, tasks: int) -> None:
     rows = tuple(Row(i, 1, "task_end", j, 10, 10, 10) for i in range(tasks) for j in range(i + 1))
-    text = printed(width, lambda console: cli.show_results(Results(tiny(), rows, COSTS), console))
+    text = printed(width, lambda console: cli_run.show_results(Results(tiny(), rows, COSTS), console))
     assert len(re.findall(r"100\.0\b", text)) == tasks * (tasks + 1) // 2 + tasks  # every cell, and the means
     assert "…" not in text
     assert ("–" in text) == (tasks == 1)  # no forgetting of one task
 
 
 def test_a_task_incremental_run_has_one_column() -> None:
-    text = printed(60, lambda console: cli.show_results(Results(tiny("stream.name=task_incremental"), ROWS, COSTS), console))
+    text = printed(60, lambda console: cli_run.show_results(Results(tiny("stream.name=task_incremental"), ROWS, COSTS), console))
     assert "class-" not in text
     assert "forgetting                           10.00" in text
 
@@ -205,7 +208,7 @@ def test_a_task_incremental_run_has_one_column() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (999_600, "1.0 MB"), (2.5e15, "2500.0 TB")],
 )
 def test_human_bytes(count: float, text: str) -> None:
-    assert cli.human_bytes(count) == text
+    assert human_bytes(count) == text
 
 
 # ---------------------------------------------------------------- progress
@@ -343,7 +346,7 @@ def test_list_of_an_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_plugin_whose_package_is_missing_is_listed_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clients.pools.ray", None)
-    assert "not available" in next(cli.describe("pools", "ray", 100))
+    assert "not available" in next(cli_list.describe("pools", "ray", 100))
 
 
 RULE = """

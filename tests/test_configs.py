@@ -11,16 +11,33 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig, load
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import run
+from fedsim.sweep.plan import expand
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")])
+SWEEPS = [path for path in FILES if "base" in configs.read_yaml(path)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in FILES if path not in SWEEPS], ids=lambda p: p.stem)
 def test_every_config_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
+    tiny_round(load(path), tmp_path)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_sweep_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
+    """Every variant of its axes once."""
+    shown = set()
+    for planned in expand(path).runs:
+        new = {(axis, label) for axis, label in planned.entry.labels.items() if axis != "seed"} - shown
+        if new:
+            tiny_round(planned.config, tmp_path)
+        shown |= new
+    assert shown
+
+
+def tiny_round(config: SimConfig, tmp_path: Path) -> None:
     """Its rules, adapter and client on synthetic data and a random backbone of the same family."""
-    config = load(path)
     plain = config.to_dict()
     text = config.data["source"] == "text"
     bert = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedsim.core import config as configs
 from fedsim.core import files
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import RunDirError, StorageError
-from fedsim.core.events import Row
+from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.results import Results, RunDir
 from tests.tiny import tiny
 
@@ -34,6 +34,17 @@ ROWS = (
     Row(1, 1, "task_end", 0, 6, 8, 10),
     Row(1, 1, "task_end", 1, 2, 3, 3),
 )
+CLASSES = (
+    ClassRow(0, 1, "task_end", 0, 5, 7, 5),
+    ClassRow(0, 1, "task_end", 1, 4, 3, 5),
+    ClassRow(1, 1, "task_end", 0, 4, 5, 5),
+    ClassRow(1, 1, "task_end", 1, 2, 2, 5),
+    ClassRow(1, 1, "task_end", 2, 2, 6, 3),
+)
+DRIFTS = (
+    DriftRow(0, 0, "head", 2, None, 0.5, 0.5, 0.75, 0.6, 1.5, None),
+    DriftRow(0, 1, "head", 2, 0.25, 0.25, 0.25, 0.5, 0.7, 2.0, None),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,13 @@ class FakeManifest:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({"hash": self.hash}))
+
+    def holdings(self) -> list[tuple[int, int, int, str, int]]:
+        return [(0, 0, 0, "a", 6), (0, 1, 1, "b", 2), (1, 1, 2, "c", 4)]
+
+
+def known(*failures: str, rows: Sequence[Row] = ROWS, config: SimConfig | None = None) -> Results:
+    return Results(config or tiny(), tuple(rows), COSTS, manifest_hash="abc", failures=failures, classes=CLASSES, drifts=DRIFTS)
 
 
 def begun(config: SimConfig, output: Path | None = None) -> RunDir:
@@ -90,7 +108,7 @@ def test_before_the_first_task_ends_nothing_is_claimed() -> None:
 
 def test_round_trip(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
-    written = run_dir.write_end(ROWS, COSTS, "abc", ["client 1 failed"])
+    written = run_dir.write_end(known("client 1 failed"))
     loaded = Results.load(run_dir.path)
     assert loaded == written
     assert (loaded.manifest_hash, loaded.failures, loaded.finished) == ("abc", ("client 1 failed",), True)
@@ -101,11 +119,11 @@ def test_files_at_the_end(run_dirs: Path) -> None:
     import pandas as pd
 
     run_dir = begun(tiny(output=run_dirs))
-    results = run_dir.write_end(ROWS, COSTS, "abc")
+    results = run_dir.write_end(known())
     names = {p.name for p in run_dir.path.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "environment.json", "rounds.csv", "costs.json", "status.json",
-        "accuracy.csv", "accuracy_task_incremental.csv", "metrics.json",
+        "accuracy.csv", "accuracy_task_incremental.csv", "metrics.json", "partition.csv", "classes.csv", "drift.csv",
     }  # fmt: skip
     np.testing.assert_array_equal(pd.read_csv(run_dir.path / "accuracy.csv", index_col=0).to_numpy(), results.accuracy)
     pd.testing.assert_frame_equal(pd.read_csv(run_dir.path / "rounds.csv"), results.frame())
@@ -116,7 +134,7 @@ def test_files_at_the_end(run_dirs: Path) -> None:
 def test_an_unfinished_run_loads_what_there_is(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
     assert Results.load(run_dir.path).rows == ()
-    run_dir.write_progress(ROWS[:2], COSTS)
+    run_dir.write_progress(known(rows=ROWS[:2]))
     loaded = Results.load(run_dir.path)
     assert (loaded.rows, loaded.costs, loaded.finished) == (ROWS[:2], COSTS, False)
     np.testing.assert_array_equal(loaded.accuracy, [[90]])
@@ -139,7 +157,7 @@ def test_environment_says_what_made_the_numbers(run_dirs: Path) -> None:
 def test_nan_accuracy_of_a_task_without_test_samples(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
     rows = (Row(0, 1, "task_end", 0, 0, 0, 0),)
-    assert run_dir.write_end(rows, COSTS, "abc").metrics["final_average_accuracy"] is None
+    assert run_dir.write_end(known(rows=rows)).metrics["final_average_accuracy"] is None
     assert Results.load(run_dir.path).rows == rows
     assert math.isnan(Results.load(run_dir.path).frame()["accuracy"][0])
 
@@ -218,7 +236,7 @@ def unfinished(path: Path) -> Path:
 
 
 def finished(path: Path) -> Path:
-    begun(tiny(), path).write_end(ROWS, COSTS, "abc")
+    begun(tiny(), path).write_end(known())
     return path
 
 
@@ -295,7 +313,7 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
 )
 def test_damage_is_one_line(tmp_path: Path, harm: Callable[[Path], Any], message: str) -> None:
     run_dir = begun(tiny(), tmp_path / "out")
-    run_dir.write_end(ROWS, COSTS, "abc")
+    run_dir.write_end(known())
     harm(run_dir.path)
     with pytest.raises(RunDirError, match=message) as caught:
         Results.load(run_dir.path)
@@ -312,14 +330,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = begun(tiny(), tmp_path / "out")
-    run_dir.write_progress(ROWS[:1], COSTS)
+    run_dir.write_progress(known(rows=ROWS[:1]))
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StorageError, match=f"disk full, .*rounds.csv.*fedsim run --resume {run_dir.path}"):
-        run_dir.write_progress(ROWS, COSTS)
+        run_dir.write_progress(known())
     monkeypatch.undo()
     assert Results.load(run_dir.path).rows == ROWS[:1]
     assert not list(run_dir.path.glob(".*"))

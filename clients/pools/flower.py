@@ -212,13 +212,18 @@ def record_to_eval_job(record: RecordDict) -> EvalJob:
 def result_to_record(result: EvalResult) -> RecordDict:
     """The counts as a MetricRecord."""
     counts = {"task": result.task, "correct": result.correct, "correct-in-task": result.correct_in_task, "total": result.total}
-    return RecordDict({"result": ConfigRecord({"kind": "result"}), "counts": MetricRecord(dict(counts))})
+    flat = [count for row in result.by_class for count in row]
+    return RecordDict({"result": ConfigRecord({"kind": "result", "by-class": flat}), "counts": MetricRecord(dict(counts))})
 
 
 def record_to_result(record: RecordDict) -> EvalResult:
     """The result that `result_to_record` was given."""
-    counts = record.metric_records["counts"]
-    return EvalResult(*(_int(counts[key]) for key in ("task", "correct", "correct-in-task", "total")))
+    counts, flat = record.metric_records["counts"], record.config_records["result"]["by-class"]
+    assert isinstance(flat, list)
+    row = [int(c) for c in flat]
+    by_class = tuple((row[i], row[i + 1], row[i + 2], row[i + 3]) for i in range(0, len(row), 4))
+    task, correct, in_task, total = (_int(counts[key]) for key in ("task", "correct", "correct-in-task", "total"))
+    return EvalResult(task, correct, in_task, total, by_class)
 
 
 def failure_to_record(failed: ClientFailed) -> RecordDict:

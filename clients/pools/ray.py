@@ -1,4 +1,4 @@
-"""Clients on Ray: one box by default, or an existing cluster (`runtime.address`). The only `import ray` of the simulation.
+"""Clients on Ray: one box by default, or an existing cluster (`runtime.address`).
 
 Each worker is an actor that loads model and data once. Data arrays lie once in Ray's object store and are read without
 a copy; a round's parameters are put there once, not once per client. Nothing polls: the driver sleeps in `ray.wait`.
@@ -7,30 +7,22 @@ a copy; a round's parameters are put there once, not once per client. Nothing po
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
-import fedsim
+from clients import cluster
+from clients.cluster import last_line
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-import ray
-
-ROOT = str(Path(fedsim.__file__).resolve().parents[1])
 IN_FLIGHT = 2  # jobs handed to a worker ahead: the next one waits there while a result travels
 
 
@@ -42,7 +34,7 @@ class Pool(contracts.Pool):
         runtime = spec.config.runtime
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start(runtime.address, runtime.workers, runtime.threads)
+            cluster.start(runtime.address, 0 if runtime.workers == "auto" else runtime.workers * runtime.threads)
         self._size = _num_workers(spec)
         self._max_restarts = runtime.max_restarts
         self._spec = spec
@@ -80,7 +72,7 @@ class Pool(contracts.Pool):
         return [ray.get(actor.pid.remote()) for actor in self._actors]
 
     def _new_actor(self) -> Any:
-        return self._actor_class.options(**self._options).remote(ROOT, [self._spec_ref])
+        return self._actor_class.options(**self._options).remote(cluster.ROOT, cluster.ours_first(), [self._spec_ref])
 
     def _run(self, method: str, light: Sequence[Any], sizes: Sequence[int], describe: Callable[[int], str]) -> Iterator[Any]:
         """Dispatch jobs by size, largest first, and yield results in order as soon as the order allows."""
@@ -111,7 +103,7 @@ class Pool(contracts.Pool):
                         self._actors[task.slot] = self._new_actor()
                     waiting.appendleft(task.job)
                 except ray.exceptions.RayTaskError as e:
-                    raise PoolError(f"a Ray worker failed on {describe(task.job)}: {_last_line(e)}") from e
+                    raise PoolError(f"a Ray worker failed on {describe(task.job)}: {last_line(e)}") from e
             while next_out in done:
                 yield done.pop(next_out)
                 next_out += 1
@@ -139,21 +131,11 @@ class _Broadcasts:
 
 
 def _worker_class() -> type[Any]:
-    """The actor's class. Made in a function, so that it travels by value: a class that travels by name is imported in the
-    worker process before any line of ours runs there, and would find a `clients.py` of the user's working directory."""
+    """The actor's class, made in a function so that it travels by value (see `cluster.ours_first`)."""
 
     class FedsimWorker:
-        def __init__(self, root: str, spec_ref: list[Any]) -> None:
-            import sys
-
-            if root in sys.path:
-                sys.path.remove(root)
-            sys.path.insert(0, root)
-            for name in ("fedsim", "clients", "server"):  # a decoy that was imported before us
-                module = sys.modules.get(name)
-                if module is not None and not str(getattr(module, "__file__", "")).startswith(root):
-                    for key in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
-                        del sys.modules[key]
+        def __init__(self, root: str, put_first: Callable[[str], None], spec_ref: list[Any]) -> None:
+            put_first(root)
             import ray
             import torch
 
@@ -207,64 +189,26 @@ def _to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
     return {n: t.numpy() for n, t in tensors.items()}
 
 
-def _start(address: str | None, workers: Any, threads: int) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None:
-        _knock(address)
-        try:
-            ray.init(address=address, **quiet)
-        except Exception as e:  # somebody is there, and refuses
-            advice = "the same versions of Ray and Python? a token, as clusters of Ray >= 2.59 want: set RAY_AUTH_MODE=token"
-            raise PoolError(f"cannot join the Ray cluster at '{address}': {_last_line(e)} ({advice})") from e
-        return
-    cores = os.cpu_count() or 1
-    wanted = cores if workers == "auto" else max(cores, workers * threads)
-    try:
-        ray.init(address="local", num_cpus=wanted, include_dashboard=False, **quiet)  # never a cluster that happens to be there
-    except Exception as e:
-        raise PoolError(f"Ray does not start: {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
-
-
-def _knock(address: str) -> None:
-    """Ray itself waits for minutes before it says that nobody is at an address."""
-    host, _, port = address.partition("://")[-1].rpartition(":") if "://" in address else address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as e:
-            raise PoolError(f"no Ray cluster at '{address}': {_last_line(e)} (runtime.pool=serial runs without Ray)") from e
-
-
 def _num_workers(spec: contracts.WorkSpec) -> int:
     """As asked, or one per `threads` cores of the cluster (one per GPU when there are GPUs), at most one per client."""
     runtime = spec.config.runtime
     if runtime.workers != "auto":
         return int(runtime.workers)
-    resources = _cluster()
+    resources = cluster.resources()
     gpus = int(resources.get("GPU", 0)) if runtime.device != "cpu" else 0
     if gpus:
         return max(1, min(spec.num_clients, int(gpus / runtime.gpus_per_worker) if runtime.gpus_per_worker else gpus))
     return max(1, min(spec.num_clients, int(resources.get("CPU", 1)) // runtime.threads))
 
 
-def _cluster() -> dict[str, float]:
-    """What the cluster has: {"CPU": 2.0, "GPU": ..., ...}."""
-    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-
-
 def _gpus_per_worker(spec: contracts.WorkSpec, workers: int) -> float:
     runtime = spec.config.runtime
     if runtime.gpus_per_worker or runtime.device == "cpu":
         return runtime.gpus_per_worker
-    gpus = _cluster().get("GPU", 0.0)
+    gpus = cluster.resources().get("GPU", 0.0)
     return gpus / workers if gpus < workers else float(gpus // workers)
 
 
 def _death(what: str, times: int, error: Exception) -> str:
     advice = "out of memory? fewer runtime.workers or a smaller client.batch_size"
-    return f"Ray workers died {times} times over {what}: {_last_line(error)} ({advice})"
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    return f"Ray workers died {times} times over {what}: {last_line(error)} ({advice})"

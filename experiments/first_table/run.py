@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.runs import finished
 from fedsim.core.config import load
+from fedsim.simulation import once
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -48,7 +48,7 @@ def one(method: str, alpha: float, seed: int, output: str) -> dict[str, object]:
     overrides = [f"seed={seed}", "runtime.pool=serial"] + ([] if method == "joint" else [f"partition.alpha={alpha}"])
     config = load(CONFIGS / f"{method}.yaml", overrides)
     folder = Path(output) / f"{method}-{alpha}-{seed}-{config.identity()[:8]}"
-    results = finished(config, folder)
+    results = once(config, folder)
     up = sum(results.costs["bytes"]["up"].values()) / 1e6
     values = {c: results.metrics[c] for c in COLUMNS[3:6]}
     seconds = sum(v for k, v in results.costs["seconds"].items())

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.runs import finished
 from fedsim.core.config import SimConfig, build, load
 from fedsim.core.contracts import Dataset
 from fedsim.data import manifest as manifests
+from fedsim.simulation import once
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -74,7 +74,7 @@ def one(path: str, rule: str, alpha: float, seed: int, output: str, with_loop: b
     config = load(CONFIGS / f"{PRESETS[rule]}.yaml", [f"seed={seed}", f"partition.alpha={alpha}", "runtime.pool=serial"])
     split = Path(output) / f"split-{alpha}-{seed}-{rule}.json"
     replay(loop, config, build("sources", config.data).load()).save(split)
-    results = finished(dataclasses.replace(config, manifest=str(split)), Path(output) / f"{rule}-{alpha}-{seed}")
+    results = once(dataclasses.replace(config, manifest=str(split)), Path(output) / f"{rule}-{alpha}-{seed}")
     row: dict[str, object] = {"rule": rule, "alpha": alpha, "seed": seed, "fedsim": results.metrics["final_average_accuracy"]}
     if with_loop:
         command = [sys.executable, path, "--rule", rule, "--alpha", str(alpha), "--seed", str(seed), "--threads", "1"]

@@ -11,11 +11,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -186,7 +187,10 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class SimConfig:
-    """A whole run. See the classes of its sections for every key."""
+    """A whole run. See the classes of its sections for every key.
+
+    trackers: copies of what the run tells about itself, for tools such as TensorBoard: names, or {name: ..., option: ...}.
+    """
 
     name: str = "run"
     seed: int = 0
@@ -200,6 +204,7 @@ class SimConfig:
     client: ClientConfig = field(default_factory=ClientConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    trackers: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "must not be negative", self.seed)
@@ -216,9 +221,9 @@ class SimConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
     def identity(self) -> str:
-        """sha256 of all that decides the numbers: the config without its name and without where it runs."""
+        """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
         plain = self.to_dict()
-        del plain["name"]
+        del plain["name"], plain["trackers"]
         plain["runtime"] = {k: plain["runtime"][k] for k in ("threads", "device", "precision", "eval_batch")}
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
@@ -244,9 +249,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> SimConfig:
     Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
     Raises ConfigError or PluginError, one line each.
     """
-    layers = _read_layers(Path(path), ())
-    merged: dict[str, Any] = {"name": Path(path).stem}
-    for layer in [*layers, parse_overrides(overrides)]:
+    return compose([{"name": Path(path).stem}, *read_layers(path), parse_overrides(overrides)])
+
+
+def compose(layers: Iterable[Mapping[str, Any]]) -> SimConfig:
+    """Merge plain mappings, the later one winning, and check the whole."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
         merged = merge(merged, layer)
     return from_dict(merged)
 
@@ -273,10 +282,21 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     )
     objectives = [expand("objectives", o, f"client.objectives.{i}") for i, o in enumerate(config.client.objectives)]
     client = dataclasses.replace(config.client, objectives=objectives)
+    trackers = [expand("trackers", t, f"trackers.{i}") for i, t in enumerate(config.trackers)]
+    for i, tracker in enumerate(trackers):
+        if tracker["name"] in [t["name"] for t in trackers[:i]]:
+            raise ConfigError(f"trackers.{i}: '{tracker['name']}' is there already: name a tracker once")
     pool, pools = config.runtime.pool, plugins.names("pools")
     if pool not in pools and "." not in pool:
         raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
-    return dataclasses.replace(config, data=data, partition=partition, adapter=adapter, server=server, client=client)
+    runtime = dataclasses.replace(config.runtime, device=resolve_device(config.runtime.device))
+    sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
+    return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
+
+
+def resolve_device(name: str) -> str:
+    """The device that "auto" stands for: the GPU if there is one here. Resolved with the config, since it moves bits."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
@@ -354,33 +374,51 @@ def _plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
         value = getattr(config.server, key)
         many = value if isinstance(value, list) else [] if value is None else [value]
         found += [(kind, f"server.{key}", v) for v in many]
-    return found + [("objectives", "client.objectives", o) for o in config.client.objectives]
+    found += [("objectives", "client.objectives", o) for o in config.client.objectives]
+    return found + [("trackers", "trackers", t) for t in config.trackers]
 
 
 def _name_key(kind: str) -> str:
     return "source" if kind == "sources" else "name"
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...]) -> list[dict[str, Any]]:
+def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The files that a YAML extends, outermost base first, then the file itself."""
-    path = path.resolve()
+    path = Path(path).resolve()
     if path in seen:
         raise ConfigError(f"extends goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not path.is_file():
         hint = f", which {seen[-1].name} extends" if seen else ""
         raise ConfigError(f"no config file {path}{hint}")
+    layer = read_yaml(path)
+    bases = layer.pop("extends", None) or []
+    layers: list[dict[str, Any]] = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        layers += read_layers(path.parent / str(base), (*seen, path))
+    return [*layers, layer]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain values; its paths (./ and ../) are anchored beside it."""
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as e:  # PyYAML's errors, a list at the top, bytes that are no text
         raise ConfigError(f"{path} is not a YAML mapping: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a YAML mapping of keys")
-    layer = {str(k): v for k, v in raw.items()}
-    bases = layer.pop("extends", None) or []
-    layers: list[dict[str, Any]] = []
-    for base in [bases] if isinstance(bases, str) else bases:
-        layers += _read_layers(path.parent / str(base), (*seen, path))
-    return [*layers, _anchored(layer, path.parent)]
+    anchored: dict[str, Any] = _anchored({str(k): v for k, v in raw.items()}, path.parent)
+    return anchored
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings: {"partition.alpha": 0.1} is {"partition": {"alpha": 0.1}}."""
+    layer: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = nested(value) if isinstance(value, Mapping) else value
+        for part in reversed(str(key).split(".")):
+            inner = {part: inner}
+        layer = merge(layer, inner)
+    return layer
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -30,6 +30,40 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ClassRow:
+    """Raw counts of one class in the test that `Row` counts by task; argmax among the classes seen so far.
+
+    class_row: row of the head; correct: predicted rightly; predicted: predicted at all, on the test samples of every task seen;
+    total: test samples of the class.
+    """
+
+    task: int
+    round: int
+    stage: str
+    class_row: int
+    correct: int
+    predicted: int
+    total: int
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """How far the clients of a round went from what they had received, and from each other; see `server.drift`."""
+
+    task: int
+    round: int
+    group: str
+    clients: int
+    relative_norm: float | None
+    cosine: float | None
+    cosine_min: float | None
+    cosine_to_mean: float | None
+    diversity: float | None
+    effective_rank: float | None
+    product_error: float | None
+
+
+@dataclass(frozen=True)
 class RunDirOpened:
     """Results go to the folder `path`: from here on a run that is stopped can be resumed."""
 

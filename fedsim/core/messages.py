@@ -88,12 +88,17 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Raw counts: `correct` among the classes seen, `correct_in_task` among the task's own classes, out of `total`."""
+    """Raw counts: `correct` among the classes seen, `correct_in_task` among the task's own classes, out of `total`.
+
+    by_class: (head row, right, predicted, total), ascending, for every class that was a label or a prediction: how often it was
+    predicted rightly, predicted at all, and the label (argmax among the classes seen).
+    """
 
     task: int
     correct: int
     correct_in_task: int
     total: int
+    by_class: tuple[tuple[int, int, int, int], ...] = ()
 
 
 def num_bytes(tensors: Tensors) -> int:

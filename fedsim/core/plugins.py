@@ -44,6 +44,7 @@ KINDS = {
     "objectives": Kind("clients.objectives", contracts.Objective),
     "statistics": Kind("clients.statistics", contracts.Statistic),
     "pools": Kind("clients.pools", contracts.Pool),
+    "trackers": Kind("fedsim.trackers", contracts.Tracker),
 }
 
 
@@ -68,6 +69,18 @@ def load(kind: str, name: str) -> type[Any]:
     if abstract:
         raise PluginError(f"{name}: class {what.class_name} lacks the method{'s' * (len(abstract) > 1)} {', '.join(abstract)}")
     return found
+
+
+def require(package: str, who: str) -> None:
+    """Import the package of an extra of the same name. Raises PluginError that says how to install it."""
+    try:
+        importlib.import_module(package)
+    except Exception as e:
+        if isinstance(e, ModuleNotFoundError) and e.name == package:
+            raise PluginError(
+                f"{who} needs the package '{package}', which is not installed: pip install 'fedsim[{package}]'"
+            ) from e
+        raise PluginError(f"{who}: the package '{package}' does not load: {type(e).__name__}: {e}") from e
 
 
 def is_path(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -67,6 +67,12 @@ class Manifest(ShardLookup):
     def sizes(self) -> IntArray:
         """Training samples per task and client (T, K)."""
         return np.diff(self.shard_offsets).reshape(self.num_tasks, self.num_clients)
+
+    def holdings(self) -> Iterator[tuple[int, int, int, str, int]]:
+        """(task, client, row of the head, class name, training samples) of everything that anybody holds."""
+        for t, (classes, held_KC) in enumerate(zip(self.task_classes, self.histograms, strict=True)):
+            for k, c in np.argwhere(held_KC):
+                yield t, int(k), classes[c], self.class_names[classes[c]], int(held_KC[k, c])
 
     @cached_property
     def hash(self) -> str:

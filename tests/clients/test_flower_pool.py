@@ -152,7 +152,7 @@ def test_an_update_comes_back(update: ClientUpdate) -> None:
 @given(job=st.builds(EvalJob, task=small, start=small, stop=small, params=tensors(), seen=st.lists(small, max_size=4)))
 def test_an_evaluation_comes_back(job: EvalJob) -> None:
     assert same(flower.record_to_eval_job(travelled(flower.eval_job_to_record(job))), job)
-    result = EvalResult(job.task, job.start, job.stop, len(job.seen))
+    result = EvalResult(job.task, job.start, job.stop, len(job.seen), tuple((c, 0, c, 2) for c in job.seen))
     assert same(flower.record_to_result(travelled(flower.result_to_record(result))), result)
 
 

@@ -1,0 +1,85 @@
+"""Ray: start it on this machine or join a cluster, and make its processes import our packages, not the user's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fedsim
+from fedsim.core.errors import PoolError
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+
+ROOT = str(Path(fedsim.__file__).resolve().parents[1])
+OTHERWISE = "runtime.pool=serial runs without Ray"
+
+
+def start(address: str | None, cores: int, otherwise: str = OTHERWISE) -> None:
+    """Join the cluster at `address`, or start Ray here with so many cores (or as many as there are, if that is more).
+
+    Raises PoolError, which ends with what can be done `otherwise`.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        _knock(address, otherwise)
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as e:  # somebody is there, and refuses
+            advice = "the same versions of Ray and Python? a token, as clusters of Ray >= 2.59 want: set RAY_AUTH_MODE=token"
+            raise PoolError(f"cannot join the Ray cluster at '{address}': {last_line(e)} ({advice})") from e
+        return
+    wanted = max(os.cpu_count() or 1, cores)
+    try:
+        ray.init(address="local", num_cpus=wanted, include_dashboard=False, **quiet)  # never a cluster that happens to be there
+    except Exception as e:
+        raise PoolError(f"Ray does not start: {last_line(e)} ({otherwise})") from e
+
+
+def resources() -> dict[str, float]:
+    """What the cluster has: {"CPU": 2.0, "GPU": ..., ...}."""
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def last_line(error: BaseException) -> str:
+    """One line that says what an error of Ray is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def ours_first() -> Callable[[str], None]:
+    """A function for a Ray process to call before it imports anything of ours.
+
+    Made in a function, so that it travels by value: what travels by name is imported in the worker process before any line of
+    ours runs there, and would find a `clients.py` of the user's working directory.
+    """
+
+    def put_first(root: str) -> None:
+        import sys
+
+        if root in sys.path:
+            sys.path.remove(root)
+        sys.path.insert(0, root)
+        for name in ("fedsim", "clients", "server"):  # a decoy that was imported before us
+            module = sys.modules.get(name)
+            if module is not None and not str(getattr(module, "__file__", "")).startswith(root):
+                for key in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
+                    del sys.modules[key]
+
+    return put_first
+
+
+def _knock(address: str, otherwise: str) -> None:
+    """Ray itself waits for minutes before it says that nobody is at an address."""
+    host, _, port = address.partition("://")[-1].rpartition(":") if "://" in address else address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as e:
+            raise PoolError(f"no Ray cluster at '{address}': {last_line(e)} ({otherwise})") from e

@@ -1,0 +1,69 @@
+"""The command line: parses and prints, nothing else. One module per command; everything heavy is imported where it is used, so
+that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import fedsim
+from fedsim.cli.printing import fail
+from fedsim.core.errors import FedsimError
+
+# command -> what it does; the module of that name holds add_arguments(parser) and run(args)
+COMMANDS = {
+    "run": "run a config, or go on with a run that was stopped",
+    "sweep": "run a config over axes and seeds, in parallel; what is there already is not run again",
+    "results": "the runs of a folder as one table, with statistics over seeds",
+    "report": "the runs of a folder as one HTML file with charts",
+    "list": "show plug-ins with their options",
+    "partition": "show who holds which samples of the stream",
+    "check": "hold an aggregator against the laws of merging",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0; 1 when something failed on the way; 2 for bad input; 130 for Ctrl-C."""
+    args = parse(argv)
+    try:
+        code: int = args.command(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return fail("stopped", 130)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as e:
+        if args.debug:
+            raise
+        if isinstance(e, FedsimError):
+            return fail(f"error: {e}", e.exit_code)
+        return fail(f"error: {type(e).__name__}: {e} (this is not expected: run with --debug for the traceback)", 1)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments with `command`, the function that carries them out. Overrides may stand before or after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedsim", description="Federated continual learning with parameter-efficient modules.")
+    parser.add_argument("--version", action="version", version=f"fedsim {fedsim.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"fedsim.cli.{name}")
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        module.add_arguments(command)
+        command.set_defaults(command=module.run)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

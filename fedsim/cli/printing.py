@@ -1,0 +1,53 @@
+"""What the commands share: one line on stderr, plain lines, tables, bytes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def fail(message: str, code: int) -> int:
+    """One line on stderr."""
+    sys.stderr.write(f"fedsim: {' '.join(message.split())}\n")
+    return code
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def line_printer(console: Console) -> Any:
+    """Print text as it is: no markup, no wrapping by the console."""
+    return lambda text: console.print(text, markup=False, soft_wrap=True)
+
+
+def new_table(title: str) -> Table:
+    """An empty table with a title."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
+def human_bytes(count: float) -> str:
+    """1.2 MB: powers of 1000, as storage and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,133 @@
+"""fedsim run: a config to the end of the stream, then the outcome."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedsim.cli.printing import console, fail, human_bytes, line_printer, new_table
+from fedsim.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsim.results import FloatArray, Results
+
+HEADLINES = {
+    "final_average_accuracy": "final average accuracy",
+    "average_incremental_accuracy": "average incremental accuracy",
+    "forgetting": "forgetting",
+    "backward_transfer": "backward transfer",
+}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `fedsim run` takes."""
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; with --resume it may be left out")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example partition.alpha=0.1")
+    command.add_argument("--output", metavar="DIR", help="run directory (default: runs/<name>-<hash of the config>)")
+    command.add_argument("--resume", metavar="RUN_DIR", help="go on in this run directory, to the same bits as if never stopped")
+    command.add_argument("--quiet", action="store_true", help="print the outcome only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """fedsim run: to the end of the stream, then the outcome."""
+    from fedsim.core import config as configs
+    from fedsim.progress import ProgressDisplay
+
+    path, overrides = args.config, list(args.overrides)
+    if path is not None and args.resume and "=" in path:
+        path, overrides = None, [path, *overrides]
+    if path is None:
+        if not args.resume:
+            raise ConfigError("nothing to run: give a config, e.g. fedsim run configs/quickstart.yaml, or --resume RUN_DIR")
+        path = f"{args.resume}/config.yaml" if overrides else None
+    if args.resume and args.output:
+        raise ConfigError("--resume goes on in its own run directory: leave --output out")
+    config = None if path is None else configs.load(path, overrides)
+
+    from fedsim import simulation
+
+    display = ProgressDisplay(quiet=args.quiet)
+    try:
+        with display:
+            results = simulation.run(config, output=args.output, resume=args.resume, progress=display)
+    except KeyboardInterrupt:
+        folder = args.resume or display.run_dir
+        return fail(
+            "stopped before anything was saved" if folder is None else f"stopped; go on with: fedsim run --resume {folder}", 130
+        )
+    show_results(results, console())
+    return 0
+
+
+def show_results(results: Results, console: Console) -> None:
+    """What a researcher wants to know: accuracies, forgetting, bytes, seconds."""
+    blocks = [*accuracy_tables(results.accuracy, console.width), metricsnew_table(results.metrics, results.config.stream.name)]
+    if results.costs.get("client_rounds"):
+        blocks.append(bytesnew_table(results.costs))
+    for block in blocks:
+        console.print()
+        console.print(block)
+    print_line = line_printer(console)
+    print_line("")
+    seconds: Mapping[str, float] = results.costs.get("seconds", {})
+    phases = ", ".join(f"{phase.replace('_', '-')} {value:.1f}" for phase, value in seconds.items())
+    print_line(f"Seconds: {sum(seconds.values()):.1f} ({phases})")
+    if results.failures:
+        print_line(f"Skipped clients: {len(results.failures)} (see failures.json)")
+    if results.path is not None:
+        print_line(f"Run directory: {os.path.relpath(results.path)}")
+
+
+def accuracy_tables(accuracy_TT: FloatArray, width: int) -> Iterator[Table]:
+    """The accuracy matrix; when it is wider than the terminal, its columns in several tables, the means in the first."""
+    import numpy as np
+
+    tasks = len(accuracy_TT)
+    room = max(1, (width - 18) // 8)  # columns beside "after task" and "mean"
+    for start in range(0, tasks, room):
+        stop = min(start + room, tasks)
+        table = new_table("Accuracy in % per task" + (f" (tasks {start} to {stop - 1})" if tasks > room else ""))
+        table.add_column("after task", justify="right")
+        for j in range(start, stop):
+            table.add_column(str(j), justify="right", min_width=5)
+        if start == 0:
+            table.add_column("mean", justify="right", min_width=5, style="bold")
+        for i in range(start, tasks):
+            cells = ["" if np.isnan(a) else f"{a:.1f}" for a in accuracy_TT[i, start:stop]]
+            table.add_row(str(i), *cells, *([f"{accuracy_TT[i, : i + 1].mean():.1f}"] if start == 0 else []))
+        yield table
+
+
+def metricsnew_table(metrics: Mapping[str, float | None], stream: str) -> Table:
+    """The headline metrics, as the stream has it (e.g. class-incremental) and with the task known at test time."""
+    table = new_table("Summary in %")
+    table.add_column("")
+    suffixes = [""] if stream == "task_incremental" else ["", "_task_incremental"]
+    for name in [stream, "task_incremental"][: len(suffixes)]:
+        table.add_column(name.replace("_", "-\n"), justify="right")
+    for key, label in HEADLINES.items():
+        values = [metrics[f"{key}{suffix}"] for suffix in suffixes]
+        table.add_row(label, *("–" if v is None else f"{v:.2f}" for v in values))
+    return table
+
+
+def bytesnew_table(costs: Mapping[str, Any]) -> Table:
+    """Traffic by kind of object: of the whole run, and of one client in one round."""
+    down, up, turns = costs["bytes"]["down"], costs["bytes"]["up"], costs["client_rounds"]
+    table = new_table("Bytes")
+    table.add_column("")
+    for name in ("down", "up", "down each", "up each"):
+        table.add_column(name, justify="right")
+    kinds = [kind for kind in dict.fromkeys([*down, *up]) if down.get(kind, 0) or up.get(kind, 0)]
+    for kind in kinds:
+        totals = [down.get(kind, 0), up.get(kind, 0)]
+        table.add_row(kind, *map(human_bytes, [*totals, *(t / turns for t in totals)]))
+    totals = [sum(down.values()), sum(up.values())]
+    table.add_row("all", *map(human_bytes, [*totals, *(t / turns for t in totals)]), style="bold")
+    table.caption = f"each: per client and round, of which there were {turns}"
+    return table

@@ -1,0 +1,140 @@
+"""fedsim sweep: from a sweep YAML to a folder of finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedsim.cli.printing import console, fail, human_bytes, line_printer, new_table
+from fedsim.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsim.sweep.plan import PlannedRun, SweepPlan
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `fedsim sweep` takes."""
+    command.add_argument("sweep", metavar="SWEEP", help="a YAML file: base, and axes (list, grid, zip, seeds)")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, for example client.epochs=1")
+    command.add_argument("--output", metavar="DIR", help="folder of the runs (default: output of the YAML, or runs/<its name>)")
+    command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
+    command.add_argument("--retry", type=int, metavar="N", help="further attempts for a run that fails (default: 0)")
+    command.add_argument("--address", help="of a Ray cluster to join, whose machines share the file system")
+    command.add_argument("--dry-run", action="store_true", help="list the runs; time, memory and bytes from one measured round")
+    command.add_argument("--quiet", action="store_true", help="print the outcome only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """fedsim sweep: what is missing, then the table."""
+    from fedsim.sweep import launch
+    from fedsim.sweep.plan import expand, verify
+
+    how: dict[str, Any] = {k: v for k in ("jobs", "retry", "address") if (v := getattr(args, k)) is not None}
+    plan = expand(args.sweep, args.overrides, args.output, **how)
+    done = launch.finished(plan)
+    missing = [run for run in plan.runs if run not in done]
+    print_line = line_printer(console())
+    if not args.quiet:
+        print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
+        print_line(f"folder: {_short(plan.folder)}")
+    verify(missing)
+    if args.dry_run:
+        return _dry_run(plan, done, missing)
+    plan.record.save(plan.folder)
+    failed: dict[str, str] = {}
+    if missing:
+        failed = _make(plan, done, missing, args)
+    _show(plan, failed)
+    return 1 if failed else 0
+
+
+def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[PlannedRun], args: argparse.Namespace) -> dict[str, str]:
+    from fedsim.sweep import launch
+    from fedsim.sweep.display import SweepDisplay
+
+    display = SweepDisplay(plan, done, console(), args.quiet)
+    try:
+        with display:
+            for event in launch.execute(plan, missing):
+                display(event)
+    except KeyboardInterrupt:
+        there = len(launch.finished(plan))
+        fail(f"stopped, {there} of {len(plan.runs)} runs are finished; the same command goes on with the others", 130)
+        raise SystemExit(130) from None
+    return display.failed
+
+
+def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
+    """The table over seeds, what failed, and where to go from here."""
+    print_line = line_printer(console())
+    for label, error in failed.items():
+        print_line(f"failed: {label}: {error}")
+    if len(failed) < len(plan.runs):
+        from fedsim.cli import results
+
+        folder = _short(plan.folder)
+        parser = argparse.ArgumentParser()
+        results.add_arguments(parser)
+        results.run(parser.parse_args([str(plan.folder), "--sweep", plan.record.name]))
+        print_line("")
+        print_line(f"more: fedsim results {folder}   fedsim report {folder}")
+
+
+def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[PlannedRun]) -> int:
+    """The runs, and what the missing ones will take."""
+    from fedsim.progress import duration
+    from fedsim.sweep import estimate, launch
+
+    print_line = line_printer(console())
+    measured: dict[str, estimate.Estimate] = {}
+    jobs = 1
+    if missing:
+        kinds = estimate.samples(missing)
+        print_line(f"measuring one round of {len(kinds)} kind{'s' * (len(kinds) > 1)} of runs")
+        jobs, costs = launch.measure(plan.launch, kinds)
+        for run, cost in zip(kinds, costs, strict=True):
+            if isinstance(cost, str):
+                raise ConfigError(f"{run.label}: {cost}")
+            measured[estimate.kind(run)] = estimate.of_run(run, cost)
+    rest = estimate.mean(list(measured.values())) if measured else None
+    table = new_table("Runs")
+    for name in plan.record.axes:
+        table.add_column(name)
+    for name in ("state", "time", "memory", "bytes"):
+        table.add_column(name, justify="left" if name == "state" else "right")
+    total = []
+    for run in plan.runs:
+        cells = [str(value) for value in run.entry.labels.values()]
+        if run in done:
+            table.add_row(*cells, "finished", "", "", "")
+            continue
+        one = measured.get(estimate.kind(run), rest)
+        assert one is not None
+        total.append(one)
+        state = "to go on with" if (plan.folder / run.entry.folder / "checkpoint.pt").exists() else "to make"
+        figures = (duration(one.seconds), human_bytes(one.peak_bytes), human_bytes(one.traffic_bytes))
+        table.add_row(*cells, state, *(text if one.measured else f"~{text}" for text in figures))
+    console().print(table)
+    if total:
+        jobs = min(len(total), jobs)
+        wall = max(sum(e.seconds for e in total) / jobs, max(e.seconds for e in total))
+        memory = sum(sorted((e.peak_bytes for e in total), reverse=True)[:jobs])
+        traffic = human_bytes(sum(e.traffic_bytes for e in total))
+        print_line(
+            f"about {duration(wall)} with {jobs} at a time, {human_bytes(memory)} of memory, {traffic} between clients and "
+            "servers (from one measured round of each kind)"
+        )
+    return 0
+
+
+def _count(text: str) -> Any:
+    """A number, or the word auto."""
+    return text if text == "auto" else int(text)
+
+
+def _short(path: Any) -> str:
+    """Relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

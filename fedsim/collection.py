@@ -1,0 +1,371 @@
+"""Many runs as data: find them in a folder, label them as the sweep that made them does, one tidy frame.
+
+A folder of runs, as `fedsim sweep` and `fedsim run` fill it:
+
+    <any name>/          run directories; a sweep names them by the first 16 digits of the config's identity
+    sweeps/<name>.json   what a sweep consists of: axes, and the labels of every run
+    failures/<id>.json   why a run of a sweep failed, until it succeeds
+
+What is damaged, unfinished or failed is listed with its reason and never averaged in silently; a run that lies there twice
+counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import fedsim
+from fedsim.core import plugins
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import FedsimError, RunDirError, did_you_mean
+from fedsim.core.files import storage_errors, write_atomic
+from fedsim.data.manifest import estimate_alpha
+from fedsim.results import Results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "fedsim-sweep-1"
+STARTED = ("status.json", "config.yaml")  # one of them is in every folder that a run began
+Label = str | int | float | bool | None  # of a run on one axis
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a sweep: its identity (sha256 of the resolved config) and its label on every axis, the seed among them."""
+
+    identity: str
+    labels: Mapping[str, Label]
+
+    @property
+    def folder(self) -> str:
+        """Name of its run directory in the sweep's folder."""
+        return self.identity[:16]
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What a sweep consists of. `axes`: name -> labels in the order of the YAML; "seed" is the last one."""
+
+    name: str
+    axes: Mapping[str, Sequence[Label]]
+    runs: Sequence[Entry]
+    text: str = ""  # of the YAML
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a folder of runs. Raises StorageError."""
+        path = folder / "sweeps" / f"{self.name}.json"
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> SweepRecord:
+        """Read it back. Raises RunDirError."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError(f"not of format {FORMAT}")
+            return cls(**{**content, "runs": tuple(Entry(**entry) for entry in content["runs"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise RunDirError(
+                f"{path} is damaged ({type(e).__name__}: {e}): start the sweep again, finished runs are kept"
+            ) from e
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with its labels on the axes of the sweep; empty without a sweep."""
+
+    results: Results
+    labels: Mapping[str, Label] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A run that is not in the data, and why, in one line."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Runs that belong together. `others`: finished runs of the folder that are not of the chosen sweep."""
+
+    runs: tuple[Run, ...]
+    absent: tuple[Absent, ...] = ()
+    sweep: SweepRecord | None = None
+    others: int = 0
+
+    @cached_property
+    def varying(self) -> Mapping[str, list[Label]]:
+        """Dotted config keys whose values differ between the runs, each with one value per run; `seed` comes last.
+
+        Lists are given as JSON; a key that a run does not have is None. Where a run lies and how it was spread over workers
+        (`name`, `runtime.*` but what may move bits) is left out.
+        """
+        flat = [flatten(run.results.config) for run in self.runs]
+        keys = dict.fromkeys(key for one in flat for key in one)
+        values = {key: [one.get(key) for one in flat] for key in keys}
+        found = {key: v for key, v in values.items() if key != "seed" and len(set(map(repr, v))) > 1}
+        return found | {"seed": [run.results.config.seed for run in self.runs]}
+
+    @cached_property
+    def factors(self) -> Mapping[str, tuple[Label, ...]]:
+        """What tells settings apart, without the seed, each with its levels in order: the axes of the sweep; else the keys that
+        vary, plug-ins' names first, less those that follow from the ones before (as a rule's options follow from its name)."""
+        if self.sweep is not None:
+            used = {name: {run.labels.get(name) for run in self.runs} for name in self.sweep.axes}
+            return {name: tuple(v for v in axis if v in used[name]) for name, axis in self.sweep.axes.items() if name != "seed"}
+        factors: dict[str, tuple[Label, ...]] = {}
+        settings = [""] * len(self.runs)
+        for key in sorted(self.varying, key=lambda key: not key.endswith((".name", ".source"))):
+            finer = [f"{setting} {value!r}" for setting, value in zip(settings, self.varying[key], strict=True)]
+            if key != "seed" and len(set(finer)) > len(set(settings)):
+                factors[key], settings = _in_order(self.varying[key]), finer
+        return factors
+
+    def frame(self) -> pd.DataFrame:
+        """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition` (16 digits
+        of the hash of its split), `heterogeneity` (Dirichlet α, inf for iid, NaN for others), the split in figures, every metric
+        (percent; NaN where undefined), bytes by direction and kind, seconds by phase, client rounds, skipped clients, path."""
+        import pandas as pd
+
+        varying = {k: v for k, v in self.varying.items() if k not in self.factors}
+        rows = []
+        for i, run in enumerate(self.runs):
+            results = run.results
+            level = {name: run.labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors}
+            row: dict[str, Any] = {"run": results.config.identity()[:16], **level}
+            row |= {key: values[i] for key, values in varying.items()}
+            row |= {"partition": results.manifest_hash[:16], "heterogeneity": heterogeneity(results.config)} | split_figures(
+                results
+            )
+            row |= results.metrics | cost_figures(results)
+            row |= {"skipped_clients": len(results.failures), "path": str(results.path)}
+            rows.append(row)
+        rows.sort(key=lambda row: (*(levels.index(row[name]) for name, levels in self.factors.items()), row["seed"]))
+        frame = pd.DataFrame(rows)
+        numeric = [c for c in frame.columns if c not in {*self.factors, *varying, "run", "partition", "path"}]
+        frame[numeric] = frame[numeric].astype(float)
+        return frame
+
+
+def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: bool = False) -> Collection:
+    """The runs in these folders (run directories, or folders of them).
+
+    When a folder holds the record of one sweep, that sweep says which runs count, in which order, under which labels;
+    `sweep` chooses among several, `everything` takes every run and no record. Raises RunDirError when there is nothing.
+    """
+    folders = [Path(p).absolute() for p in paths]
+    found: dict[str, Results] = {}
+    absent: list[Absent] = []
+    for path in _candidates(folders):
+        try:
+            results = Results.load(path)
+            if not results.finished:
+                absent.append(Absent(path.name, f"unfinished: go on with fedsim run --resume {path}, or start its sweep again"))
+                continue
+            identity = _verified(path, results)
+        except (FedsimError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+            what = str(e) if isinstance(e, FedsimError) else " ".join(f"{type(e).__name__}: {e}".split())
+            absent.append(Absent(path.name, f"damaged, left out: {what} (delete the folder and run it again)"))
+            continue
+        if identity in found:
+            absent.append(Absent(path.name, f"the same run as {found[identity].path}: counted once"))
+        else:
+            found[identity] = results
+    record = None if everything else _record(folders, sweep)
+    if record is None:
+        if not found:
+            more = [f"and {len(absent) - 3} more"] if absent[3:] else []
+            reasons = "; ".join([*(f"{a.what}: {a.reason}" for a in absent[:3]), *more])
+            raise RunDirError(
+                f"no finished run in {', '.join(map(str, folders))}" + (f" ({reasons})" if reasons else _hint(folders))
+            )
+        return Collection(tuple(Run(r) for r in found.values()), tuple(absent))
+    runs = [Run(found[e.identity], e.labels) for e in record.runs if e.identity in found]
+    missing = [e for e in record.runs if e.identity not in found]
+    if not runs:
+        why = _why_missing(folders, missing[0], absent) if missing else "it names none"
+        raise RunDirError(f"sweep {record.name}: none of its {len(record.runs)} runs is finished; the first: {why}")
+    named = {e.folder for e in missing}  # said once, by their labels
+    left_out = [
+        *(Absent(label_text(e.labels), _why_missing(folders, e, absent)) for e in missing),
+        *(a for a in absent if a.what not in named),
+    ]
+    return Collection(tuple(runs), tuple(left_out), record, len(found.keys() - {e.identity for e in record.runs}))
+
+
+def sweeps(paths: Sequence[str | Path]) -> list[str]:
+    """Names of the sweeps whose records lie in these folders."""
+    return list(dict.fromkeys(path.stem for path in _records([Path(p) for p in paths])))
+
+
+def flatten(config: SimConfig) -> dict[str, Label]:
+    """Dotted key -> value of everything that decides the numbers; lists as JSON.
+
+    A user's own plug-in file goes by its name and the first 8 digits of its content's hash. Rules by group have one name,
+    "adapter.*: lorm, head.*: fedavg", and their options by number.
+    """
+    plain = config.to_dict()
+    runtime = plain.pop("runtime")
+    plain["runtime"] = {k: runtime[k] for k in ("threads", "device", "precision", "eval_batch")}
+    for key in ("name", "trackers"):
+        plain.pop(key, None)
+    rules = plain["server"]["aggregator"]
+    if isinstance(rules, list):
+        names = ", ".join(f"{rule.pop('match')}: {_file_name(rule.pop('name'))}" for rule in rules)
+        plain["server"]["aggregator"] = {"name": names} | {str(i): rule for i, rule in enumerate(rules) if rule}
+    return {key: _file_name(v) if key.endswith((".name", ".source")) else v for key, v in _flat(plain, "")}
+
+
+def heterogeneity(config: SimConfig) -> float:
+    """Dirichlet α of the labels that was asked for; inf for an iid split, NaN for others and for a split from a file."""
+    if config.manifest is not None:
+        return math.nan
+    alphas = {"iid": math.inf, "dirichlet": config.partition.get("alpha", math.nan)}
+    return float(alphas.get(config.partition["name"], math.nan))
+
+
+def split_figures(results: Results) -> dict[str, float]:
+    """Of the split that a run trained on: α by maximum likelihood, least and most samples and mean classes of a client."""
+    samples, classes = Counter[int](), Counter[int]()
+    for h in results.holdings:
+        samples[h.client] += h.samples
+        classes[h.client] += 1
+    if not samples:
+        return dict.fromkeys(("alpha_measured", "client_samples_min", "client_samples_max", "client_classes_mean"), math.nan)
+    clients = int(results.config.partition["clients"])
+    seen = {key: i for i, key in enumerate(dict.fromkeys((h.task, h.class_row) for h in results.holdings))}
+    held_CK = np.zeros((len(seen), clients), dtype=np.int64)
+    for h in results.holdings:
+        held_CK[seen[h.task, h.class_row], h.client] = h.samples
+    return {
+        "alpha_measured": estimate_alpha(held_CK),
+        "client_samples_min": min(samples[k] for k in range(clients)),
+        "client_samples_max": max(samples.values()),
+        "client_classes_mean": sum(classes.values()) / clients,
+    }
+
+
+def cost_figures(results: Results) -> dict[str, float]:
+    """bytes_up, bytes_down and each by kind, seconds and each by phase, client_rounds. Raises KeyError where there are none."""
+    figures: dict[str, float] = {}
+    for direction, kinds in results.costs["bytes"].items():
+        figures[f"bytes_{direction}"] = sum(kinds.values())
+        figures |= {f"bytes_{direction}_{kind}": count for kind, count in kinds.items()}
+    seconds = results.costs["seconds"]
+    figures["seconds"] = sum(seconds.values())
+    figures |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+    return figures | {"client_rounds": results.costs["client_rounds"]}
+
+
+def label_text(labels: Mapping[str, Label]) -> str:
+    """method=lorm alpha=0.1 seed=0"""
+    return " ".join(f"{name}={value}" for name, value in labels.items())
+
+
+def failure_file(folder: Path, entry: Entry) -> Path:
+    """Where the reason is kept why a run of a sweep failed: {"labels", "error", "attempts", "traceback"}."""
+    return folder / "failures" / f"{entry.folder}.json"
+
+
+def _candidates(folders: Sequence[Path]) -> list[Path]:
+    """Run directories, damaged ones too: the folders themselves, or what lies in them. Once each."""
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunDirError(f"no folder {folder}")
+        if (folder / "status.json").is_file():
+            found.append(folder)
+        else:
+            found += sorted(child for child in folder.iterdir() if any((child / f).is_file() for f in STARTED))
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _verified(path: Path, results: Results) -> str:
+    """The identity with which a finished run began. Raises RunDirError or KeyError where it cannot be believed.
+
+    That its counts give the metrics which were written at its end is known from loading it.
+    """
+    if not results.costs:
+        raise RunDirError("it holds no costs")
+    cost_figures(results)
+    status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    if status["fedsim"] != fedsim.__version__:  # which may have read the same config otherwise
+        return results.config.identity()
+    readable = results.config.manifest is None or Path(results.config.manifest).is_file()  # its content is part of the identity
+    if readable and results.config.identity() != status["identity"]:
+        raise RunDirError("its config.yaml or plugins/ were changed since it ran")
+    return str(status["identity"])
+
+
+def _hint(folders: Sequence[Path]) -> str:
+    near = sorted({status.parent.parent for folder in folders for status in folder.glob("*/*/status.json")})
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _record(folders: Sequence[Path], wanted: str | None) -> SweepRecord | None:
+    """The record of this name, or the only one."""
+    files = _records(folders)
+    names = {path.stem for path in files}
+    if wanted is not None and wanted not in names:
+        raise RunDirError(f"no sweep '{wanted}' in {', '.join(map(str, folders))}.{did_you_mean(wanted, names)}")
+    if wanted is None and len(names) != 1:
+        return None
+    chosen = [SweepRecord.load(path) for path in files if wanted in (None, path.stem)]
+    if any(record.runs != chosen[0].runs for record in chosen):
+        raise RunDirError(f"the folders hold different sweeps of the name {chosen[0].name}: take one folder at a time")
+    return chosen[0]
+
+
+def _records(folders: Sequence[Path]) -> list[Path]:
+    return [path for folder in folders for path in sorted((folder / "sweeps").glob("*.json"))]
+
+
+def _why_missing(folders: Sequence[Path], entry: Entry, absent: Sequence[Absent]) -> str:
+    for folder in folders:
+        path = failure_file(folder, entry)
+        if path.is_file():
+            try:
+                return f"failed: {json.loads(path.read_text())['error']}"
+            except (OSError, ValueError, KeyError):
+                return f"failed ({path} is damaged)"
+    return next((a.reason for a in absent if a.what == entry.folder), "not run yet: start the sweep again")
+
+
+def _file_name(plugin: Any) -> Any:
+    """Every run directory holds a copy of its own: the path would tell runs of one rule apart."""
+    if not isinstance(plugin, str) or not plugins.is_path(plugin):
+        return plugin
+    return f"{Path(plugin).name} {plugins.fingerprint(plugin)[:8]}"
+
+
+def _in_order(values: Sequence[Label]) -> tuple[Label, ...]:
+    """Levels once each: numbers by size, else as they come; None last."""
+    levels = list(dict.fromkeys(v for v in values if v is not None))
+    if all(isinstance(v, int | float) for v in levels):
+        levels.sort(key=float)
+    return (*levels, *([None] if None in values else []))
+
+
+def _flat(value: Mapping[str, Any], path: str) -> list[tuple[str, Label]]:
+    found: list[tuple[str, Label]] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            found += _flat(item, f"{path}{key}.")
+        else:
+            found.append((f"{path}{key}", json.dumps(item) if isinstance(item, list | Mapping) else item))
+    return found

@@ -1,0 +1,110 @@
+"""One run of a sweep, as the process does it that the run is given to: held by a lock, so that no run is made twice."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from fedsim import simulation
+from fedsim.collection import Entry, failure_file
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import FedsimError, RunDirError
+from fedsim.core.files import storage_errors, write_atomic
+from fedsim.results import Results
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an attempt. "elsewhere": another process is at it. `final`: another attempt would fail alike."""
+
+    state: Literal["finished", "failed", "elsewhere"]
+    seconds: float = 0.0
+    accuracy: float | None = None
+    error: str = ""
+    final: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one round took: the results of `simulation.first_round`, and the most memory that the process has held, in bytes."""
+
+    results: Results
+    peak_bytes: int
+
+
+def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outcome:
+    """Make a run, go on with it, or find it finished. A failure is kept in the folder until the run succeeds."""
+    start = time.perf_counter()
+    lock = lock_of(folder, entry)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return Outcome("elsewhere")
+    with lock:
+        try:
+            results, note = _in_its_folder(config, folder, entry)
+        except Exception as e:
+            final = isinstance(e, FedsimError) and e.exit_code == 2
+            expected = isinstance(e, FedsimError)
+            error = " ".join(str(e).split()) if expected else f"{type(e).__name__}: {' '.join(str(e).split())}"
+            note_failure(folder, entry, error, attempt, "" if expected else traceback.format_exc())
+            return Outcome("failed", time.perf_counter() - start, error=error, final=final)
+        failure_file(folder, entry).unlink(missing_ok=True)
+        return Outcome("finished", time.perf_counter() - start, results.metrics["final_average_accuracy"], note=note)
+
+
+def lock_of(folder: Path, entry: Entry) -> FileLock:
+    """The lock that is held while a run goes. The system lets go of it when the process dies."""
+    path = folder / ".locks" / f"{entry.folder}.lock"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def note_failure(folder: Path, entry: Entry, error: str, attempt: int, details: str = "") -> None:
+    """Keep why a run failed. A disk that is too full for that is not worth a second failure."""
+    path = failure_file(folder, entry)
+    note = {"labels": dict(entry.labels), "error": error, "attempts": attempt, "traceback": details}
+    note["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(note, indent=1) + "\n").encode())
+    except FedsimError:
+        pass
+
+
+def measure(config: SimConfig) -> Cost | str:
+    """Play one round; or the error, in one line."""
+    try:
+        results = simulation.first_round(config)
+    except Exception as e:
+        return " ".join(str(e).split())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Cost(results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _in_its_folder(config: SimConfig, folder: Path, entry: Entry) -> tuple[Results, str]:
+    """The results, and a note when a run directory that cannot be used was in the way. It is set aside, not deleted."""
+    path = folder / entry.folder
+    try:
+        return simulation.once(config, path), ""
+    except RunDirError as e:
+        if not path.is_dir():
+            raise
+        reason = e
+    aside = folder / "damaged" / f"{entry.folder}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}"
+    with storage_errors(aside):
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+    return simulation.once(config, path), f"run again, what was there is now in {aside}: {reason}"

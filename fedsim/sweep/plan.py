@@ -1,0 +1,267 @@
+"""A sweep YAML becomes a list of checked configs, before anything runs.
+
+    base: ../../configs/fedavg.yaml       # a config file, or a mapping of config keys
+    set: {client.epochs: 1}               # for every run
+    list:                                 # axes of named variants; a variant may change several keys
+      method:
+        fedavg: {}
+        lorm: {extends: ../../configs/lorm.yaml}
+        fair: {server.aggregator: fairavg}
+    grid: {partition.alpha: [0.1, 0.5]}   # axes of values of one key each
+    zip: {client.lr: [1e-3, 1e-2], client.epochs: [4, 1]}      # keys that go together, value by value
+    seeds: [0, 1, 2]                      # or a number: 3 is [0, 1, 2]
+    launch: {jobs: 2}                     # where and how: `Launch`; moves no number
+    output: runs/my_sweep                 # default: runs/<name of the YAML>
+
+Every combination is a run. The layers of a config, the later one winning: base, what variants extend, set, what variants change,
+zip, grid, seed, overrides of the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsim.collection import Entry, Label, SweepRecord, label_text
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import ConfigError, FedsimError, did_you_mean
+
+KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where and how the runs of a sweep go; none of it moves a number.
+
+    jobs: runs at a time, "auto": as many as the cores (and GPUs) of the machine or cluster allow.
+    pool: of each run. serial: one run per core, which wastes nothing | ray: each run's clients on Ray workers of their own
+        (`runtime.workers`), one run at a time unless `jobs` says more | flower.
+    gpus: GPUs per run, may be a fraction; "auto": 1 where the device is a GPU, else 0.
+    memory_gb: what Ray reserves per run; null: nothing. address: of a Ray cluster to join, whose machines share the file system.
+    retry: further attempts for a run that fails for a reason that may pass.
+    """
+
+    jobs: Any = "auto"
+    pool: str = "serial"
+    gpus: Any = "auto"
+    memory_gb: float | None = None
+    address: str | None = None
+    retry: int = 0
+
+    def __post_init__(self) -> None:
+        counted = isinstance(self.jobs, int) and not isinstance(self.jobs, bool) and self.jobs >= 1
+        if self.jobs != "auto" and not counted:
+            raise ConfigError(f"jobs must be 'auto' or at least 1, got {self.jobs!r}")
+        amount = isinstance(self.gpus, int | float) and not isinstance(self.gpus, bool) and self.gpus >= 0
+        if self.gpus != "auto" and not amount:
+            raise ConfigError(f"gpus must be 'auto' or a number that is not negative, got {self.gpus!r}")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise ConfigError(f"memory_gb must be positive, got {self.memory_gb!r}")
+        if self.retry < 0:
+            raise ConfigError(f"retry must not be negative, got {self.retry!r}")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: its labels and identity, and its resolved config."""
+
+    entry: Entry
+    config: SimConfig
+
+    @property
+    def label(self) -> str:
+        """method=lorm partition.alpha=0.1 seed=0"""
+        return label_text(self.entry.labels)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All runs of a sweep, every config checked; `record` is what its folder keeps of it."""
+
+    record: SweepRecord
+    runs: tuple[PlannedRun, ...]
+    launch: Launch
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Level:
+    """One place on an axis: its labels, files whose layers it starts from, keys that it changes."""
+
+    labels: Mapping[str, Label]
+    extends: Sequence[str] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def expand(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    **launch: Any,
+) -> SweepPlan:
+    """Read a sweep and check every config of it. `overrides` hold for every run; `launch` replaces options of that section.
+
+    Raises ConfigError or PluginError (with the labels of the run that is wrong).
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise ConfigError(f"no sweep file {path}")
+    sweep = configs.read_yaml(path)
+    for key in sweep:
+        if key not in KEYS:
+            raise ConfigError(f"unknown key '{key}' in {path.name}.{did_you_mean(key, KEYS)} A config goes under 'base'.")
+    if "base" not in sweep:
+        raise ConfigError(
+            f"{path.name} names no base: a sweep needs one, e.g. base: ../configs/lorm.yaml (fedsim run takes a config)"
+        )
+    base = _base_layers(sweep["base"], path.parent)
+    common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
+    last = configs.parse_overrides(overrides)
+    how: Launch = configs.typed(Launch, {**_mapping(sweep.get("launch") or {}, "launch"), **launch}, "launch")
+    axes = [*_named(sweep.get("list") or {}), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
+    _require_distinct_axes([name for axis in axes for name in axis[0].labels])
+    seeds = _seeds(sweep.get("seeds"), [*base, common, last])
+    runs = []
+    for seed, levels in itertools.product(seeds, itertools.product(*axes)):  # every setting has a first result soon
+        labels = {name: value for level in levels for name, value in level.labels.items()} | {"seed": seed}
+        layers = [*base]
+        for level in levels:
+            for file in level.extends:
+                layers += configs.read_layers(path.parent / file)
+        name = "-".join(str(v) for v in labels.values())
+        layers += [common, *(configs.nested(level.changes) for level in levels), {"seed": seed}, last, {"name": name}]
+        runs.append(_planned(layers, labels, how))
+    _require_distinct(runs)
+    order = {name: [level.labels[name] for level in axis] for axis in axes for name in axis[0].labels} | {"seed": list(seeds)}
+    record = SweepRecord(
+        path.stem if path.stem != "sweep" else path.parent.name, order, [r.entry for r in runs], path.read_text()
+    )
+    folder = Path(output or sweep.get("output") or f"runs/{record.name}").absolute()
+    return SweepPlan(record, tuple(runs), how, folder)
+
+
+def _planned(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], launch: Launch) -> PlannedRun:
+    try:
+        config = configs.compose([*layers, {"runtime": {"pool": launch.pool}}])
+    except FedsimError as e:
+        raise type(e)(f"{label_text(labels)}: {e}") from e
+    return PlannedRun(Entry(config.identity(), labels), config)
+
+
+def _require_distinct_axes(names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        if name in names[:i] or name == "seed":
+            raise ConfigError(f"axis '{name}' is there twice" if name != "seed" else "the seed's axis is called seeds")
+
+
+def _require_distinct(runs: Sequence[PlannedRun]) -> None:
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        other = first.setdefault(run.entry.identity, run)
+        if other is not run:
+            raise ConfigError(f"'{other.label}' and '{run.label}' resolve to the same run: leave one out, or let them differ")
+
+
+def _base_layers(base: Any, folder: Path) -> list[dict[str, Any]]:
+    if isinstance(base, str):
+        return configs.read_layers(folder / base)
+    return [configs.nested(_mapping(base, "base"))]
+
+
+def _named(axes: Any) -> list[list[Level]]:
+    """list: {axis: {variant: changes}}"""
+    found = []
+    for axis, variants in _mapping(axes, "list").items():
+        levels = []
+        for name, changes in _nonempty(variants, f"list.{axis}", "variants", Mapping).items():
+            changes = _mapping({} if changes is None else changes, f"list.{axis}.{name}")
+            files = changes.get("extends") or []
+            rest = {k: v for k, v in changes.items() if k != "extends"}
+            levels.append(Level({axis: name}, [files] if isinstance(files, str) else files, rest))
+        found.append(levels)
+    return found
+
+
+def _grid(axes: Any) -> list[list[Level]]:
+    """grid: {key: [values]}"""
+    found = []
+    for key, values in _mapping(axes, "grid").items():
+        values = _nonempty(values, f"grid.{key}", "values", list)
+        found.append([Level({key: _label(v)}, (), {key: v}) for v in values])
+    return found
+
+
+def _zipped(axes: Any) -> list[list[Level]]:
+    """zip: {key: [values], key: [values]}, all of one length"""
+    columns = {k: _nonempty(v, f"zip.{k}", "values", list) for k, v in _mapping(axes, "zip").items()}
+    if not columns:
+        return []
+    lengths = {k: len(v) for k, v in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(
+            f"zip: keys that go together need equally many values, got {', '.join(f'{k}: {n}' for k, n in lengths.items())}"
+        )
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [[Level({k: _label(v) for k, v in row.items()}, (), row) for row in rows]]
+
+
+def _seeds(seeds: Any, layers: Sequence[Mapping[str, Any]]) -> list[int]:
+    """As listed, counted from 0, or the base's own."""
+    if seeds is None:
+        seeds = [next((layer["seed"] for layer in reversed(layers) if "seed" in layer), 0)]
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        if seeds < 1:
+            raise ConfigError(f"seeds must be a list, or a number of at least 1, got {seeds}")
+        return list(range(seeds))
+    for seed in _nonempty(seeds, "seeds", "seeds", list):
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ConfigError(f"seeds must be whole numbers, got {seed!r}")
+    return list(seeds)
+
+
+def _nonempty(value: Any, where: str, what: str, kind: type[Any]) -> Any:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{where} must be a {'list of ' if kind is list else 'mapping of '}{what}, got {value!r}")
+    if not value:
+        raise ConfigError(f"{where} is empty: give it {what}, or leave the axis out")
+    return value
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a mapping, got {value!r}")
+    return value
+
+
+def _label(value: Any) -> Label:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def verify(runs: Sequence[PlannedRun]) -> None:
+    """Find what only data and model can tell: split the data for every run, build every setting's model and rules once.
+
+    Raises the errors of `fedsim.core.errors`, with the labels of the run that is wrong.
+    """
+    from fedsim import simulation
+
+    settings, splits = set[str](), set[str]()
+    for run in runs:
+        plain = run.config.to_dict()
+        seed = plain.pop("seed")
+        del plain["name"]
+        setting = json.dumps(plain, sort_keys=True)
+        split = json.dumps([seed, *(plain[k] for k in ("data", "stream", "partition", "manifest", "model"))], sort_keys=True)
+        try:
+            if setting not in settings:
+                simulation.prepare(run.config)
+            elif split not in splits:
+                simulation.prepare_data(run.config)
+        except FedsimError as e:
+            raise type(e)(f"{run.label}: {e}") from e
+        settings.add(setting)
+        splits.add(split)

@@ -1,0 +1,302 @@
+"""Sweeps that run: same bits as single runs, only what is missing is made, nothing is lost and nothing is made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray
+import yaml
+
+from fedsim.collection import collect
+from fedsim.core.errors import PoolError
+from fedsim.results import Results
+from fedsim.simulation import run
+from fedsim.sweep import launch
+from fedsim.sweep.job import lock_of
+from fedsim.sweep.launch import Begun, Ended
+from fedsim.sweep.plan import PlannedRun, SweepPlan, expand
+from tests.tiny import TINY, final_state, learned, same_bits
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGGING_RULE = '''
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.core import contracts
+
+
+@dataclass(frozen=True)
+class Aggregator(contracts.Aggregator):
+    """A mean that notes every merge, may be slow, and may fail."""
+
+    log: str = ""
+    wait_s: float = 0.0
+    fail: str = ""
+
+    def combine(self, state, params, updates):
+        import time
+
+        time.sleep(self.wait_s)
+        if self.fail == "always" or (self.fail == "once" and not os.path.exists(self.log)):
+            open(self.log, "a").write("failed\\n")
+            raise ValueError("no such\\nluck")
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return state, {**params, **{n: torch.stack([u.params[n] for u in updates]).mean(0) for n in updates[0].params}}
+'''
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[None]:
+    """Two cores, whatever the machine has; processes stay for the whole file."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def sweep(folder: Path, output: str = "out", **sections: Any) -> SweepPlan:
+    (folder / "base.yaml").write_text(json.dumps(TINY))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"base": "base.yaml", **sections}, sort_keys=False))
+    return expand(folder / "sweep.yaml", output=folder / output)
+
+
+def logging(folder: Path, **options: Any) -> dict[str, Any]:
+    """Changes that make a run note its merges in a file of this folder, named by the option `log`."""
+    (folder / "rule.py").write_text(LOGGING_RULE)
+    return {"server": {"aggregator": {"name": "./rule.py", "log": str(folder / "log"), **options}, "consolidator": "none"}}
+
+
+def execute(plan: SweepPlan) -> list[Ended]:
+    """Make what is missing; how every attempt ended."""
+    plan.record.save(plan.folder)
+    done = launch.finished(plan)
+    missing = [r for r in plan.runs if r not in done]
+    return [e for e in launch.execute(plan, missing) if isinstance(e, Ended)] if missing else []
+
+
+def path_of(plan: SweepPlan, planned: PlannedRun) -> Path:
+    return plan.folder / planned.entry.folder
+
+
+def test_runs_of_a_sweep_are_single_runs(workers: None, tmp_path: Path) -> None:
+    rules = {"lorm": {}, "fair": {"server.aggregator": "fairavg"}}
+    plan = sweep(tmp_path, grid={"partition.alpha": [0.1, 1.0]}, list={"rule": rules})
+    ended = execute(plan)
+    assert sorted(e.outcome.state for e in ended) == ["finished"] * 4
+    for planned in plan.runs:
+        alone = run(planned.config, output=tmp_path / "alone" / planned.entry.folder)
+        assert alone.path is not None
+        a, b = (final_state(p, planned.config) for p in (alone.path, path_of(plan, planned)))
+        assert same_bits(learned(a), learned(b))
+        of_sweep = next(e.outcome for e in ended if e.run is planned)
+        assert of_sweep.accuracy == alone.metrics["final_average_accuracy"]
+
+
+def test_only_what_is_missing_is_made(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, grid={"partition.alpha": [0.1, 1.0]}, seeds=2)
+    execute(plan)
+    before = collect([plan.folder]).frame()
+    kept, gone = plan.runs[::2], plan.runs[1::2]
+    stamps = [(path_of(plan, r) / "status.json").stat().st_mtime_ns for r in kept]
+    for r in gone:
+        shutil.rmtree(path_of(plan, r))
+    again = execute(plan)
+    assert sorted(e.run.label for e in again) == sorted(r.label for r in gone)
+    assert [(path_of(plan, r) / "status.json").stat().st_mtime_ns for r in kept] == stamps
+    measured = [c for c in before.columns if not c.startswith("seconds")]
+    pd.testing.assert_frame_equal(collect([plan.folder]).frame()[measured], before[measured])
+    assert execute(plan) == []
+
+    wider = sweep(tmp_path, grid={"partition.alpha": [1.0, 10.0]}, seeds=2)  # shares half of its runs
+    assert {e.run.config.partition["alpha"] for e in execute(wider)} == {10.0}
+
+
+def test_a_run_that_was_stopped_goes_on(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, set=logging(tmp_path))
+    (planned,) = plan.runs
+
+    def stop(event: Any) -> None:
+        if type(event).__name__ == "RoundDone" and event.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(planned.config, output=path_of(plan, planned), progress=stop)
+    rounds = len((tmp_path / "log").read_text().split())
+    (ended,) = execute(plan)
+    assert ended.outcome.state == "finished"
+    total = TINY["stream"]["tasks"] * TINY["server"]["rounds"]
+    assert rounds < len((tmp_path / "log").read_text().split()) <= total + 1  # at most the stopped round was played twice
+    assert json.loads((path_of(plan, planned) / "environment.json").read_text())["resumed"]
+
+
+def test_a_failing_run_is_noted_and_the_rest_goes_on(workers: None, tmp_path: Path) -> None:
+    variants = {"good": {}, "bad": logging(tmp_path, fail="always")}
+    plan = sweep(tmp_path, list={"rule": variants}, launch={"retry": 1, "jobs": 1})
+    ended = execute(plan)
+    assert [(e.run.entry.labels["rule"], e.outcome.state, e.attempt, e.again) for e in ended] == [
+        ("good", "finished", 1, False),
+        ("bad", "failed", 1, True),
+        ("bad", "failed", 2, False),
+    ]
+    assert ended[-1].outcome.error == "ValueError: no such luck"
+    note = json.loads((plan.folder / "failures" / f"{ended[-1].run.entry.folder}.json").read_text())
+    assert (note["attempts"], note["labels"]["rule"], note["error"]) == (2, "bad", "ValueError: no such luck")
+    assert "raise ValueError" in note["traceback"]
+    collection = collect([plan.folder])
+    assert [r.labels["rule"] for r in collection.runs] == ["good"]
+    assert [(a.what, a.reason) for a in collection.absent if a.what.startswith("rule")] == [
+        ("rule=bad seed=0", "failed: ValueError: no such luck")
+    ]
+
+
+def test_a_second_attempt_may_succeed(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, set=logging(tmp_path, fail="once"), launch={"retry": 3})
+    assert [e.outcome.state for e in execute(plan)] == ["failed", "finished"]
+    assert not list((plan.folder / "failures").iterdir())
+
+
+def test_what_would_fail_again_is_not_tried_again(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, grid={"partition.clients": [3, 100]}, launch={"retry": 5})
+    assert [(e.outcome.state, e.attempt) for e in execute(plan) if e.run.config.partition["clients"] == 100] == [("failed", 1)]
+
+
+def test_a_process_that_dies_is_a_failure(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, list={"rule": {"good": {}, "slow": logging(tmp_path, wait_s=0.2)}}, launch={"retry": 1})
+    killed, ended = False, []
+    for event in launch.execute(plan, plan.runs):
+        ended += [event] if isinstance(event, Ended) else []
+        log = tmp_path / "log"
+        if not killed and log.exists():
+            os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
+            killed = True
+    slow = [e for e in ended if e.run.entry.labels["rule"] == "slow"]
+    assert [e.outcome.state for e in slow] == ["failed", "finished"]
+    assert "its process died" in slow[0].outcome.error
+
+
+@pytest.mark.parametrize("damage", ["rounds.csv", "config.yaml", "status.json", "checkpoint.pt", "a cut start"])
+def test_a_damaged_run_is_set_aside_and_made_again(workers: None, tmp_path: Path, damage: str) -> None:
+    plan = sweep(tmp_path)
+    (planned,) = plan.runs
+    execute(plan)
+    path = path_of(plan, planned)
+    before = Results.load(path).rows
+    if damage == "a cut start":
+        for name in ("status.json", "rounds.csv", "checkpoint.pt"):
+            (path / name).unlink()
+    elif damage == "checkpoint.pt":
+        status = json.loads((path / "status.json").read_text())
+        (path / "status.json").write_text(json.dumps(status | {"state": "running"}))
+        (path / damage).write_bytes(b"torn")
+    else:
+        (path / damage).write_text("{torn,\n1")
+    (ended,) = execute(plan)
+    assert ended.outcome.state == "finished"
+    assert str(plan.folder / "damaged") in ended.outcome.note
+    assert Results.load(path).rows == before
+    assert len(list((plan.folder / "damaged").iterdir())) == 1
+
+
+def test_a_run_that_somebody_else_makes_is_waited_for(workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "LOOK_S", 0.1)
+    plan = sweep(tmp_path, seeds=2)
+    lock = lock_of(plan.folder, plan.runs[0].entry)
+    lock.acquire()
+    states = []
+    for event in launch.execute(plan, plan.runs):
+        if isinstance(event, Ended):
+            states.append((event.run.config.seed, event.outcome.state))
+        if (1, "finished") in states and lock.is_locked:
+            lock.release()
+    assert sorted(states) == [(0, "elsewhere"), (0, "finished"), (1, "finished")]
+
+
+def test_no_more_runs_at_a_time_than_asked(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, seeds=3, launch={"jobs": 1})
+    going = most = 0
+    for event in launch.execute(plan, plan.runs):
+        going += isinstance(event, Begun) - isinstance(event, Ended)
+        most = max(most, going)
+    assert most == 1
+
+
+def test_clients_on_ray_inside_a_sweep(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, set={"runtime.workers": 2}, launch={"pool": "ray"})
+    (ended,) = execute(plan)
+    assert ended.outcome.state == "finished", ended.outcome.error
+    (planned,) = plan.runs
+    (serial,) = sweep(tmp_path, "serial").runs
+    alone = run(serial.config, output=tmp_path / "alone")
+    assert alone.path is not None
+    a, b = final_state(alone.path, serial.config), final_state(path_of(plan, planned), planned.config)
+    assert same_bits(learned(a), learned(b))
+
+
+def test_more_gpus_than_there_are(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, launch={"gpus": 0.5})
+    with pytest.raises(PoolError, match=r"each run wants 0.5 GPUs, but Ray has 0: set launch.gpus"):
+        list(launch.execute(plan, plan.runs))
+
+
+# ---------------------------------------------------------------- whole processes
+
+
+def command(folder: Path, *words: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = (sys.executable, "-m", "fedsim.cli", "sweep", "sweep.yaml", "--output", "out", *words)
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def merges(folder: Path) -> int:
+    return len((folder / "log").read_text().split()) if (folder / "log").exists() else 0
+
+
+def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
+    """The first sweep is killed; then two are started at once over the same folder. Every merge of every run is made once, but
+    for the rounds that were going when the process died."""
+    plan = sweep(tmp_path, set=logging(tmp_path, wait_s=0.15), seeds=6)
+    total = 6 * TINY["stream"]["tasks"] * TINY["server"]["rounds"]
+    first = command(tmp_path)
+    deadline = time.monotonic() + 120
+    while merges(tmp_path) < 5:
+        assert time.monotonic() < deadline, first.communicate()[0] if first.poll() is not None else "no progress"
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+
+    both = [command(tmp_path), command(tmp_path)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert total <= merges(tmp_path) <= total + 2  # two cores: two rounds may have been going
+    frame = collect([plan.folder]).frame()
+    assert sorted(frame["seed"]) == list(range(6))
+    assert not list(plan.folder.rglob("*.tmp"))
+    for planned in plan.runs[:2]:
+        alone = run(planned.config, output=tmp_path / "alone" / planned.entry.folder)
+        assert alone.rows == Results.load(path_of(plan, planned)).rows
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    sweep(tmp_path, set=logging(tmp_path, wait_s=0.3), seeds=4)
+    process = command(tmp_path)
+    deadline = time.monotonic() + 120
+    while merges(tmp_path) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.strip().splitlines()[-1].startswith("fedsim: stopped, ")
+    assert "of 4 runs are finished; the same command goes on with the others" in output
