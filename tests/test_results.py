@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -18,7 +19,7 @@ from fedsim.core import files
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import RunDirError, StorageError
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.results import Results, RunDir
+from fedsim.results import Holding, Results, RunDir
 from tests.tiny import tiny
 
 COSTS = {
@@ -45,17 +46,21 @@ DRIFTS = (
     DriftRow(0, 0, "head", 2, None, 0.5, 0.5, 0.75, 0.6, 1.5, None),
     DriftRow(0, 1, "head", 2, 0.25, 0.25, 0.25, 0.5, 0.7, 2.0, None),
 )
+HOLDINGS = (Holding(0, 0, 0, "a", 6), Holding(0, 1, 1, "b", 2), Holding(1, 1, 2, "c", 4))
 
 
 @dataclass(frozen=True)
 class FakeManifest:
     hash: str = "abc"
+    names: tuple[str, ...] = ()  # of classes, one held by each client
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({"hash": self.hash}))
 
     def holdings(self) -> list[tuple[int, int, int, str, int]]:
-        return [(0, 0, 0, "a", 6), (0, 1, 1, "b", 2), (1, 1, 2, "c", 4)]
+        if self.names:
+            return [(0, i, i, name, i + 1) for i, name in enumerate(self.names)]
+        return [(h.task, h.client, h.class_row, h.class_name, h.samples) for h in HOLDINGS]
 
 
 def known(*failures: str, rows: Sequence[Row] = ROWS, config: SimConfig | None = None) -> Results:
@@ -103,6 +108,40 @@ def test_before_the_first_task_ends_nothing_is_claimed() -> None:
     assert set(results.metrics.values()) == {None}
 
 
+def test_accuracy_at_the_clients() -> None:
+    """Final class accuracies 4/5, 2/5, 2/3. Client 0 holds class 0 only, client 1 two of class 1 and four of class 2."""
+    results = dataclasses.replace(known(), holdings=HOLDINGS)
+    np.testing.assert_allclose(results.client_accuracy, [80, (2 * 40 + 4 * 200 / 3) / 6, np.nan])
+    found = results.metrics
+    assert found["client_accuracy_min"] == found["client_accuracy_worst_decile"] == pytest.approx((80 + 800 / 3) / 6)
+    assert found["client_accuracy_mean"] == pytest.approx(np.nanmean(results.client_accuracy))
+
+
+def test_classes_that_nobody_holds_do_not_disturb() -> None:
+    """Class 2 is tested and held by nobody; a class that is held and not tested has no accuracy."""
+    results = dataclasses.replace(known(), holdings=(*HOLDINGS[:2], Holding(1, 2, 9, "z", 4)))
+    np.testing.assert_allclose(results.client_accuracy, [80, 40, np.nan])
+    assert np.isnan(known().client_accuracy).all()  # nothing is known of the split
+
+
+def test_share_of_the_newest_classes() -> None:
+    """After task 1, which brought class 2, 6 of 13 predictions fall on it."""
+    assert known().metrics["newest_share"] == pytest.approx(600 / 13)
+    one_task = dataclasses.replace(known(), classes=CLASSES[:2])
+    assert one_task.metrics["newest_share"] is None
+
+
+def test_drift_is_a_mean_over_rounds() -> None:
+    """Rounds in which a measure is undefined do not count; a measure that never is defined has no name."""
+    drift = {name: value for name, value in known().metrics.items() if name.startswith("drift_")}
+    assert drift == pytest.approx(
+        {
+            "drift_relative_norm_head": 0.25, "drift_cosine_head": 0.375, "drift_cosine_min_head": 0.375,
+            "drift_cosine_to_mean_head": 0.625, "drift_diversity_head": 0.65, "drift_effective_rank_head": 1.75,
+        }
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------- written and loaded
 
 
@@ -113,6 +152,26 @@ def test_round_trip(run_dirs: Path) -> None:
     assert loaded == written
     assert (loaded.manifest_hash, loaded.failures, loaded.finished) == ("abc", ("client 1 failed",), True)
     assert loaded.config.identity() == run_dir.config.identity()
+
+
+def test_tables_come_back_as_they_were(run_dirs: Path) -> None:
+    """Thirds, tiny and undefined numbers, and class names with whatever a CSV could trip over."""
+    names = ["a,b", 'say "a"', "two\nlines", "ñ ä 字", "", " blank "]
+    drifts = (*DRIFTS, DriftRow(1, 0, "adapter", 3, 1 / 3, -1e-17, -1.0, 0.1 + 0.2, 1e300, 5e-324, None))
+    run_dir = RunDir.create(tiny(output=run_dirs))
+    run_dir.write_start(FakeManifest(names=tuple(names)))
+    written = run_dir.write_end(dataclasses.replace(known(), drifts=drifts))
+    loaded = Results.load(run_dir.path)
+    assert loaded.drifts == written.drifts == drifts
+    assert loaded.classes == written.classes == CLASSES
+    assert loaded.holdings == written.holdings == tuple(Holding(0, i, i, name, i + 1) for i, name in enumerate(names))
+    assert loaded.metrics == written.metrics
+
+
+def test_only_what_a_tasks_end_gave_is_kept_by_class(run_dirs: Path) -> None:
+    run_dir = begun(tiny(output=run_dirs))
+    run_dir.write_progress(dataclasses.replace(known(), classes=(*CLASSES, ClassRow(1, 0, "round", 0, 1, 2, 5))))
+    assert Results.load(run_dir.path).classes == CLASSES
 
 
 def test_files_at_the_end(run_dirs: Path) -> None:

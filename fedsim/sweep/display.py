@@ -106,7 +106,8 @@ class SweepDisplay:
             table.add_column(title, justify="left" if title == "running" else "right")
         for run, since in self._going.values():
             rounds, accuracy = progress(self._plan.folder / run.entry.folder)
-            table.add_row(run.label, str(rounds), accuracy, duration(self._clock() - since))
+            of = f"/{run.config.stream.tasks * run.config.server.rounds}" if run.config.stream.tasks else ""
+            table.add_row(run.label, f"{rounds}{of}", accuracy, duration(self._clock() - since))
         failed = f", {len(self.failed)} failed" if self.failed else ""
         head = (
             f"{self._plan.record.name}: {self._finished} of {total} done, {going} running, {waiting} waiting{failed}{self._eta()}"

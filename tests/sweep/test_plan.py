@@ -16,6 +16,7 @@ from fedsim.collection import Entry, SweepRecord
 from fedsim.core import rng
 from fedsim.core.errors import ConfigError, FedsimError, PartitionError, RunDirError
 from fedsim.sweep.plan import SweepPlan, expand, verify
+from tests.readme import median_rule, sweep_yaml
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,15 @@ def test_a_rule_beside_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "rule.py").write_text((ROOT / "server/aggregators/fedavg.py").read_text())
     plan = plan_of(tmp_path, list={"rule": {"mine": {"server.aggregator": "./rule.py"}, "theirs": {}}})
     assert [Path(r.config.server.aggregator["name"]).name for r in plan.runs] == ["rule.py", "lorm"]
+
+
+def test_the_sweep_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_rule.py").write_text(median_rule())
+    (tmp_path / "my_sweep.yaml").write_text(sweep_yaml())
+    plan = expand(tmp_path / "my_sweep.yaml")
+    assert len(plan.runs) == 3 * 2 * 3
+    verify(plan.runs)
 
 
 def test_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
