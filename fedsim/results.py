@@ -60,6 +60,7 @@ Costs: TypeAlias = Mapping[
 
 # file -> the field of Results that holds its rows
 TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}
+BEFORE_STATUS = {"config.yaml", "plugins", "manifest.json", "partition.csv", "environment.json"}  # written before status.json
 COUNTS = tuple(f.name for f in dataclasses.fields(Row))
 DRIFT_MEASURES = tuple(f.name for f in dataclasses.fields(DriftRow))[4:]
 COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
@@ -236,11 +237,12 @@ class RunDir:
     def create(cls, config: SimConfig, output: str | Path | None = None) -> RunDir:
         """A new folder: `output`, or `<runtime.output>/<name>-<identity>` with -2, -3, … when that is taken.
 
-        Raises RunDirError when `output` holds something, StorageError when it cannot be made.
+        Raises RunDirError when `output` holds something (but for a start that was cut short, which is made anew), StorageError
+        when it cannot be made.
         """
         if output is not None:
             path = Path(output).absolute()
-            if path.is_dir() and any(path.iterdir()):
+            if path.is_dir() and not {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} <= BEFORE_STATUS:
                 raise RunDirError(_in_the_way(path, config))
             if path.exists() and not path.is_dir():
                 raise RunDirError(f"{path} is a file: choose another --output")

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     """Check a plain mapping and fill in every default, those of the plug-ins too."""
     values = dict(_plain(values, "config"))
     for name, cls in SECTIONS.items():
-        values[name] = typed(cls, values.get(name) or {}, name)  # type: ignore[arg-type]
+        values[name] = typed(cls, values.get(name) or {}, name)
     config: SimConfig = typed(SimConfig, values, "")
     data, partition, adapter = (expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items())
     server = config.server
@@ -320,10 +321,25 @@ def build(kind: str, section: Section) -> Any:
     return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1])
 
 
-def typed(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain values; unknown keys and wrong types are ConfigErrors that name the key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping of options, got {values!r}")
+    try:
+        text = json.dumps(values)
+        plain = json.loads(text) == values
+    except (TypeError, ValueError):  # sections that are typed already
+        plain = False
+    return _typed_once(cls, text, where) if plain else _typed(cls, values, where)
+
+
+@lru_cache(maxsize=4096)
+def _typed_once(cls: Any, text: str, where: str) -> Any:
+    """The configs of a sweep have most of their sections in common, and OmegaConf takes milliseconds for each."""
+    return _typed(cls, json.loads(text), where)
+
+
+def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     dot = f"{where}." if where else ""
     known = {f.name for f in fields(cls) if f.init}
     for key in values:

@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import ray
 import yaml
 
 from fedsim.collection import collect
@@ -57,14 +55,6 @@ class Aggregator(contracts.Aggregator):
             file.write(f"{os.getpid()}\\n")
         return state, {**params, **{n: torch.stack([u.params[n] for u in updates]).mean(0) for n in updates[0].params}}
 '''
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[None]:
-    """Two cores, whatever the machine has; processes stay for the whole file."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def sweep(folder: Path, output: str = "out", **sections: Any) -> SweepPlan:
@@ -208,6 +198,16 @@ def test_a_damaged_run_is_set_aside_and_made_again(workers: None, tmp_path: Path
     assert str(plan.folder / "damaged") in ended.outcome.note
     assert Results.load(path).rows == before
     assert len(list((plan.folder / "damaged").iterdir())) == 1
+
+
+def test_a_start_that_was_cut_short_is_made_anew(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path)
+    path = path_of(plan, plan.runs[0])
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("torn")
+    (path / ".manifest.json.123.tmp").write_text("{")
+    (ended,) = execute(plan)
+    assert (ended.outcome.state, ended.outcome.note) == ("finished", "")
 
 
 def test_a_run_that_somebody_else_makes_is_waited_for(workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,59 @@
+"""The command: what it prints, what it leaves behind, what it returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedsim import cli
+from tests.sweep.test_launch import logging, sweep
+
+
+def test_what_it_prints_and_leaves(
+    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep(tmp_path, list={"rule": {"lorm": {}, "bad": logging(tmp_path, fail="always")}}, seeds=2)
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--retry", "1"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    name = tmp_path.name
+    assert out[:2] == [f"{name}: 4 runs, 0 finished already, 4 to make", "folder: out"]
+    assert sum(": accuracy " in line for line in out) == 2
+    assert sum("failed, will be tried again: ValueError: no such luck" in line for line in out) == 2
+    assert "failed: rule=bad seed=1: ValueError: no such luck" in out
+    assert out[-1] == "more: fedsim results out   fedsim report out"
+    record = json.loads((tmp_path / "out" / "sweeps" / f"{name}.json").read_text())
+    assert [run["labels"] for run in record["runs"]] == [
+        {"rule": rule, "seed": seed} for seed in (0, 1) for rule in ("lorm", "bad")
+    ]
+
+    assert (
+        cli.main(["sweep", "sweep.yaml", "--output", "out", "--quiet"]) == 1
+    )  # what failed is tried again, what is finished is not
+    assert "accuracy " not in capsys.readouterr().out
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "server.aggregator.fail=never"]) == 2
+    assert "rule=lorm seed=0: unknown key 'server.aggregator.fail'" in capsys.readouterr().err
+
+
+def test_a_dry_run_changes_nothing(
+    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    rules = {"lorm": {}, "fedavg": {"server.aggregator": "fedavg", "server.consolidator": "none"}}
+    sweep(tmp_path, list={"rule": rules}, grid={"partition.alpha": [0.1, 1.0]}, seeds=2)
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "measuring one round of 2 kinds of runs" in out
+    assert sum("to make" in line and ("kB" in line or "MB" in line) for line in out.splitlines()) == 8
+    assert "about " in out.splitlines()[-1] and "with 2 at a time" in out.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--quiet"]) == 0
+    capsys.readouterr()
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "8 finished already, 0 to make" in out
+    assert sum(" finished" in line for line in out.splitlines()) == 9
