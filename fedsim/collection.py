@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "fedsim-sweep-1"
+TEXTS = ("run", "partition_hash", "path")  # columns of the frame that are no numbers
+NAMED = (*TEXTS, "seed", "dirichlet_alpha")  # columns that no axis of a sweep can be called
 STARTED = ("status.json", "config.yaml")  # one of them is in every folder that a run began
 Label = str | int | float | bool | None  # of a run on one axis
 
@@ -137,9 +139,9 @@ class Collection:
         return factors
 
     def frame(self) -> pd.DataFrame:
-        """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition` (16 digits
-        of the hash of its split), `heterogeneity` (Dirichlet α, inf for iid, NaN for others), the split in figures, every metric
-        (percent; NaN where undefined), bytes by direction and kind, seconds by phase, client rounds, skipped clients, path."""
+        """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition_hash` (16
+        digits), `dirichlet_alpha` (as asked for; inf for iid, NaN for others), the split in figures, every metric (percent; NaN
+        where undefined), bytes by direction and kind, seconds by phase, client rounds, skipped clients, path."""
         import pandas as pd
 
         varying = {k: v for k, v in self.varying.items() if k not in self.factors}
@@ -149,15 +151,13 @@ class Collection:
             level = {name: run.labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors}
             row: dict[str, Any] = {"run": results.config.identity()[:16], **level}
             row |= {key: values[i] for key, values in varying.items()}
-            row |= {"partition": results.manifest_hash[:16], "heterogeneity": heterogeneity(results.config)} | split_figures(
-                results
-            )
-            row |= results.metrics | cost_figures(results)
-            row |= {"skipped_clients": len(results.failures), "path": str(results.path)}
+            row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
+            row |= split_figures(results) | results.metrics | cost_figures(results)
+            row |= {"skipped_clients": len(results.failures), "path": str(results.path)} | level
             rows.append(row)
         rows.sort(key=lambda row: (*(levels.index(row[name]) for name, levels in self.factors.items()), row["seed"]))
         frame = pd.DataFrame(rows)
-        numeric = [c for c in frame.columns if c not in {*self.factors, *varying, "run", "partition", "path"}]
+        numeric = [c for c in frame.columns if c not in {*self.factors, *varying, *TEXTS}]
         frame[numeric] = frame[numeric].astype(float)
         return frame
 
@@ -231,7 +231,7 @@ def flatten(config: SimConfig) -> dict[str, Label]:
     return {key: _file_name(v) if key.endswith((".name", ".source")) else v for key, v in _flat(plain, "")}
 
 
-def heterogeneity(config: SimConfig) -> float:
+def dirichlet_alpha(config: SimConfig) -> float:
     """Dirichlet α of the labels that was asked for; inf for an iid split, NaN for others and for a split from a file."""
     if config.manifest is not None:
         return math.nan

@@ -367,7 +367,7 @@ def _pairs(
 def _of_split(frame: pd.DataFrame, by: Sequence[str], metric: str, places: Sequence[int]) -> dict[tuple[str, int], float]:
     """(split, seed) -> value, of the runs that have one."""
     out: dict[tuple[str, int], float] = {}
-    splits, seeds, values = frame["partition"].tolist(), frame["seed"].tolist(), _column(frame, metric)
+    splits, seeds, values = frame["partition_hash"].tolist(), frame["seed"].tolist(), _column(frame, metric)
     seen = set()
     for i in places:
         key = (str(splits[i]), int(seeds[i]))

@@ -43,7 +43,7 @@ def test_what_varies_are_the_factors(tmp_path: Path) -> None:
     assert list(frame.columns[:2]) == ["run", "server.aggregator.name"]
     assert frame["server.aggregator.name"].tolist() == ["fedavg", "fedavg", "lorm", "lorm"]
     assert frame["seed"].tolist() == [0, 1, 0, 1]
-    assert frame["partition.alpha"].tolist() == frame["heterogeneity"].tolist() == [0.5, 0.5, 0.1, 0.1]
+    assert frame["partition.alpha"].tolist() == frame["dirichlet_alpha"].tolist() == [0.5, 0.5, 0.1, 0.1]
     assert frame["server.aggregator.ridge"].isna().tolist() == [True, True, False, False]
     assert frame["run"].tolist()[0] == method("fedavg", 0).identity()[:16]
     assert (found.absent, found.others, found.sweep) == ((), 0, None)
@@ -351,10 +351,10 @@ def test_alpha_of_an_even_split_is_large() -> None:
 
 
 def test_heterogeneity_that_was_asked_for() -> None:
-    assert collections.heterogeneity(tiny("partition.alpha=0.3")) == 0.3
-    assert collections.heterogeneity(tiny(partition="iid")) == math.inf
-    assert math.isnan(collections.heterogeneity(tiny(partition="quantity")))
-    assert math.isnan(collections.heterogeneity(tiny("manifest=split.json", "partition.alpha=0.3")))
+    assert collections.dirichlet_alpha(tiny("partition.alpha=0.3")) == 0.3
+    assert collections.dirichlet_alpha(tiny(partition="iid")) == math.inf
+    assert math.isnan(collections.dirichlet_alpha(tiny(partition="quantity")))
+    assert math.isnan(collections.dirichlet_alpha(tiny("manifest=split.json", "partition.alpha=0.3")))
 
 
 def test_costs_are_sums() -> None:
@@ -379,11 +379,11 @@ def test_a_frame_of_real_runs_says_what_the_runs_say(run_dirs_folder: Path) -> N
         for name, value in results.metrics.items():
             assert (math.isnan(row[name]) and value is None) or row[name] == value, name
         assert row["bytes_up"] == sum(results.costs["bytes"]["up"].values())
-        assert row["partition"] == results.manifest_hash[:16]
+        assert row["partition_hash"] == results.manifest_hash[:16]
         assert row["client_samples_min"] >= 2 * 2  # min_samples of each of the two tasks
         assert np.isfinite(row["alpha_measured"])
-    assert frame.groupby("seed")["partition"].nunique().tolist() == [1, 1]
-    assert frame["partition"].nunique() == 2
+    assert frame.groupby("seed")["partition_hash"].nunique().tolist() == [1, 1]
+    assert frame["partition_hash"].nunique() == 2
 
 
 @pytest.fixture

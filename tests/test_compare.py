@@ -29,7 +29,7 @@ def frame(*groups: tuple[Levels, Sequence[float]], first_seed: int = 0) -> pd.Da
     rows = []
     for levels, values in groups:
         for seed, value in enumerate(values, first_seed):
-            rows.append({**levels, "seed": seed, "partition": f"{levels.get('alpha')}-{seed}", FAA: value, "forgetting": value})
+            rows.append({**levels, "seed": seed, "partition_hash": f"{levels.get('alpha')}-{seed}", FAA: value, "forgetting": value})
     return pd.DataFrame(rows)
 
 
@@ -187,7 +187,7 @@ def test_each_setting_is_compared_with_the_baseline_of_its_other_factors() -> No
 
 def test_only_runs_of_one_split_and_seed_are_pairs() -> None:
     runs = frame(({"method": "lorm"}, [61, 62, 63, 64]), ({"method": "fedavg"}, [50, 51, 52]))
-    runs.loc[1, "partition"] = "another"
+    runs.loc[1, "partition_hash"] = "another"
     got = one(compare.paired(runs, ["method"], {"method": "fedavg"}, [FAA]))
     assert (got["n"], got["unpaired"], got["difference"]) == (2, 3, 11)  # seeds 0 and 2; left: 1 and 3, and 1 of the baseline
     runs.loc[0, FAA] = math.nan

@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_metrics(wanted: str | None, collection: Collection, frame: pd.DataFrame) -> list[str]:
     """Names of columns from "faa,forgetting"; the default ones that some run has. Raises ConfigError for an unknown name."""
-    words = {"run", "partition", "path", "heterogeneity", *collection.factors, *collection.varying}
+    from fedsim.collection import NAMED
+
+    words = {*NAMED, *collection.factors, *collection.varying}
     known = [str(c) for c in frame.columns if c not in words]
     if wanted is None:
         return [name for name in (*DEFAULT, *OF_JOINT) if name in known and frame[name].notna().any()] or [DEFAULT[0]]

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsim.collection import Entry, Label, SweepRecord, label_text
+from fedsim.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError, did_you_mean
@@ -155,8 +155,12 @@ def _planned(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], l
 
 def _require_distinct_axes(names: Sequence[str]) -> None:
     for i, name in enumerate(names):
-        if name in names[:i] or name == "seed":
-            raise ConfigError(f"axis '{name}' is there twice" if name != "seed" else "the seed's axis is called seeds")
+        if name == "seed":
+            raise ConfigError("the seed's axis is called seeds")
+        if name in NAMED:
+            raise ConfigError(f"axis '{name}': the table of results has a column of that name already, call it otherwise")
+        if name in names[:i]:
+            raise ConfigError(f"axis '{name}' is there twice")
 
 
 def _require_distinct(runs: Sequence[PlannedRun]) -> None:

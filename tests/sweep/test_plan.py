@@ -159,6 +159,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two names of one run": ({"list": {"m": {"a": {}, "b": {"client.epochs": 1}}}}, "'m=a seed=0' and 'm=b seed=0' resolve"),
     "the same seed twice": ({"seeds": [1, 1]}, "resolve to the same run"),
     "an axis twice": ({"grid": {"client.lr": [1.0]}, "zip": {"client.lr": [2.0]}}, "'client.lr' is there twice"),
+    "a name that is taken": ({"list": {"run": {"a": {}}}}, "axis 'run': the table of results has a column of that name"),
     "seed as an axis": ({"grid": {"seed": [1]}}, "called seeds"),
     "unknown section": ({"gird": {}}, "unknown key 'gird' in my_sweep.yaml. Did you mean 'grid'"),
     "unknown launch": ({"launch": {"job": 1}}, "unknown key 'launch.job'. Did you mean 'jobs'"),
