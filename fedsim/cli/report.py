@@ -1,10 +1,48 @@
-"""fedsim report: in the making."""
+"""fedsim report: the runs of a folder as one HTML file with charts."""
+
+from __future__ import annotations
 
 import argparse
+import os
+
+FORMATS = ("svg", "png", "pdf")
+LISTED = 10  # absent runs
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None: ...
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("paths", nargs="+", metavar="PATH", help="run directories, or folders of them")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--sweep", metavar="NAME", help="of several sweeps in the folder")
+    which.add_argument("--all", action="store_true", help="every run of the folder, whatever its sweep")
+    command.add_argument("--output", metavar="FILE", default="report.html", help="the page (default: report.html)")
+    command.add_argument("--figures", metavar="DIR", help="also write every chart as a file of its own into this folder")
+    command.add_argument("--format", choices=FORMATS, default="svg", help="of these files (default: svg)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the page, and say what is in it and what is not."""
+    from fedsim import report
+    from fedsim.cli.printing import console, human_bytes, line_printer
+    from fedsim.collection import collect
+
+    collection = collect(args.paths, sweep=args.sweep, everything=args.all)
+    written = report.write(collection, args.output, args.figures, args.format)
+    print_line = line_printer(console())
+    shown = f"{_count(written.charts, 'chart')} of {_count(written.runs, 'run')}"
+    said = f"{os.path.relpath(written.path)}: {human_bytes(written.size)}, {shown}"
+    files = f"; {_count(len(written.files), 'figure')} in {os.path.relpath(args.figures)}" if args.figures else ""
+    print_line(said + files)
+    absent = collection.absent
+    if absent:
+        print_line(f"{_count(len(absent), 'run')} not shown:")
+    for one in absent[:LISTED]:
+        print_line(f"  {one.what}: {one.reason}")
+    if len(absent) > LISTED:
+        print_line(f"  and {len(absent) - LISTED} more (the page lists them)")
+    if collection.others:
+        print_line(f"{_count(collection.others, 'other finished run')} in the folder left out (--all takes every run)")
     return 0
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
