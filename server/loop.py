@@ -63,8 +63,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
         plan = replace(plan, background=background, share=share)
     updates, state = yield from run_clients(sim, state, plan)
 
-    drifts = state.drifts + measure_drift(state.task, state.round, state.params, updates)
     clock = time.perf_counter()
+    drifts = state.drifts + measure_drift(state.task, state.round, state.params, updates)
     aggregator, params = sim.aggregator.combine(state.aggregator, state.params, updates)
     calibrator = state.calibrator
     if sim.calibrator is not None:

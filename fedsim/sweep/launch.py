@@ -7,6 +7,7 @@ kill -9, a full disk), the runs that are finished stay, and the others go on fro
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,9 +168,9 @@ def _ray(launch: Launch, run: PlannedRun) -> Iterator[int]:
 def _task(name: str, launch: Launch, run: PlannedRun, **options: Any) -> Callable[..., Any]:
     """A function of `fedsim.sweep.job` as a Ray task. It travels by value, see `cluster.ours_first`."""
 
-    def work(root: str, put_first: Callable[[str], None], name: str, cores: int, *arguments: Any) -> Any:
-
+    def work(root: str, put_first: Callable[[str], None], command: list[str], name: str, cores: int, *arguments: Any) -> Any:
         os.environ["OMP_NUM_THREADS"] = str(cores)  # before torch is imported
+        sys.argv[:] = command  # what the run notes as its command line
         put_first(root)
         import importlib
 
@@ -181,7 +182,7 @@ def _task(name: str, launch: Launch, run: PlannedRun, **options: Any) -> Callabl
         options["memory"] = int(launch.memory_gb * 1e9)
     remote = ray.remote(**options)(work)
     first = cluster.ours_first()
-    return lambda *arguments: remote.remote(cluster.ROOT, first, name, threads, *arguments)
+    return lambda *arguments: remote.remote(cluster.ROOT, first, sys.argv, name, threads, *arguments)
 
 
 def _outcome(ref: Any, folder: Path, run: PlannedRun, attempt: int) -> Outcome:

@@ -91,6 +91,7 @@ def test_runs_of_a_sweep_are_single_runs(workers: None, tmp_path: Path) -> None:
         assert alone.path is not None
         a, b = (final_state(p, planned.config) for p in (alone.path, path_of(plan, planned)))
         assert same_bits(learned(a), learned(b))
+        assert json.loads((path_of(plan, planned) / "environment.json").read_text())["command"] == sys.argv
         of_sweep = next(e.outcome for e in ended if e.run is planned)
         assert of_sweep.accuracy == alone.metrics["final_average_accuracy"]
 
