@@ -29,7 +29,8 @@ def frame(*groups: tuple[Levels, Sequence[float]], first_seed: int = 0) -> pd.Da
     rows = []
     for levels, values in groups:
         for seed, value in enumerate(values, first_seed):
-            rows.append({**levels, "seed": seed, "partition_hash": f"{levels.get('alpha')}-{seed}", FAA: value, "forgetting": value})
+            split = f"{levels.get('alpha')}-{seed}"
+            rows.append({**levels, "seed": seed, "partition_hash": split, FAA: value, "forgetting": value})
     return pd.DataFrame(rows)
 
 

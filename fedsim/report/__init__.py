@@ -1,0 +1,69 @@
+"""One self-contained HTML file from run directories: charts that answer to the mouse, the table, and how each run was made.
+
+    from fedsim import report
+    from fedsim.collection import collect
+    report.write(collect(["runs/heterogeneity"]), "report.html", figures="figures")
+
+`data` says what is shown, `charts` how one chart looks, `figures` which charts a report holds, `page` makes the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsim.collection import Collection
+from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.files import storage_errors, write_atomic
+
+if TYPE_CHECKING:
+    from fedsim.report.data import Study
+    from fedsim.report.figures import Figure
+
+FORMATS = ("svg", "png", "pdf")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the page, its size in bytes, how many charts and runs it shows, and the figures as files."""
+
+    path: Path
+    size: int
+    charts: int
+    runs: int
+    files: tuple[Path, ...] = ()
+
+
+def write(collection: Collection, path: str | Path, figures: str | Path | None = None, format: str = "svg") -> Written:
+    """Write the page to `path`, and with `figures` every chart into that folder as svg, png or pdf, in light colours.
+
+    Raises StorageError, and ConfigError for another format.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"no figures as '{format}'.{did_you_mean(format, FORMATS)}")
+    from fedsim.report import page
+    from fedsim.report.data import Study
+    from fedsim.report.figures import figures as figures_of
+
+    study = Study.of(collection)
+    drawn = figures_of(study)
+    target, content = Path(path).absolute(), page.render(study, drawn).encode()
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, content, "free space, then try again")
+    files = () if figures is None else _write_figures(study, drawn, Path(figures).absolute(), format)
+    return Written(target, len(content), len(drawn), len(study.runs), files)
+
+
+def _write_figures(study: Study, drawn: list[Figure], folder: Path, format: str) -> tuple[Path, ...]:
+    from fedsim.report.figures import convert, drawings
+
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for drawing in drawings(study, drawn):
+        path = folder / f"{drawing.name}.{format}"
+        write_atomic(path, convert(drawing, format), "free space, then try again")
+        written.append(path)
+    return tuple(written)

@@ -1,0 +1,317 @@
+"""The page in a real browser: headless Chromium, Debian's or the one that CHROMIUM names. Without one these tests are skipped.
+
+The charts are drawn, nothing is fetched, the page answers, and a screenshot looks like a report.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from fedsim import report
+from fedsim.collection import collect
+from fedsim.report import theme
+from tests.report.factory import METHODS, fake_run, fake_sweep
+from tests.report.test_page import hostile_sweep
+from tests.tiny import tiny
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+CHROMIUM = (
+    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+MARKS = ".mark-symbol path, .mark-rect path, .mark-line path, .mark-rule line"
+WAIT = 30_000  # milliseconds
+
+
+@dataclass
+class Opened:
+    page: Page
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def marks(self, figure: str, kind: str = "symbol") -> int:
+        """Marks of a chart, legends and axes left out."""
+        return self.page.locator(f"#figure-{figure} .mark-{kind}.role-mark").locator("path, line, text").count()
+
+    def texts(self, figure: str) -> list[str]:
+        return self.page.locator(f"#figure-{figure} .mark-text.role-mark text").all_text_contents()
+
+    def settle(self) -> None:
+        self.page.wait_for_selector("body[data-drawn=yes]", timeout=WAIT)
+
+    def colour(self, selector: str = "body", of: str = "backgroundColor") -> str:
+        return str(self.page.evaluate("([s, p]) => getComputedStyle(document.querySelector(s))[p]", [selector, of]))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium, or set CHROMIUM to its path")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def visit(browser: Browser) -> Callable[..., Any]:
+    @contextmanager
+    def visited(path: Path, width: int = 1280, **options: Any) -> Iterator[Opened]:
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        opened = Opened(page)
+        page.on("request", lambda request: opened.requests.append(request.url))
+        page.on("console", lambda message: opened.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        page.goto(path.as_uri())
+        opened.settle()
+        yield opened
+        page.close()
+
+    return visited
+
+
+@pytest.fixture(scope="module")
+def sweep_page(sweep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write(collect([sweep_folder]), tmp_path_factory.mktemp("page") / "sweep.html").path
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    return report.write(collect([fake_run(tiny(output=folder), 20.0)]), folder / "run.html").path
+
+
+# ---------------------------------------------------------------- drawn, and alone
+
+
+@pytest.mark.parametrize(("which", "charts"), [("sweep_page", 14), ("run_page", 10)])
+def test_charts_are_drawn_and_nothing_is_fetched(
+    visit: Callable[..., Any], request: pytest.FixtureRequest, which: str, charts: int
+) -> None:
+    path: Path = request.getfixturevalue(which)
+    with visit(path) as opened:
+        assert opened.requests == [path.as_uri()]
+        assert opened.complaints == []
+        cards = opened.page.locator(".chart").all()
+        assert len(cards) == charts
+        for card in cards:
+            assert card.locator("svg").count() == 1
+            assert card.locator(MARKS).count() > 0
+        assert (opened.marks("by_task"), opened.marks("run_matrix", "rect")) == ((9, 12) if which == "sweep_page" else (2, 6))
+
+
+def test_a_screenshot_looks_like_a_report(visit: Callable[..., Any], sweep_page: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    with visit(sweep_page, color_scheme="light") as opened:
+        opened.page.locator("#figure-heterogeneity").screenshot(path=tmp_path / "chart.png")
+        seen = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).reshape(-1, 3)
+        for name in ("c1", "c2", "c3"):  # three series, in their colours
+            colour = [int(theme.LIGHT[name][i : i + 2], 16) for i in (1, 3, 5)]
+            assert int((np.abs(seen.astype(int) - colour).max(axis=1) <= 2).sum()) > 300, name
+        background = (seen == 255).all(axis=1).mean()
+        assert 0.8 < background < 0.99
+        boxes = [card.bounding_box() for card in opened.page.locator(".card").all()]
+        charts = [card.bounding_box() for card in opened.page.locator(".chart svg").all()]
+        assert all(box["height"] > 150 for box in boxes)
+        assert all(c["x"] >= b["x"] and c["x"] + c["width"] <= b["x"] + b["width"] for b, c in zip(boxes, charts, strict=True))
+
+
+def test_the_page_fits_a_phone(visit: Callable[..., Any], sweep_page: Path) -> None:
+    width = 390
+    with visit(sweep_page, width=width) as opened:
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        widest = max(box["x"] + box["width"] for svg in opened.page.locator(".chart svg").all() if (box := svg.bounding_box()))
+        assert widest <= width
+        assert opened.complaints == []
+
+
+# ---------------------------------------------------------------- looks
+
+
+def test_light_and_dark(visit: Callable[..., Any], run_page: Path) -> None:
+    light, dark = "rgb(246, 247, 249)", "rgb(15, 17, 21)"
+    with visit(run_page, color_scheme="light") as opened:
+        assert opened.colour() == light
+        label = opened.colour("#figure-by_task .role-axis-label text", "fill")
+        opened.page.click("#theme")
+        assert opened.colour() == dark
+        assert opened.colour("#figure-by_task .role-axis-label text", "fill") != label  # charts turn dark with the page
+        opened.page.click("#theme")
+        assert opened.colour() == light
+        opened.page.evaluate("delete document.documentElement.dataset.theme")
+        opened.page.emulate_media(color_scheme="dark")
+        assert opened.colour() == dark  # as the system says
+        opened.page.emulate_media(media="print")
+        assert opened.colour() == "rgb(255, 255, 255)"
+
+
+def test_print(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        shown = opened.page.locator(".control, .tools, .card select")
+        assert any(control.is_visible() for control in shown.all())
+        before = opened.page.locator("#figure-heterogeneity svg").get_attribute("width")
+        opened.page.emulate_media(media="print")
+        assert not any(control.is_visible() for control in shown.all())
+        assert opened.page.locator("#table tbody tr").count() == 9
+        assert opened.page.evaluate("getComputedStyle(document.querySelector('.card')).breakInside") == "avoid"
+        chart = opened.page.locator("#figure-heterogeneity svg")
+        opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert before != "760" == chart.get_attribute("width")  # laid out for the sheet at once
+        opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert chart.get_attribute("width") == before
+        pdf = opened.page.pdf(format="A4")
+        assert pdf.startswith(b"%PDF")
+        assert 5 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 20
+        assert opened.page.locator("#figure-heterogeneity svg").get_attribute("width") == before
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_tooltip(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        opened.page.locator("#figure-heterogeneity .mark-symbol.role-mark path").first.hover()
+        opened.page.wait_for_selector("#vg-tooltip-element.visible", timeout=WAIT)
+        told = opened.page.locator("#vg-tooltip-element").inner_text()
+        assert "Final average accuracy (%)" in told and "95 % interval" in told and re.search(r"seeds\s+2", told)
+        assert any(method in told for method in METHODS)
+
+
+def test_another_run(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        before, bubbles = opened.texts("run_matrix"), opened.marks("partition")
+        number = opened.page.locator("#which option", has_text="fedavg, α = 0.1, seed 1").get_attribute("value")
+        opened.page.select_option("#which", number)
+        opened.settle()
+        opened.page.wait_for_timeout(200)
+        assert opened.texts("run_matrix") != before
+        assert opened.marks("partition") != bubbles
+
+
+def test_another_split_and_metric(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        assert opened.page.locator("#figure-by_task .badge").inner_text() == "α = 0.5"
+        before = opened.texts("matrices")
+        opened.page.select_option("#split", "iid")
+        opened.settle()
+        assert opened.texts("matrices") != before
+        assert opened.page.locator("#figure-by_task .badge").inner_text() == "iid"
+        opened.page.select_option("#figure-heterogeneity select", "forgetting")
+        opened.page.wait_for_selector("#figure-heterogeneity .role-axis-title text >> text=Forgetting (%)", timeout=WAIT)
+        assert opened.complaints == []
+
+
+def test_series_can_be_chosen(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        opened.page.click("#series summary")
+        opened.page.fill("#series input[type=search]", "lorm")
+        opened.page.click("#series [data-pick=all]")
+        opened.settle()
+        assert opened.page.locator("#series summary").inner_text().startswith("1 of 3 series")
+        assert (opened.marks("heterogeneity"), opened.marks("matrices", "rect")) == (3, 6)
+        opened.page.click("#series [data-pick=none]")
+        opened.settle()
+        assert "Nothing to show" in opened.page.locator("#figure-heterogeneity .chart").inner_text()
+        opened.page.fill("#series input[type=search]", "")
+        opened.page.click("#series [data-pick=best]")
+        opened.settle()
+        assert opened.marks("heterogeneity") == 9
+        opened.page.keyboard.press("Escape")
+        assert not opened.page.locator("#series ul").is_visible()
+
+
+def test_a_click_on_the_legend_brings_a_series_forward(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        faint = opened.page.locator("#figure-by_task .mark-symbol.role-mark path[opacity='0.12']")
+        assert faint.count() == 0
+        opened.page.locator("#figure-by_task .role-legend-label text").first.click()
+        opened.page.wait_for_selector("#figure-by_task .mark-symbol.role-mark path[opacity='0.12']", timeout=WAIT)
+        assert faint.count() == 6
+
+
+def test_many_series_begin_with_the_best(visit: Callable[..., Any], tmp_path: Path) -> None:
+    more = {"client.lr": (0.1, 0.2, 0.3)}
+    folder = fake_sweep(tmp_path, METHODS, (0.1,), (0,), tasks=2, clients=3, rounds=1, classes=3, iid=False, more=more)
+    with visit(report.write(collect([folder]), tmp_path / "r.html").path) as opened:
+        assert opened.page.locator("#series summary").inner_text().startswith("8 of 12 series")
+        assert opened.marks("settings") == 8
+        assert opened.page.locator("#table tbody tr").count() == 12
+        assert opened.complaints == []
+
+
+def test_the_table_sorts(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+
+        def column(number: int) -> list[float]:
+            cells = opened.page.locator(f"#table tbody tr > :nth-child({number})").all()
+            return [float(cell.get_attribute("data-value")) for cell in cells]
+
+        head = opened.page.locator("#table th button", has_text="Forgetting")
+        head.click()  # less is better, so it comes first
+        assert column(6) == sorted(column(6))
+        assert opened.page.locator("#table th[aria-sort]").get_attribute("aria-sort") == "ascending"
+        head.click()
+        assert column(6) == sorted(column(6), reverse=True)
+        opened.page.locator("#table th button", has_text="Final average accuracy").first.click()
+        assert column(4) == sorted(column(4), reverse=True)
+        opened.page.locator("#table th button", has_text="split").click()
+        assert (
+            opened.page.locator("#table tbody tr td:nth-child(2)").all_inner_texts()
+            == ["α = 0.1"] * 3 + ["α = 0.5"] * 3 + ["iid"] * 3
+        )
+
+
+def test_runs_are_found_and_copied(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page) as opened:
+        opened.page.fill("#search", "fedavg, α = 0.1, Seed 1")
+        assert opened.page.locator("details.run:visible").count() == 1
+        opened.page.locator("details.run:visible summary").click()
+        opened.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        opened.page.locator("details.run:visible button").first.click()
+        opened.page.wait_for_selector("details.run button >> text=Copied", timeout=WAIT)
+        assert opened.page.evaluate("navigator.clipboard.readText()") == "fedsim run sweep.yaml 'name=a b'"
+
+
+def test_charts_can_be_saved(visit: Callable[..., Any], sweep_page: Path) -> None:
+    with visit(sweep_page, color_scheme="dark") as opened:
+
+        def saved(figure: str, kind: str) -> tuple[str, bytes]:
+            with opened.page.expect_download() as download:
+                opened.page.click(f"#figure-{figure} [data-save={kind}]")
+            return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+
+        name, svg = saved("by_task", "svg")
+        assert name == "heterogeneity-by_task-0.5.svg"
+        assert b"var(--" not in svg and theme.LIGHT["c1"].encode() in svg  # a paper is light
+        assert saved("heterogeneity", "png")[1].startswith(b"\x89PNG")
+        name, text = saved("by_task", "csv")
+        rows = list(csv.DictReader(io.StringIO(text.decode())))
+        assert (name, len(rows), {row["split"] for row in rows}) == ("heterogeneity-by_task-0.5.csv", 9, {"0.5"})
+        assert opened.complaints == []
+
+
+def test_hostile_names_do_nothing(visit: Callable[..., Any], tmp_path: Path) -> None:
+    path = report.write(collect([hostile_sweep(tmp_path)]), tmp_path / "hostile.html").path
+    with visit(path) as opened:
+        opened.page.locator("#figure-heterogeneity .mark-symbol.role-mark path").first.hover()
+        opened.page.wait_for_selector("#vg-tooltip-element.visible", timeout=WAIT)
+        assert opened.page.evaluate("window.hacked") is None
+        assert opened.page.locator("img").count() == 0
+        assert opened.requests == [path.as_uri()]
+        assert opened.complaints == []
+        assert "window.hacked = 1" in opened.page.locator("#table").inner_text()
