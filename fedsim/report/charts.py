@@ -109,7 +109,12 @@ def cost_bars(series: Sequence[Series], title: str, kinds: Sequence[str], direct
     tips += [alt.Tooltip("direction:N")] if directions else []
     bars = base.mark_bar(stroke="var(--surface)", strokeWidth=1).encode(
         x=alt.X("amount:Q", title=title, axis=alt.Axis(grid=True)),
-        color=alt.Color("kind:N", sort=list(kinds), scale=alt.Scale(domain=list(kinds), range=_ramp(len(kinds)))),
+        color=alt.Color(
+            "kind:N",
+            sort=list(kinds),
+            scale=alt.Scale(domain=list(kinds), range=_ramp(len(kinds))),
+            legend=alt.Legend(title=None, columns=4),  # half the page wide
+        ),
         order=alt.Order("place:Q"),
         tooltip=[*tips, alt.Tooltip("amount:Q", title=title, format=",.3~f"), alt.Tooltip("n:Q", title="seeds")],
     )
