@@ -47,6 +47,11 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
+def machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def last_line(error: BaseException) -> str:
     """One line that says what an error of Ray is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

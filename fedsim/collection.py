@@ -41,6 +41,10 @@ STARTED = ("status.json", "config.yaml")  # one of them is in every folder that 
 Label = str | int | float | bool | None  # of a run on one axis
 
 
+class Unfinished(RunDirError):
+    """A run that has not come to its end; nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One run of a sweep: its identity (sha256 of the resolved config) and its label on every axis, the seed among them."""
@@ -173,14 +177,12 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
     absent: list[Absent] = []
     for path in _candidates(folders):
         try:
-            results = Results.load(path)
-            if not results.finished:
-                absent.append(Absent(path.name, f"unfinished: go on with fedsim run --resume {path}, or start its sweep again"))
-                continue
-            identity = _verified(path, results)
-        except (FedsimError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-            what = str(e) if isinstance(e, FedsimError) else " ".join(f"{type(e).__name__}: {e}".split())
-            absent.append(Absent(path.name, f"damaged, left out: {what} (delete the folder and run it again)"))
+            results, identity = verified(path)
+        except Unfinished as e:
+            absent.append(Absent(path.name, str(e)))
+            continue
+        except RunDirError as e:
+            absent.append(Absent(path.name, f"damaged, left out: {e} (delete the folder and run it again)"))
             continue
         if identity in found:
             absent.append(Absent(path.name, f"the same run as {found[identity].path}: counted once"))
@@ -206,6 +208,32 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
         *(a for a in absent if a.what not in named),
     ]
     return Collection(tuple(runs), tuple(left_out), record, len(found.keys() - {e.identity for e in record.runs}))
+
+
+def verified(path: Path) -> tuple[Results, str]:
+    """A finished run that can be believed, with the identity with which it began. Raises RunDirError for any other.
+
+    Its counts give the metrics that were written at its end, its config and plug-ins are those that it began with (as this
+    version of fedsim reads them), and it holds its costs.
+    """
+    try:
+        results = Results.load(path)
+        if not results.finished:
+            raise Unfinished(f"unfinished: go on with fedsim run --resume {path}, or start its sweep again")
+        if not results.costs:
+            raise RunDirError("it holds no costs")
+        cost_figures(results)
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        if status["fedsim"] != fedsim.__version__:  # which may have read the same config otherwise
+            return results, results.config.identity()
+        split = results.config.manifest  # its content is part of the identity
+        if (split is None or Path(split).is_file()) and results.config.identity() != status["identity"]:
+            raise RunDirError("its config.yaml or plugins/ were changed since it ran")
+        return results, str(status["identity"])
+    except RunDirError:
+        raise
+    except (FedsimError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        raise RunDirError(str(e) if isinstance(e, FedsimError) else " ".join(f"{type(e).__name__}: {e}".split())) from e
 
 
 def sweeps(paths: Sequence[str | Path]) -> list[str]:
@@ -293,23 +321,6 @@ def _candidates(folders: Sequence[Path]) -> list[Path]:
         else:
             found += sorted(child for child in folder.iterdir() if any((child / f).is_file() for f in STARTED))
     return list({path.resolve(): path for path in found}.values())
-
-
-def _verified(path: Path, results: Results) -> str:
-    """The identity with which a finished run began. Raises RunDirError or KeyError where it cannot be believed.
-
-    That its counts give the metrics which were written at its end is known from loading it.
-    """
-    if not results.costs:
-        raise RunDirError("it holds no costs")
-    cost_figures(results)
-    status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    if status["fedsim"] != fedsim.__version__:  # which may have read the same config otherwise
-        return results.config.identity()
-    readable = results.config.manifest is None or Path(results.config.manifest).is_file()  # its content is part of the identity
-    if readable and results.config.identity() != status["identity"]:
-        raise RunDirError("its config.yaml or plugins/ were changed since it ran")
-    return str(status["identity"])
 
 
 def _hint(folders: Sequence[Path]) -> str:

@@ -1,7 +1,7 @@
 """The run directory: what is written there, and how it is loaded.
 
     config.yaml        the resolved config; runs again with `fedsim run config.yaml`
-    plugins/           copies of the user's own plug-in files, which config.yaml names
+    plugins/           copies of the user's own plug-in files and manifest, which config.yaml names
     manifest.json      the stream and partition: indices, histograms, hash
     environment.json   versions, machine, git commit, command line
     partition.csv      training samples per (task, client, class), where there are any
@@ -372,7 +372,7 @@ class RunDir:
         self._write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
 
     def _copy_plugins(self) -> SimConfig:
-        """Copy the user's plug-in files here, and return the config that names the copies."""
+        """Copy the user's plug-in files and manifest here, and return the config that names the copies."""
         config = self.config
         for number, source in enumerate(config.user_files()):
             copy = self.path / "plugins" / (Path(source).name if number == 0 else f"{Path(source).stem}_{number}.py")
@@ -380,6 +380,12 @@ class RunDir:
                 copy.parent.mkdir(exist_ok=True)
             write_atomic(copy, Path(source).read_bytes(), self._advice)
             config = _renamed(config, source, f"./plugins/{copy.name}")
+        if config.manifest is not None and Path(config.manifest).is_file():  # its bytes are part of the identity
+            copy = self.path / "plugins" / "manifest.json"
+            with storage_errors(copy, self._advice):
+                copy.parent.mkdir(exist_ok=True)
+            write_atomic(copy, Path(config.manifest).read_bytes(), self._advice)
+            config = dataclasses.replace(config, manifest="./plugins/manifest.json")
         return config
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli.printing import console, fail, human_bytes, line_printer, new_table
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, RunDirError
 
 if TYPE_CHECKING:
     from fedsim.sweep.plan import PlannedRun, SweepPlan
@@ -39,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
         print_line(f"folder: {_short(plan.folder)}")
-    verify(missing)
+    verify(plan, missing)
     if args.dry_run:
         return _dry_run(plan, done, missing)
-    plan.record.save(plan.folder)
+    plan = keep_record(plan)
     failed: dict[str, str] = {}
     if missing:
         failed = _make(plan, done, missing, args)
@@ -50,11 +53,34 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def keep_record(plan: SweepPlan) -> SweepPlan:
+    """Save what the sweep consists of.
+
+    Where another sweep of its name has no run in common with it (the same file with an override, say), this one gets a name of
+    its own, and the other keeps its table.
+    """
+    from fedsim.collection import SweepRecord
+
+    path, record = plan.folder / "sweeps" / f"{plan.record.name}.json", plan.record
+    if path.is_file():
+        ours = sorted(entry.identity for entry in record.runs)
+        try:
+            theirs = {entry.identity for entry in SweepRecord.load(path).runs}
+        except RunDirError:
+            theirs = set(ours[:1])  # damaged: written anew
+        if not theirs & set(ours):
+            record = replace(record, name=f"{record.name}-{hashlib.sha256(''.join(ours).encode()).hexdigest()[:6]}")
+            line_printer(console())(f"another sweep of this name lies in the folder, so this one is called {record.name}")
+    record.save(plan.folder)
+    return replace(plan, record=record)
+
+
 def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[PlannedRun], args: argparse.Namespace) -> dict[str, str]:
     from fedsim.sweep import launch
     from fedsim.sweep.display import SweepDisplay
 
     display = SweepDisplay(plan, done, console(), args.quiet)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what batch systems send
     try:
         with display:
             for event in launch.execute(plan, missing):
@@ -96,7 +122,7 @@ def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Plan
         jobs, costs = launch.measure(plan.launch, kinds)
         for run, cost in zip(kinds, costs, strict=True):
             if isinstance(cost, str):
-                raise ConfigError(f"{run.label}: {cost}")
+                raise ConfigError(f"{run.label} fails in its first round: {cost}")
             measured[estimate.kind(run)] = estimate.of_run(run, cost)
     rest = estimate.mean(list(measured.values())) if measured else None
     table = new_table("Runs")
@@ -131,6 +157,8 @@ def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Plan
 
 def _count(text: str) -> Any:
     """A number, or the word auto."""
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a number or auto, not {text!r}")
     return text if text == "auto" else int(text)
 
 

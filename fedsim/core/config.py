@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -263,7 +263,7 @@ def compose(layers: Iterable[Mapping[str, Any]]) -> SimConfig:
 
 def from_dict(values: Mapping[str, Any]) -> SimConfig:
     """Check a plain mapping and fill in every default, those of the plug-ins too."""
-    values = dict(_plain(values, "config"))
+    values = dict(plain(values, "config"))
     for name, cls in SECTIONS.items():
         values[name] = typed(cls, values.get(name) or {}, name)
     config: SimConfig = typed(SimConfig, values, "")
@@ -316,9 +316,9 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
 
 
 def build(kind: str, section: Section) -> Any:
-    """The plug-in object of a section."""
+    """A new plug-in object of a section."""
     key = _name_key(kind)
-    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1])
+    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], _typed)
 
 
 def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -335,7 +335,8 @@ def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _typed_once(cls: Any, text: str, where: str) -> Any:
-    """The configs of a sweep have most of their sections in common, and OmegaConf takes milliseconds for each."""
+    """The configs of a sweep have most of their sections in common, and OmegaConf takes milliseconds for each. For values that
+    are looked at only: what is built to be used is an object of its own."""
     return _typed(cls, json.loads(text), where)
 
 
@@ -358,7 +359,7 @@ def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     except OmegaConfBaseException as e:
         raise ConfigError(_one_line(e, dot)) from e
     assert isinstance(plain, dict)
-    kwargs: dict[str, Any] = {str(k): v for k, v in plain.items()} | nested
+    kwargs: dict[str, Any] = {str(k): v for k, v in plain.items() if k in known} | nested
     for f in fields(cls):
         if str(f.type).startswith("tuple") and isinstance(kwargs.get(f.name), list):
             kwargs[f.name] = tuple(kwargs[f.name])
@@ -368,12 +369,12 @@ def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
         raise type(e)(f"{dot}{e}") from e
 
 
-def _build(kind: str, name: str, options: Mapping[str, Any], where: str) -> Any:
+def _build(kind: str, name: str, options: Mapping[str, Any], where: str, make: Callable[..., Any] | None = None) -> Any:
     try:
         cls = plugins.load(kind, name)
     except PluginError as e:
         raise PluginError(f"{where}: {e}") from e
-    return typed(cls, options, where)
+    return (make or typed)(cls, options, where)
 
 
 def _expand_group(group: Any, where: str) -> dict[str, Any]:
@@ -490,7 +491,7 @@ def _merge_plugin(kind: str, old: Any, new: Any) -> Any:
     return {**old, **new}
 
 
-def _plain(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+def plain(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """Interpolations such as ${seed} or ${oc.env:HOME} resolved over the whole config."""
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)

@@ -15,9 +15,9 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fedsim import simulation
-from fedsim.collection import Entry, failure_file
+from fedsim.collection import Entry, failure_file, verified
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import FedsimError, RunDirError
+from fedsim.core.errors import ConfigError, FedsimError, RunDirError
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.results import Results
 
@@ -45,22 +45,19 @@ class Cost:
 def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outcome:
     """Make a run, go on with it, or find it finished. A failure is kept in the folder until the run succeeds."""
     start = time.perf_counter()
-    lock = lock_of(folder, entry)
     try:
-        lock.acquire(blocking=False)
+        with lock_of(folder, entry).acquire(blocking=False):
+            results, note = _in_its_folder(config, folder, entry)
+            failure_file(folder, entry).unlink(missing_ok=True)
+            return Outcome("finished", time.perf_counter() - start, results.metrics["final_average_accuracy"], note=note)
     except Timeout:
         return Outcome("elsewhere")
-    with lock:
-        try:
-            results, note = _in_its_folder(config, folder, entry)
-        except Exception as e:
-            final = isinstance(e, FedsimError) and e.exit_code == 2
-            expected = isinstance(e, FedsimError)
-            error = " ".join(str(e).split()) if expected else f"{type(e).__name__}: {' '.join(str(e).split())}"
-            note_failure(folder, entry, error, attempt, "" if expected else traceback.format_exc())
-            return Outcome("failed", time.perf_counter() - start, error=error, final=final)
-        failure_file(folder, entry).unlink(missing_ok=True)
-        return Outcome("finished", time.perf_counter() - start, results.metrics["final_average_accuracy"], note=note)
+    except Exception as e:
+        final = isinstance(e, FedsimError) and e.exit_code == 2
+        expected = isinstance(e, FedsimError)
+        error = " ".join(str(e).split()) if expected else f"{type(e).__name__}: {' '.join(str(e).split())}"
+        note_failure(folder, entry, error, attempt, "" if expected else traceback.format_exc())
+        return Outcome("failed", time.perf_counter() - start, error=error, final=final)
 
 
 def lock_of(folder: Path, entry: Entry) -> FileLock:
@@ -96,9 +93,13 @@ def measure(config: SimConfig) -> Cost | str:
 
 def _in_its_folder(config: SimConfig, folder: Path, entry: Entry) -> tuple[Results, str]:
     """The results, and a note when a run directory that cannot be used was in the way. It is set aside, not deleted."""
+    if config.identity() != entry.identity:
+        raise ConfigError("a file that the config names was changed since the sweep began: start the sweep again")
     path = folder / entry.folder
     try:
-        return simulation.once(config, path), ""
+        results = simulation.once(config, path)
+        verified(path)
+        return results, ""
     except RunDirError as e:
         if not path.is_dir():
             raise

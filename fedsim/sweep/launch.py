@@ -6,13 +6,14 @@ kill -9, a full disk), the runs that are finished stay, and the others go on fro
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,8 +21,9 @@ import ray
 from filelock import Timeout
 
 from clients import cluster
-from fedsim.core.errors import PoolError, RunDirError
-from fedsim.results import Results, RunDir
+from fedsim.collection import verified
+from fedsim.core.config import SimConfig
+from fedsim.core.errors import PoolError, RunDirError, StorageError
 from fedsim.sweep.job import Cost, Outcome, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
 
@@ -55,12 +57,12 @@ Event: TypeAlias = Begun | Ended | Tick
 
 
 def finished(plan: SweepPlan) -> list[PlannedRun]:
-    """The runs of a sweep that need not be made: they lie in the folder, finished."""
+    """The runs of a sweep that need not be made: they lie in the folder, finished and whole."""
 
     def there(run: PlannedRun) -> bool:
         path = plan.folder / run.entry.folder
         try:
-            return RunDir.open(path).finished and Results.load(path).finished
+            return (path / "status.json").is_file() and verified(path)[1] == run.entry.identity
         except RunDirError:
             return False
 
@@ -72,15 +74,15 @@ def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[Event]:
 
     Raises PoolError when Ray does not start, StorageError for a folder that cannot be written.
     """
-    with _ray(plan.launch, runs[0]) as jobs:
-        task = _task("perform", plan.launch, runs[0])
+    with _ray(plan.launch, runs) as jobs:
+        submit = _tasks("perform", plan.launch, jobs)
         waiting = deque((run, 1) for run in runs)
         elsewhere: list[PlannedRun] = []
         going: dict[Any, tuple[PlannedRun, int]] = {}
         while waiting or going or elsewhere:
             while waiting and len(going) < jobs:
                 run, attempt = waiting.popleft()
-                going[task(run.config, plan.folder, run.entry, attempt)] = (run, attempt)
+                going[submit(run, plan.folder, run.entry, attempt)] = (run, attempt)
                 yield Begun(run, attempt)
             done, _ = ray.wait(list(going), num_returns=1, timeout=LOOK_S) if going else ([], [])
             for ref in done:
@@ -106,14 +108,14 @@ def measure(launch: Launch, runs: Sequence[PlannedRun]) -> tuple[int, list[Cost 
 
     Returns how many runs would go at a time, and per run its cost or the error, in one line.
     """
-    with _ray(launch, runs[0]) as jobs:
-        task = _task("measure", launch, runs[0], max_calls=1)
+    with _ray(launch, runs) as jobs:
+        submit = _tasks("measure", launch, jobs, max_calls=1)
         waiting, going = deque(range(len(runs))), dict[Any, int]()
         costs: list[Cost | str] = [""] * len(runs)
         while waiting or going:
             while waiting and len(going) < jobs:
                 index = waiting.popleft()
-                going[task(runs[index].config)] = index
+                going[submit(runs[index])] = index
             (ref,), _ = ray.wait(list(going), num_returns=1)
             index = going.pop(ref)
             try:
@@ -123,50 +125,70 @@ def measure(launch: Launch, runs: Sequence[PlannedRun]) -> tuple[int, list[Cost 
         return jobs, costs
 
 
-def num_jobs(launch: Launch, run: PlannedRun, resources: Mapping[str, float]) -> int:
-    """Runs at a time: as asked, or what cores, GPUs and memory allow."""
+def num_jobs(launch: Launch, runs: Sequence[PlannedRun], resources: Mapping[str, float]) -> int:
+    """Runs at a time: as asked, or as many of the largest as cores, GPUs and memory allow; one when their clients are on Ray."""
     if launch.jobs != "auto":
         return int(launch.jobs)
     if launch.pool == "ray":
         return 1
-    room = [resources.get("CPU", 1) // run.config.runtime.threads]
-    gpus = num_gpus(launch, run)
-    if gpus:
-        room.append(resources.get("GPU", 0) // gpus)
-    if launch.memory_gb:
-        room.append(resources.get("memory", 0) // (launch.memory_gb * 1e9))
-    return max(1, int(min(room)))
+    room = [resources.get(name, 0.0) / amount for run in runs for name, amount in needs(launch, run).items() if amount]
+    return max(1, math.floor(min(room) + 1e-9))
 
 
-def num_gpus(launch: Launch, run: PlannedRun) -> float:
-    """GPUs that one run reserves."""
-    if launch.gpus == "auto":
-        return 0.0 if run.config.runtime.device == "cpu" or launch.pool == "ray" else 1.0
-    return float(launch.gpus)
+def needs(launch: Launch, run: PlannedRun) -> dict[str, float]:
+    """What one run reserves of a machine, by Ray's names; with pool ray, its workers reserve for themselves."""
+    if launch.pool == "ray":
+        return {"CPU": 0, "GPU": 0.0, "memory": 0.0}
+    gpus = float(launch.gpus) if launch.gpus != "auto" else 0.0 if run.config.runtime.device == "cpu" else 1.0
+    return {"CPU": run.config.runtime.threads, "GPU": gpus, "memory": (launch.memory_gb or 0.0) * 1e9}
 
 
 @contextmanager
-def _ray(launch: Launch, run: PlannedRun) -> Iterator[int]:
-    """Ray for the time of the sweep; the number of runs at a time."""
+def _ray(launch: Launch, runs: Sequence[PlannedRun]) -> Iterator[int]:
+    """Ray for the time of the sweep; the number of runs at a time. Raises PoolError when a run would wait for ever."""
     owned = not ray.is_initialized()
     if owned:
-        jobs = 0 if launch.jobs == "auto" else launch.jobs
-        cluster.start(launch.address, jobs * run.config.runtime.threads, "a single run goes without Ray: fedsim run")
+        threads = max(run.config.runtime.threads for run in runs)
+        cluster.start(launch.address, threads * (1 if launch.jobs == "auto" else launch.jobs), "fedsim run goes without Ray")
     try:
-        resources = cluster.resources()
-        if num_gpus(launch, run) > resources.get("GPU", 0.0):
-            raise PoolError(
-                f"each run wants {num_gpus(launch, run):g} GPUs, but Ray has {resources.get('GPU', 0.0):g}: set launch.gpus, or "
-                f"runtime.device=cpu"
-            )
-        yield num_jobs(launch, run, resources)
+        machines = cluster.machines()
+        for run in runs:
+            need = {name: amount for name, amount in needs(launch, run).items() if amount}
+            if not any(all(machine.get(name, 0.0) >= amount for name, amount in need.items()) for machine in machines):
+                wanted = ", ".join(f"{name} {amount:g}" for name, amount in need.items())
+                raise PoolError(
+                    f"{run.label} wants {wanted}, and Ray has no such machine: lower launch.gpus, launch.memory_gb or "
+                    "runtime.threads"
+                )
+        yield num_jobs(launch, runs, cluster.resources())
     finally:
         if owned:
             ray.shutdown()
 
 
-def _task(name: str, launch: Launch, run: PlannedRun, **options: Any) -> Callable[..., Any]:
-    """A function of `fedsim.sweep.job` as a Ray task. It travels by value, see `cluster.ours_first`."""
+def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:
+    """The config with a number of workers that all runs at a time can have at once.
+
+    A run that got some of its workers only would hold them, and wait for the others for ever.
+    """
+    runtime = run.config.runtime
+    if launch.pool != "ray":
+        return run.config
+    room = int(cluster.resources().get("CPU", 1.0) // (jobs * runtime.threads))
+    if room < 1 or (runtime.workers != "auto" and runtime.workers > room):
+        raise PoolError(
+            f"{jobs} runs at a time, runtime.workers={runtime.workers} with {runtime.threads} threads each, are more than the cores "
+            f"that Ray has: lower launch.jobs or runtime.workers"
+        )
+    workers = room if runtime.workers == "auto" else runtime.workers
+    return replace(run.config, runtime=replace(runtime, workers=workers))
+
+
+def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[..., Any]:
+    """A function of `fedsim.sweep.job` as a Ray task: called with a run and more, it gets the run's config and that.
+
+    It travels by value, see `cluster.ours_first`.
+    """
 
     def work(root: str, put_first: Callable[[str], None], command: list[str], name: str, cores: int, *arguments: Any) -> Any:
         os.environ["OMP_NUM_THREADS"] = str(cores)  # before torch is imported
@@ -176,13 +198,15 @@ def _task(name: str, launch: Launch, run: PlannedRun, **options: Any) -> Callabl
 
         return getattr(importlib.import_module("fedsim.sweep.job"), name)(*arguments)
 
-    threads = run.config.runtime.threads
-    options |= {"num_cpus": 0 if launch.pool == "ray" else threads, "num_gpus": num_gpus(launch, run), "max_retries": 0}
-    if launch.memory_gb:
-        options["memory"] = int(launch.memory_gb * 1e9)
-    remote = ray.remote(**options)(work)
-    first = cluster.ours_first()
-    return lambda *arguments: remote.remote(cluster.ROOT, first, sys.argv, name, threads, *arguments)
+    first, remote = cluster.ours_first(), ray.remote(**options, max_retries=0)(work)
+
+    def submit(run: PlannedRun, *arguments: Any) -> Any:
+        need = needs(launch, run)
+        task = remote.options(num_cpus=need["CPU"], num_gpus=need["GPU"], memory=int(need["memory"]) or None)
+        config = _on_ray(launch, run, jobs)
+        return task.remote(cluster.ROOT, first, sys.argv, name, config.runtime.threads, config, *arguments)
+
+    return submit
 
 
 def _outcome(ref: Any, folder: Path, run: PlannedRun, attempt: int) -> Outcome:
@@ -196,10 +220,10 @@ def _outcome(ref: Any, folder: Path, run: PlannedRun, attempt: int) -> Outcome:
 
 
 def _free(folder: Path, run: PlannedRun) -> bool:
-    lock = lock_of(folder, run.entry)
     try:
+        lock = lock_of(folder, run.entry)
         lock.acquire(blocking=False)
-    except Timeout:
+    except (Timeout, StorageError):
         return False
     lock.release()
     return True

@@ -29,7 +29,7 @@ from typing import Any
 from fedsim.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import ConfigError, FedsimError, did_you_mean
+from fedsim.core.errors import ConfigError, DataError, FedsimError, did_you_mean
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
 
@@ -54,6 +54,8 @@ class Launch:
     retry: int = 0
 
     def __post_init__(self) -> None:
+        if self.pool == "ray" and self.gpus != "auto":
+            raise ConfigError("gpus is for runs in one process: with pool ray, set runtime.gpus_per_worker")
         counted = isinstance(self.jobs, int) and not isinstance(self.jobs, bool) and self.jobs >= 1
         if self.jobs != "auto" and not counted:
             raise ConfigError(f"jobs must be 'auto' or at least 1, got {self.jobs!r}")
@@ -96,6 +98,7 @@ class Level:
     labels: Mapping[str, Label]
     extends: Sequence[str] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
+    by_key: bool = True  # the labels are the values of `changes`
 
 
 def expand(
@@ -122,26 +125,33 @@ def expand(
     base = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
+    for layer in (common, last):
+        if "pool" in layer.get("runtime", {}):
+            raise ConfigError("runtime.pool: in a sweep launch.pool decides (serial: one run per core; ray: one run at a time)")
     how: Launch = configs.typed(Launch, {**_mapping(sweep.get("launch") or {}, "launch"), **launch}, "launch")
     axes = [*_named(sweep.get("list") or {}), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
     _require_distinct_axes([name for axis in axes for name in axis[0].labels])
     seeds = _seeds(sweep.get("seeds"), [*base, common, last])
+    files = {f: configs.read_layers(path.parent / f) for axis in axes for level in axis for f in level.extends}
     runs = []
     for seed, levels in itertools.product(seeds, itertools.product(*axes)):  # every setting has a first result soon
         labels = {name: value for level in levels for name, value in level.labels.items()} | {"seed": seed}
-        layers = [*base]
-        for level in levels:
-            for file in level.extends:
-                layers += configs.read_layers(path.parent / file)
-        name = "-".join(str(v) for v in labels.values())
-        layers += [common, *(configs.nested(level.changes) for level in levels), {"seed": seed}, last, {"name": name}]
-        runs.append(_planned(layers, labels, how))
+        extended = [layer for level in levels for file in level.extends for layer in files[file]]
+        changed = [configs.nested(level.changes) for level in levels]
+        name = {"name": "-".join(str(v) for v in labels.values())}
+        run = _planned([*base, *extended, common, *changed, {"seed": seed}, last, name], labels, how)
+        keys = {key: value for level in levels if level.by_key for key, value in level.changes.items()}
+        _require_as_labelled(run, keys | {"seed": seed})
+        runs.append(run)
     _require_distinct(runs)
     order = {name: [level.labels[name] for level in axis] for axis in axes for name in axis[0].labels} | {"seed": list(seeds)}
     record = SweepRecord(
         path.stem if path.stem != "sweep" else path.parent.name, order, [r.entry for r in runs], path.read_text()
     )
-    folder = Path(output or sweep.get("output") or f"runs/{record.name}").absolute()
+    where = output or configs.plain({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
+    if not isinstance(where, str | Path):
+        raise ConfigError(f"output must be the name of a folder, got {where!r}")
+    folder = Path(where).absolute()
     return SweepPlan(record, tuple(runs), how, folder)
 
 
@@ -151,6 +161,39 @@ def _planned(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], l
     except FedsimError as e:
         raise type(e)(f"{label_text(labels)}: {e}") from e
     return PlannedRun(Entry(config.identity(), labels), config)
+
+
+def _require_as_labelled(run: PlannedRun, values: Mapping[str, Any]) -> None:
+    """A later axis or an override may have set a key again, and then the label would lie."""
+    plain = run.config.to_dict()
+    for key, value in values.items():
+        found: Any = plain
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if not _holds(found, value):
+            raise ConfigError(
+                f"{run.label}: {key} is {found!r} in the end, not {value!r}: another axis, an override or a change of plug-in "
+                "sets it again (name an axis of plug-ins before the axes of their options)"
+            )
+
+
+def _holds(found: Any, value: Any) -> bool:
+    """Whether a resolved value is what was asked for: a section holds its plug-in's name, numbers may be written as words."""
+    if isinstance(value, Mapping):
+        return isinstance(found, Mapping) and all(_holds(found.get(k), v) for k, v in value.items())
+    if isinstance(value, str):
+        name = found.get("name", found.get("source")) if isinstance(found, Mapping) else found
+        return "${" in value or str(name) == value or _number(value) == name
+    if isinstance(value, list) and isinstance(found, list):
+        return len(found) == len(value) and all(map(_holds, found, value))
+    return bool(found == value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _require_distinct_axes(names: Sequence[str]) -> None:
@@ -174,7 +217,9 @@ def _require_distinct(runs: Sequence[PlannedRun]) -> None:
 def _base_layers(base: Any, folder: Path) -> list[dict[str, Any]]:
     if isinstance(base, str):
         return configs.read_layers(folder / base)
-    return [configs.nested(_mapping(base, "base"))]
+    if "extends" in _mapping(base, "base"):
+        raise ConfigError("base: a mapping cannot extend a file: name the file itself as the base, and put changes under 'set'")
+    return [configs.nested(base)]
 
 
 def _named(axes: Any) -> list[list[Level]]:
@@ -183,10 +228,18 @@ def _named(axes: Any) -> list[list[Level]]:
     for axis, variants in _mapping(axes, "list").items():
         levels = []
         for name, changes in _nonempty(variants, f"list.{axis}", "variants", Mapping).items():
-            changes = _mapping({} if changes is None else changes, f"list.{axis}.{name}")
+            where = f"list.{axis}.{name}"
+            if not isinstance(name, str | int | float) or isinstance(name, bool):
+                raise ConfigError(f"{where}: a variant is named by a word or a number: put {name!r} in quotes")
+            changes = _mapping({} if changes is None else changes, where)
             files = changes.get("extends") or []
+            files = [files] if isinstance(files, str) else files
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                raise ConfigError(f"{where}.extends must name a config file, got {files!r}")
             rest = {k: v for k, v in changes.items() if k != "extends"}
-            levels.append(Level({axis: name}, [files] if isinstance(files, str) else files, rest))
+            if "seed" in rest:
+                raise ConfigError(f"{where}: a variant cannot set the seed, use seeds")
+            levels.append(Level({axis: name}, files, rest, by_key=False))
         found.append(levels)
     return found
 
@@ -246,15 +299,16 @@ def _label(value: Any) -> Label:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def verify(runs: Sequence[PlannedRun]) -> None:
-    """Find what only data and model can tell: split the data for every run, build every setting's model and rules once.
+def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
+    """Find what only data and model can tell: split the data for every run that is missing, build every setting's model and rules
+    once, and see whether the finished runs were made with the data that lie there now.
 
     Raises the errors of `fedsim.core.errors`, with the labels of the run that is wrong.
     """
     from fedsim import simulation
 
-    settings, splits = set[str](), set[str]()
-    for run in runs:
+    settings, splits, hashes = set[str](), set[str](), dict[str, str]()
+    for run in missing:
         plain = run.config.to_dict()
         seed = plain.pop("seed")
         del plain["name"]
@@ -262,10 +316,20 @@ def verify(runs: Sequence[PlannedRun]) -> None:
         split = json.dumps([seed, *(plain[k] for k in ("data", "stream", "partition", "manifest", "model"))], sort_keys=True)
         try:
             if setting not in settings:
-                simulation.prepare(run.config)
+                hashes[json.dumps(plain["data"])] = simulation.prepare(run.config).manifest.data
             elif split not in splits:
                 simulation.prepare_data(run.config)
         except FedsimError as e:
             raise type(e)(f"{run.label}: {e}") from e
         settings.add(setting)
         splits.add(split)
+    of_missing = {run.entry.identity for run in missing}
+    for run in plan.runs:
+        now = hashes.get(json.dumps(run.config.to_dict()["data"]))
+        manifest = plan.folder / run.entry.folder / "manifest.json"
+        if run.entry.identity not in of_missing and now is not None and manifest.is_file():
+            if json.loads(manifest.read_text())["data"]["sha256"] != now:
+                raise DataError(
+                    f"{run.label} was made with other data than lie there now: choose another --output, or delete "
+                    f"{plan.folder / run.entry.folder}"
+                )

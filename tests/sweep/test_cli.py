@@ -57,3 +57,18 @@ def test_a_dry_run_changes_nothing(
     out = capsys.readouterr().out
     assert "8 finished already, 0 to make" in out
     assert sum(" finished" in line for line in out.splitlines()) == 9
+
+
+def test_a_trial_does_not_take_the_table_of_a_sweep(
+    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep(tmp_path, seeds=2)
+    words = ["sweep", "sweep.yaml", "--output", "out", "--quiet"]
+    assert cli.main(words) == 0
+    for _ in range(2):
+        assert cli.main([*words, "client.epochs=2", "client.lr=0.1"]) == 0
+    assert "another sweep of this name lies in the folder, so this one is called " in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "sweeps").iterdir())) == 2
+    assert cli.main(["results", "out", "--sweep", tmp_path.name]) == 0
+    assert "2 runs" in capsys.readouterr().out

@@ -12,18 +12,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from fedsim import simulation
 from fedsim.collection import collect
-from fedsim.core.errors import PoolError
+from fedsim.core.errors import DataError, PoolError
 from fedsim.results import Results
 from fedsim.simulation import run
 from fedsim.sweep import launch
 from fedsim.sweep.job import lock_of
 from fedsim.sweep.launch import Begun, Ended
-from fedsim.sweep.plan import PlannedRun, SweepPlan, expand
+from fedsim.sweep.plan import PlannedRun, SweepPlan, expand, verify
 from tests.tiny import TINY, final_state, learned, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,8 +250,76 @@ def test_clients_on_ray_inside_a_sweep(workers: None, tmp_path: Path) -> None:
 
 def test_more_gpus_than_there_are(workers: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, launch={"gpus": 0.5})
-    with pytest.raises(PoolError, match=r"each run wants 0.5 GPUs, but Ray has 0: set launch.gpus"):
+    with pytest.raises(PoolError, match=r"^seed=0 wants CPU 1, GPU 0.5, and Ray has no such machine: lower launch.gpus"):
         list(launch.execute(plan, plan.runs))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"launch": {"memory_gb": 1e6}}, {"grid": {"runtime.threads": [1, 64]}}, {"launch": {"pool": "ray", "jobs": 3}}],
+    ids=["memory", "threads", "cores"],
+)
+def test_what_would_wait_for_ever_is_refused(workers: None, tmp_path: Path, sections: dict[str, Any]) -> None:
+    plan = sweep(tmp_path, seeds=2, **sections)
+    with pytest.raises(PoolError, match=r"Ray has"):
+        list(launch.execute(plan, plan.runs))
+
+
+def test_two_runs_at_a_time_with_clients_on_ray(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, seeds=4, launch={"pool": "ray", "jobs": 2})
+    assert [e.outcome.state for e in execute(plan)] == ["finished"] * 4
+
+
+def test_a_rule_that_is_edited_meanwhile_is_not_taken_for_the_planned_one(workers: None, tmp_path: Path) -> None:
+    plan = sweep(tmp_path, set=logging(tmp_path))
+    (tmp_path / "rule.py").write_text(LOGGING_RULE + "\n# edited\n")
+    (ended,) = execute(plan)
+    assert (ended.outcome.state, ended.outcome.final) == ("failed", True)
+    assert "was changed since the sweep began: start the sweep again" in ended.outcome.error
+    again = sweep(tmp_path, set=logging(tmp_path))
+    assert [e.outcome.state for e in execute(again)] == ["finished"]
+
+
+def test_a_split_from_a_file_that_moved(workers: None, tmp_path: Path) -> None:
+    """The file's content counts, wherever it lies: a run keeps a copy."""
+    (first,) = sweep(tmp_path).runs
+    simulation.prepare(first.config).manifest.save(tmp_path / "a.json")
+    (tmp_path / "b.json").write_bytes((tmp_path / "a.json").read_bytes())
+    assert len(execute(sweep(tmp_path, set={"manifest": "./a.json"}))) == 1
+    (tmp_path / "a.json").unlink()
+    plan = sweep(tmp_path, set={"manifest": "./b.json"})
+    assert execute(plan) == []
+    assert len(collect([plan.folder]).runs) == 1
+
+
+def test_data_that_changed_since_the_first_runs(workers: None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def write() -> None:
+        labels = np.tile(np.arange(6), 12)
+        images = rng.integers(0, 255, (72, 8, 8), dtype=np.uint8)
+        arrays = {"train_images": images, "train_labels": labels, "test_images": images[:24], "test_labels": labels[:24]}
+        np.savez(tmp_path / "data.npz", **arrays)
+
+    write()
+    data = {"data": {"source": "npz", "path": str(tmp_path / "data.npz")}}
+    first = sweep(tmp_path, set=data)
+    execute(first)
+    verify(first, [])
+    write()
+    plan = sweep(tmp_path, set=data, seeds=2)
+    with pytest.raises(DataError, match=r"^seed=0 was made with other data than lie there now"):
+        verify(plan, plan.runs[1:])
+
+
+def test_a_run_without_costs_is_made_again(workers: None, tmp_path: Path) -> None:
+    """What `fedsim results` leaves out is not finished for a sweep."""
+    plan = sweep(tmp_path)
+    execute(plan)
+    (path_of(plan, plan.runs[0]) / "costs.json").unlink()
+    (ended,) = execute(plan)
+    assert ended.outcome.state == "finished" and "it holds no costs" in ended.outcome.note
+    assert len(collect([plan.folder]).runs) == 1
 
 
 # ---------------------------------------------------------------- whole processes

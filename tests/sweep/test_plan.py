@@ -44,6 +44,10 @@ def plan_of(folder: Path, *overrides: str, base: Any = None, **sweep: Any) -> Sw
     return expand(folder / "my_sweep.yaml", overrides, folder / "out")
 
 
+def verify_all(plan: SweepPlan) -> None:
+    verify(plan, plan.runs)
+
+
 def test_every_combination_is_a_run(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path,
@@ -123,7 +127,7 @@ def test_the_sweep_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "my_sweep.yaml").write_text(sweep_yaml())
     plan = expand(tmp_path / "my_sweep.yaml")
     assert len(plan.runs) == 3 * 2 * 3
-    verify(plan.runs)
+    verify_all(plan)
 
 
 def test_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +146,25 @@ def test_the_record_comes_back(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match=r"my_sweep.json is damaged .* start the sweep again"):
         SweepRecord.load(tmp_path / "sweeps" / "my_sweep.json")
     assert Entry("0123456789abcdef9", {}).folder == "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "override", "message"),
+    [
+        ({"zip": {"client.lr": [0.1, 0.2], "client.epochs": [1, 2]}}, "client.epochs=7", "client.epochs is 7 in the end, not 1"),
+        ({"seeds": [0]}, "seed=5", "seed is 5 in the end, not 0"),
+        ({"grid": {"partition.alpha": [0.1], "client.lr": [1.0, 2.0]}}, "partition.alpha=9", "alpha is 9.0 in the end, not 0.1"),
+        ({"grid": {"partition.alpha": [0.1], "partition": ["dirichlet", "iid"]}}, "name=x", "partition.alpha is None in the end"),
+    ],
+)
+def test_a_label_never_lies(tmp_path: Path, sweep: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, override, **sweep)
+
+
+def test_values_as_they_may_be_written(tmp_path: Path) -> None:
+    values = {"client.lr": ["1e-2", 1], "adapter.targets": ["all-linear", ["q_proj", "v_proj"]], "server.aggregator": ["fedavg"]}
+    assert len(plan_of(tmp_path, grid=values | {"partition": [{"name": "iid"}, "dirichlet"]}).runs) == 8
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -163,6 +186,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed as an axis": ({"grid": {"seed": [1]}}, "called seeds"),
     "unknown section": ({"gird": {}}, "unknown key 'gird' in my_sweep.yaml. Did you mean 'grid'"),
     "unknown launch": ({"launch": {"job": 1}}, "unknown key 'launch.job'. Did you mean 'jobs'"),
+    "a seed in a variant": ({"list": {"m": {"a": {"seed": 3}}}}, "list.m.a: a variant cannot set the seed, use seeds"),
+    "a variant called on": ({"list": {"m": {True: {}}}}, "named by a word or a number: put True in quotes"),
+    "a preset that is a number": ({"list": {"m": {"a": {"extends": 5}}}}, "list.m.a.extends must name a config file, got 5"),
+    "the pool of the runs": ({"set": {"runtime.pool": "ray"}}, "in a sweep launch.pool decides"),
+    "a base that extends": ({"base": {"extends": "base.yaml"}}, "name the file itself as the base"),
+    "gpus of a run on Ray": ({"launch": {"pool": "ray", "gpus": 1}}, "launch.gpus is for runs in one process"),
     "no jobs": ({"launch": {"jobs": 0}}, "launch.jobs must be 'auto' or at least 1"),
     "gpus": ({"launch": {"gpus": "two"}}, "launch.gpus must be"),
     "retry": ({"launch": {"retry": -1}}, "launch.retry must not be negative"),
@@ -193,18 +222,18 @@ def test_no_sweep(tmp_path: Path) -> None:
 
 
 def test_verify_looks_at_data_and_model(tmp_path: Path) -> None:
-    verify(plan_of(tmp_path, grid={"adapter.rank": [2, 4]}, seeds=2).runs)
+    verify_all(plan_of(tmp_path, grid={"adapter.rank": [2, 4]}, seeds=2))
     with pytest.raises(PartitionError, match=r"^partition.clients=100 seed=0: task 0 .* 100 clients"):
-        verify(plan_of(tmp_path, grid={"partition.clients": [3, 100]}).runs)
+        verify_all(plan_of(tmp_path, grid={"partition.clients": [3, 100]}))
     with pytest.raises(FedsimError, match=r"^adapter.rank=17 seed=0: adapter.rank 17 is larger than layer"):
-        verify(plan_of(tmp_path, grid={"adapter.rank": [2, 17]}).runs)
+        verify_all(plan_of(tmp_path, grid={"adapter.rank": [2, 17]}))
 
 
 def test_verify_splits_for_every_seed(tmp_path: Path) -> None:
     """A split that fails for the second seed only."""
     unlucky = int(rng.stream(1, "partition", 0).integers(2**31))
     (tmp_path / "part.py").write_text(PARTITION.replace("UNLUCKY", str(unlucky)))
-    runs = plan_of(tmp_path, seeds=2, set={"partition": {"name": "./part.py", "clients": 3}}).runs
-    verify(runs[:1])
+    plan = plan_of(tmp_path, seeds=2, set={"partition": {"name": "./part.py", "clients": 3}})
+    verify(plan, plan.runs[:1])
     with pytest.raises(PartitionError, match=r"^seed=1: task 0 .*no luck"):
-        verify(runs)
+        verify_all(plan)
