@@ -120,3 +120,14 @@ def test_a_yaml_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
 def test_a_rule_from_python_cannot_be_loaded_again() -> None:
     with pytest.raises(ConfigError, match="Python object"):
         configs.from_dict({**TINY, "server": {"aggregator": {"name": "python:my.Rule"}}})
+
+
+def test_a_plugin_is_built_anew_every_time() -> None:
+    """Two runs in one process never share an object, though their configs share what was typed once."""
+    section = {"name": "fedavg"}
+    assert configs.build("aggregators", section) is not configs.build("aggregators", section)
+    assert tiny_config().client is tiny_config().client
+
+
+def tiny_config() -> SimConfig:
+    return configs.from_dict(TINY)

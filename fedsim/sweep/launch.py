@@ -177,8 +177,8 @@ def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:
     room = int(cluster.resources().get("CPU", 1.0) // (jobs * runtime.threads))
     if room < 1 or (runtime.workers != "auto" and runtime.workers > room):
         raise PoolError(
-            f"{jobs} runs at a time, runtime.workers={runtime.workers} with {runtime.threads} threads each, are more than the cores "
-            f"that Ray has: lower launch.jobs or runtime.workers"
+            f"{jobs} runs at a time with runtime.workers={runtime.workers} of {runtime.threads} threads want more cores than Ray "
+            "has: lower launch.jobs or runtime.workers"
         )
     workers = room if runtime.workers == "auto" else runtime.workers
     return replace(run.config, runtime=replace(runtime, workers=workers))

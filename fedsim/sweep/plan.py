@@ -327,9 +327,9 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
     for run in plan.runs:
         now = hashes.get(json.dumps(run.config.to_dict()["data"]))
         manifest = plan.folder / run.entry.folder / "manifest.json"
-        if run.entry.identity not in of_missing and now is not None and manifest.is_file():
-            if json.loads(manifest.read_text())["data"]["sha256"] != now:
-                raise DataError(
-                    f"{run.label} was made with other data than lie there now: choose another --output, or delete "
-                    f"{plan.folder / run.entry.folder}"
-                )
+        if now is None or run.entry.identity in of_missing or not manifest.is_file():
+            continue
+        if json.loads(manifest.read_text())["data"]["sha256"] != now:
+            raise DataError(
+                f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
+            )
