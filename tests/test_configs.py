@@ -126,8 +126,3 @@ def test_a_plugin_is_built_anew_every_time() -> None:
     """Two runs in one process never share an object, though their configs share what was typed once."""
     section = {"name": "fedavg"}
     assert configs.build("aggregators", section) is not configs.build("aggregators", section)
-    assert tiny_config().client is tiny_config().client
-
-
-def tiny_config() -> SimConfig:
-    return configs.from_dict(TINY)
