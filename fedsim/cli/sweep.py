@@ -80,7 +80,7 @@ def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Planned
     from fedsim.sweep.display import SweepDisplay
 
     display = SweepDisplay(plan, done, console(), args.quiet)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what batch systems send
+    signal.signal(signal.SIGTERM, _stop)  # what batch systems send
     try:
         with display:
             for event in launch.execute(plan, missing):
@@ -90,6 +90,10 @@ def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Planned
         fail(f"stopped, {there} of {len(plan.runs)} runs are finished; the same command goes on with the others", 130)
         raise SystemExit(130) from None
     return display.failed
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _show(plan: SweepPlan, failed: dict[str, str]) -> None:

@@ -328,7 +328,11 @@ def test_a_run_without_costs_is_made_again(workers: None, tmp_path: Path) -> Non
 def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = (sys.executable, "-m", "fedsim.cli", "sweep", "sweep.yaml", "--output", "out", *words)
-    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to Ctrl-C
+    try:
+        return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def merges(folder: Path) -> int:
@@ -360,13 +364,14 @@ def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
         assert alone.rows == Results.load(path_of(plan, planned)).rows
 
 
-def test_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c(tmp_path: Path, how: signal.Signals) -> None:
     sweep(tmp_path, set=logging(tmp_path, wait_s=0.3), seeds=4)
     process = command(tmp_path)
     deadline = time.monotonic() + 120
     while merges(tmp_path) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
     assert output.strip().splitlines()[-1].startswith("fedsim: stopped, ")
