@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,7 +79,6 @@ def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Planned
     from fedsim.sweep.display import SweepDisplay
 
     display = SweepDisplay(plan, done, console(), args.quiet)
-    signal.signal(signal.SIGTERM, _stop)  # what batch systems send
     try:
         with display:
             for event in launch.execute(plan, missing):
@@ -90,10 +88,6 @@ def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Planned
         fail(f"stopped, {there} of {len(plan.runs)} runs are finished; the same command goes on with the others", 130)
         raise SystemExit(130) from None
     return display.failed
-
-
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
