@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+MOST_LINES = 10
 
 
 def fail(message: str, code: int) -> int:
@@ -51,3 +54,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(number: int, what: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def capped(lines: Sequence[str], where: str = "") -> list[str]:
+    """The first lines, indented, and how many more there are (and `where`)."""
+    more = [f"  and {len(lines) - MOST_LINES} more{where}"] if len(lines) > MOST_LINES else []
+    return [f"  {line}" for line in lines[:MOST_LINES]] + more

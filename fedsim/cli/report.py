@@ -6,7 +6,6 @@ import argparse
 import os
 
 FORMATS = ("svg", "png", "pdf")
-LISTED = 10  # absent runs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -22,27 +21,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page, and say what is in it and what is not."""
     from fedsim import report
-    from fedsim.cli.printing import console, human_bytes, line_printer
+    from fedsim.cli.printing import capped, console, counted, human_bytes, line_printer
     from fedsim.collection import collect
 
     collection = collect(args.paths, sweep=args.sweep, everything=args.all)
     written = report.write(collection, args.output, args.figures, args.format)
     print_line = line_printer(console())
-    shown = f"{_count(written.charts, 'chart')} of {_count(written.runs, 'run')}"
+    shown = f"{counted(written.charts, 'chart')} of {counted(written.runs, 'run')}"
     said = f"{os.path.relpath(written.path)}: {human_bytes(written.size)}, {shown}"
-    files = f"; {_count(len(written.files), 'figure')} in {os.path.relpath(args.figures)}" if args.figures else ""
+    files = f"; {counted(len(written.files), 'figure')} in {os.path.relpath(args.figures)}" if args.figures else ""
     print_line(said + files)
     absent = collection.absent
     if absent:
-        print_line(f"{_count(len(absent), 'run')} not shown:")
-    for one in absent[:LISTED]:
-        print_line(f"  {one.what}: {one.reason}")
-    if len(absent) > LISTED:
-        print_line(f"  and {len(absent) - LISTED} more (the page lists them)")
+        print_line(f"{counted(len(absent), 'run')} not shown:")
+    for line in capped([f"{one.what}: {one.reason}" for one in absent], " (the page lists them)"):
+        print_line(line)
     if collection.others:
-        print_line(f"{_count(collection.others, 'other finished run')} in the folder left out (--all takes every run)")
+        print_line(f"{counted(collection.others, 'other finished run')} in the folder left out (--all takes every run)")
     return 0
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

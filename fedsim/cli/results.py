@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.cli.printing import console, line_printer, new_table
+from fedsim.cli.printing import capped, console, counted, line_printer, new_table
 from fedsim.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ ALIASES = {
 }
 DEFAULT = ("final_average_accuracy", "average_incremental_accuracy", "forgetting")
 OF_JOINT = ("gap_to_joint", "intransigence")
-MOST_LINES = 10
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -148,10 +147,10 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
     lacking = compare.unequal_seeds(frame, by)
     if lacking:
         yield "Seeds are unequal:"
-        yield from _capped([f"{compare.describe(by, s)} lacks seed {', '.join(map(str, seeds))}" for s, seeds in lacking.items()])
+        yield from capped([f"{compare.describe(by, s)} lacks seed {', '.join(map(str, seeds))}" for s, seeds in lacking.items()])
     if collection.absent:
         yield f"Not in the data, {len(collection.absent)} in all:"
-        yield from _capped([f"{absent.what}: {absent.reason}" for absent in collection.absent])
+        yield from capped([f"{absent.what}: {absent.reason}" for absent in collection.absent])
     if collection.others:
         runs = "finished run lies" if collection.others == 1 else "finished runs lie"
         yield f"{collection.others} other {runs} there, left out (--all takes every run)."
@@ -179,7 +178,7 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
             cells.append([lines[0] + (f" (n={n})" if n < n_most else ""), *lines[1:]])
         columns[title(metric)] = cells
     what = f"{collection.sweep.name}: " if collection.sweep else ""
-    name = f"{what}{_count(len(collection.runs), 'run')}, {_count(len(found), 'setting')}"
+    name = f"{what}{counted(len(collection.runs), 'run')}, {counted(len(found), 'setting')}"
     yield from _fitted(name, heads, labels, columns, width)
 
 
@@ -272,17 +271,8 @@ def _settings_columns(by: Sequence[str], found: Sequence[tuple[Any, ...]], width
     return list(by), cells
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
-
-
 def _p(value: float) -> str:
     return "–" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _capped(lines: Sequence[str]) -> list[str]:
-    more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    return [f"  {line}" for line in lines[:MOST_LINES]] + more
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fedsim.cli.printing import console, fail, human_bytes, line_printer, new_table
+from fedsim.cli.printing import console, counted, fail, human_bytes, line_printer, new_table
 from fedsim.core.errors import ConfigError, RunDirError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Plan
     jobs = 1
     if missing:
         kinds = estimate.samples(missing)
-        print_line(f"measuring one round of {len(kinds)} kind{'s' * (len(kinds) > 1)} of runs")
+        print_line(f"measuring one round of {counted(len(kinds), 'kind')} of runs")
         jobs, costs = launch.measure(plan.launch, kinds)
         for run, cost in zip(kinds, costs, strict=True):
             if isinstance(cost, str):
