@@ -25,8 +25,8 @@ import numpy as np
 
 import fedsim
 from fedsim.core import plugins
-from fedsim.core.config import SimConfig
-from fedsim.core.errors import FedsimError, RunDirError, did_you_mean
+from fedsim.core.config import MOVES_BITS, SimConfig
+from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data.manifest import estimate_alpha
 from fedsim.results import Results
@@ -69,11 +69,15 @@ class SweepRecord:
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder of runs. Raises StorageError."""
-        path = folder / "sweeps" / f"{self.name}.json"
+        path = self.file(folder)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
         return path
+
+    def file(self, folder: Path) -> Path:
+        """Where it lies in a folder of runs."""
+        return folder / "sweeps" / f"{self.name}.json"
 
     @classmethod
     def load(cls, path: Path) -> SweepRecord:
@@ -233,7 +237,7 @@ def verified(path: Path) -> tuple[Results, str]:
     except RunDirError:
         raise
     except (FedsimError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        raise RunDirError(str(e) if isinstance(e, FedsimError) else " ".join(f"{type(e).__name__}: {e}".split())) from e
+        raise RunDirError(one_line(e)) from e
 
 
 def sweeps(paths: Sequence[str | Path]) -> list[str]:
@@ -249,7 +253,7 @@ def flatten(config: SimConfig) -> dict[str, Label]:
     """
     plain = config.to_dict()
     runtime = plain.pop("runtime")
-    plain["runtime"] = {k: runtime[k] for k in ("threads", "device", "precision", "eval_batch")}
+    plain["runtime"] = {k: runtime[k] for k in MOVES_BITS}
     for key in ("name", "trackers"):
         plain.pop(key, None)
     rules = plain["server"]["aggregator"]

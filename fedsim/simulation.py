@@ -75,15 +75,15 @@ def run(
     return results
 
 
-def once(config: SimConfig, path: Path, progress: Callable[[Event], None] | None = None) -> Results:
+def once(config: SimConfig, path: Path) -> Results:
     """The results of a config in a run directory of its own: loaded if it is finished, gone on with if it was stopped, else made.
 
     Raises RunDirError when the folder is damaged or belongs to another config.
     """
     if not (path / "status.json").is_file():
-        return run(config, output=path, progress=progress)
+        return run(config, output=path)
     found = RunDir.open(path, config)
-    return Results.load(path) if found.finished else run(config, resume=path, progress=progress)
+    return Results.load(path) if found.finished else run(config, resume=path)
 
 
 def first_round(config: SimConfig) -> Results:

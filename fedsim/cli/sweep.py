@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli.printing import console, counted, fail, human_bytes, line_printer, new_table
-from fedsim.core.errors import ConfigError, RunDirError
+from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedsim.results import Results
     from fedsim.sweep.plan import PlannedRun, SweepPlan
 
 
@@ -31,12 +30,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
     from fedsim.sweep import launch
-    from fedsim.sweep.plan import expand, verify
+    from fedsim.sweep.plan import expand, keep_record, verify
 
     how: dict[str, Any] = {k: v for k in ("jobs", "retry", "address") if (v := getattr(args, k)) is not None}
     plan = expand(args.sweep, args.overrides, args.output, **how)
     done = launch.finished(plan)
-    missing = [run for run in plan.runs if run not in done]
+    missing = [run for run in plan.runs if run.entry.identity not in done]
     print_line = line_printer(console())
     if not args.quiet:
         print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
@@ -44,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     verify(plan, missing)
     if args.dry_run:
         return _dry_run(plan, done, missing)
-    plan = keep_record(plan)
+    kept = keep_record(plan)
+    if kept.record.name != plan.record.name:
+        print_line(f"another sweep of this name lies in the folder, so this one is called {kept.record.name}")
+    plan = kept
     failed: dict[str, str] = {}
     if missing:
         failed = _make(plan, done, missing, args)
@@ -52,29 +54,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def keep_record(plan: SweepPlan) -> SweepPlan:
-    """Save what the sweep consists of.
-
-    Where another sweep of its name has no run in common with it (the same file with an override, say), this one gets a name of
-    its own, and the other keeps its table.
-    """
-    from fedsim.collection import SweepRecord
-
-    path, record = plan.folder / "sweeps" / f"{plan.record.name}.json", plan.record
-    if path.is_file():
-        ours = sorted(entry.identity for entry in record.runs)
-        try:
-            theirs = {entry.identity for entry in SweepRecord.load(path).runs}
-        except RunDirError:
-            theirs = set(ours[:1])  # damaged: written anew
-        if not theirs & set(ours):
-            record = replace(record, name=f"{record.name}-{hashlib.sha256(''.join(ours).encode()).hexdigest()[:6]}")
-            line_printer(console())(f"another sweep of this name lies in the folder, so this one is called {record.name}")
-    record.save(plan.folder)
-    return replace(plan, record=record)
-
-
-def _make(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[PlannedRun], args: argparse.Namespace) -> dict[str, str]:
+def _make(
+    plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], args: argparse.Namespace
+) -> dict[str, str]:
     from fedsim.sweep import launch
     from fedsim.sweep.display import SweepDisplay
 
@@ -106,7 +88,7 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
         print_line(f"more: fedsim results {folder}   fedsim report {folder}")
 
 
-def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[PlannedRun]) -> int:
+def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun]) -> int:
     """The runs, and what the missing ones will take."""
     from fedsim.progress import duration
     from fedsim.sweep import estimate, launch
@@ -131,7 +113,7 @@ def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Plan
     total = []
     for run in plan.runs:
         cells = [str(value) for value in run.entry.labels.values()]
-        if run in done:
+        if run.entry.identity in done:
             table.add_row(*cells, "finished", "", "", "")
             continue
         one = measured.get(estimate.kind(run), rest)
@@ -143,12 +125,10 @@ def _dry_run(plan: SweepPlan, done: Sequence[PlannedRun], missing: Sequence[Plan
     console().print(table)
     if total:
         jobs = min(len(total), jobs)
-        wall = max(sum(e.seconds for e in total) / jobs, max(e.seconds for e in total))
-        memory = sum(sorted((e.peak_bytes for e in total), reverse=True)[:jobs])
-        traffic = human_bytes(sum(e.traffic_bytes for e in total))
+        whole = estimate.of_sweep(total, jobs)
         print_line(
-            f"about {duration(wall)} with {jobs} at a time, {human_bytes(memory)} of memory, {traffic} between clients and "
-            "servers (from one measured round of each kind)"
+            f"about {duration(whole.seconds)} with {jobs} at a time, {human_bytes(whole.peak_bytes)} of memory, "
+            f"{human_bytes(whole.traffic_bytes)} between clients and servers (from one measured round of each kind)"
         )
     return 0
 

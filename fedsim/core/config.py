@@ -27,6 +27,9 @@ from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
 
+MOVES_BITS = ("threads", "device", "precision", "eval_batch")  # of `runtime`; the rest never does
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """The stream of tasks.
@@ -225,7 +228,7 @@ class SimConfig:
         """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
         plain = self.to_dict()
         del plain["name"], plain["trackers"]
-        plain["runtime"] = {k: plain["runtime"][k] for k in ("threads", "device", "precision", "eval_batch")}
+        plain["runtime"] = {k: plain["runtime"][k] for k in MOVES_BITS}
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
         text = json.dumps(plain, sort_keys=True)

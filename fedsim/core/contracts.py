@@ -300,6 +300,7 @@ class Pool(ABC):
         self.close()
 
 
+@dataclass(frozen=True, eq=False)
 class ShardLookup:
     """Who holds what, found in flat arrays: shared by the manifest and by what is sent to the workers.
 
@@ -331,11 +332,6 @@ class WorkSpec(ShardLookup):
     train: ArraySplit
     test: ArraySplit
     task_classes: tuple[tuple[int, ...], ...]
-    num_clients: int
-    shard_indices: IntArray
-    shard_offsets: IntArray
-    test_indices: IntArray
-    test_offsets: IntArray
 
 
 # ---------------------------------------------------------------- trackers

@@ -92,6 +92,12 @@ class ClientFailed(FedsimError):
         return ClientFailed, (self.client_id, self.task, self.round, self.stage, self.reason)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; with its type unless it is one of ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedsimError) else f"{type(error).__name__}: {text}"
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them. Starts with a space, for appending."""
     names = sorted(known)

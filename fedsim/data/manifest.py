@@ -49,11 +49,6 @@ class Manifest(ShardLookup):
     class_names: tuple[str, ...]
     task_names: tuple[str, ...]
     task_classes: tuple[tuple[int, ...], ...]
-    num_clients: int
-    shard_indices: IntArray
-    shard_offsets: IntArray
-    test_indices: IntArray
-    test_offsets: IntArray
     histograms: tuple[IntArray, ...]
     alpha: tuple[float, ...]
     overall_alpha: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +29,7 @@ class SweepDisplay:
     def __init__(
         self,
         plan: SweepPlan,
-        done: Sequence[PlannedRun],
+        done: Mapping[str, Results],
         console: Console | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -37,8 +37,9 @@ class SweepDisplay:
         self.failed: dict[str, str] = {}
         self._plan, self._console, self._quiet, self._clock = plan, console or Console(), quiet, clock
         self._accuracy: dict[str, list[float]] = {}
-        for run in done:
-            self._note(run, Results.load(plan.folder / run.entry.folder).metrics["final_average_accuracy"])
+        for run in plan.runs:
+            if run.entry.identity in done:
+                self._note(run, done[run.entry.identity].metrics["final_average_accuracy"])
         self._before = self._finished = len(done)
         self._begin = clock()
         self._going: dict[str, tuple[PlannedRun, float]] = {}

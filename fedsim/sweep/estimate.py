@@ -74,3 +74,10 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     n = len(estimates)
     seconds, peak, traffic = (sum(getattr(e, f) for e in estimates) / n for f in ("seconds", "peak_bytes", "traffic_bytes"))
     return Estimate(seconds, peak, traffic, measured=False)
+
+
+def of_sweep(estimates: Sequence[Estimate], jobs: int) -> Estimate:
+    """Of all runs together, so many at a time: wall seconds, the memory of the largest that may go at once, bytes of all."""
+    seconds = max(sum(e.seconds for e in estimates) / jobs, max(e.seconds for e in estimates))
+    peak = sum(sorted((e.peak_bytes for e in estimates), reverse=True)[:jobs])
+    return Estimate(seconds, peak, sum(e.traffic_bytes for e in estimates))

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from fedsim import simulation
 from fedsim.collection import Entry, failure_file, verified
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import ConfigError, FedsimError, RunDirError
+from fedsim.core.errors import ConfigError, FedsimError, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.results import Results
 
@@ -54,10 +54,8 @@ def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outc
         return Outcome("elsewhere")
     except Exception as e:
         final = isinstance(e, FedsimError) and e.exit_code == 2
-        expected = isinstance(e, FedsimError)
-        error = " ".join(str(e).split()) if expected else f"{type(e).__name__}: {' '.join(str(e).split())}"
-        note_failure(folder, entry, error, attempt, "" if expected else traceback.format_exc())
-        return Outcome("failed", time.perf_counter() - start, error=error, final=final)
+        note_failure(folder, entry, one_line(e), attempt, "" if isinstance(e, FedsimError) else traceback.format_exc())
+        return Outcome("failed", time.perf_counter() - start, error=one_line(e), final=final)
 
 
 def lock_of(folder: Path, entry: Entry) -> FileLock:
@@ -86,7 +84,7 @@ def measure(config: SimConfig) -> Cost | str:
     try:
         results = simulation.first_round(config)
     except Exception as e:
-        return " ".join(str(e).split())
+        return one_line(e)
     unit = 1 if sys.platform == "darwin" else 1024
     return Cost(results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
@@ -97,9 +95,8 @@ def _in_its_folder(config: SimConfig, folder: Path, entry: Entry) -> tuple[Resul
         raise ConfigError("a file that the config names was changed since the sweep began: start the sweep again")
     path = folder / entry.folder
     try:
-        results = simulation.once(config, path)
-        verified(path)
-        return results, ""
+        simulation.once(config, path)
+        return verified(path)[0], ""
     except RunDirError as e:
         if not path.is_dir():
             raise

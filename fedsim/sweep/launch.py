@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from clients import cluster
 from fedsim.collection import verified
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, RunDirError, StorageError
+from fedsim.results import Results
 from fedsim.sweep.job import Cost, Outcome, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
 
@@ -58,17 +59,17 @@ class Tick:
 Event: TypeAlias = Begun | Ended | Tick
 
 
-def finished(plan: SweepPlan) -> list[PlannedRun]:
-    """The runs of a sweep that need not be made: they lie in the folder, finished and whole."""
-
-    def there(run: PlannedRun) -> bool:
+def finished(plan: SweepPlan) -> dict[str, Results]:
+    """By identity, the runs of a sweep that need not be made: they lie in the folder, finished and whole."""
+    there: dict[str, Results] = {}
+    for run in plan.runs:
         path = plan.folder / run.entry.folder
-        try:
-            return (path / "status.json").is_file() and verified(path)[1] == run.entry.identity
-        except RunDirError:
-            return False
-
-    return [run for run in plan.runs if there(run)]
+        if (path / "status.json").is_file():
+            with suppress(RunDirError):
+                results, identity = verified(path)
+                if identity == run.entry.identity:
+                    there[identity] = results
+    return there
 
 
 def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[Event]:

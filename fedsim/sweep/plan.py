@@ -19,17 +19,18 @@ zip, grid, seed, overrides of the command line.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedsim.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import ConfigError, DataError, FedsimError, did_you_mean
+from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
 
@@ -333,3 +334,21 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
             raise DataError(
                 f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
             )
+
+
+def keep_record(plan: SweepPlan) -> SweepPlan:
+    """Save what the sweep consists of; the plan with the record as it was saved.
+
+    Where another sweep of its name has no run in common with it (the same file with an override, say), this one gets a name of
+    its own, and the other keeps its table. Raises StorageError.
+    """
+    record = plan.record
+    ours = sorted(entry.identity for entry in record.runs)
+    try:
+        theirs = {entry.identity for entry in SweepRecord.load(record.file(plan.folder)).runs}
+    except RunDirError:  # there is none, or it is damaged: written anew
+        theirs = set(ours)
+    if not theirs & set(ours):
+        record = replace(record, name=f"{record.name}-{hashlib.sha256(''.join(ours).encode()).hexdigest()[:6]}")
+    record.save(plan.folder)
+    return replace(plan, record=record)

@@ -28,7 +28,7 @@ class Clock:
 def shown(plan: SweepPlan, terminal: bool, quiet: bool = False) -> tuple[SweepDisplay, Clock, io.StringIO]:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=100, force_terminal=terminal, color_system=None)
-    return SweepDisplay(plan, [], console, quiet, clock), clock, out
+    return SweepDisplay(plan, {}, console, quiet, clock), clock, out
 
 
 def test_a_line_per_run_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def execute(plan: SweepPlan) -> list[Ended]:
     """Make what is missing; how every attempt ended."""
     plan.record.save(plan.folder)
     done = launch.finished(plan)
-    missing = [r for r in plan.runs if r not in done]
+    missing = [r for r in plan.runs if r.entry.identity not in done]
     return [e for e in launch.execute(plan, missing) if isinstance(e, Ended)] if missing else []
 
 
