@@ -46,7 +46,7 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.core.files import storage_errors, write_atomic
+from fedsim.core.files import remove_leftovers, storage_errors, write_atomic
 from server import metrics
 
 if TYPE_CHECKING:
@@ -306,6 +306,8 @@ class RunDir:
 
         Raises RunDirError when a resumed run's data give another split than it began with.
         """
+        with storage_errors(self.path, self._advice):
+            remove_leftovers(self.path)
         if (self.path / "status.json").is_file():
             if self.manifest_hash != manifest.hash:
                 raise RunDirError(

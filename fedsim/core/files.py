@@ -34,6 +34,12 @@ def write_atomic(path: str | Path, data: bytes, advice: str = ADVICE) -> None:
         _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had begun to write in `folder` and below. Call it where nobody else writes."""
+    for beside in folder.rglob(".*.tmp"):
+        beside.unlink(missing_ok=True)
+
+
 @contextmanager
 def storage_errors(path: str | Path, advice: str = ADVICE) -> Iterator[None]:
     """Turn an OSError from writing `path` into a StorageError of one line."""

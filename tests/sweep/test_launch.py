@@ -50,6 +50,9 @@ class Aggregator(contracts.Aggregator):
         import time
 
         time.sleep(self.wait_s)
+        if self.fail == "die once" and not os.path.exists(self.log):
+            open(self.log, "w").close()
+            os.kill(os.getpid(), 9)
         if self.fail == "always" or (self.fail == "once" and not os.path.exists(self.log)):
             open(self.log, "a").write("failed\\n")
             raise ValueError("no such\\nluck")
@@ -167,17 +170,10 @@ def test_what_would_fail_again_is_not_tried_again(workers: None, tmp_path: Path)
 
 
 def test_a_process_that_dies_is_a_failure(workers: None, tmp_path: Path) -> None:
-    plan = sweep(tmp_path, list={"rule": {"good": {}, "slow": logging(tmp_path, wait_s=0.2)}}, launch={"retry": 1})
-    killed, ended = False, []
-    for event in launch.execute(plan, plan.runs):
-        ended += [event] if isinstance(event, Ended) else []
-        log = tmp_path / "log"
-        if not killed and log.exists():
-            os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
-            killed = True
-    slow = [e for e in ended if e.run.entry.labels["rule"] == "slow"]
-    assert [e.outcome.state for e in slow] == ["failed", "finished"]
-    assert "its process died" in slow[0].outcome.error
+    plan = sweep(tmp_path, list={"rule": {"good": {}, "dies": logging(tmp_path, fail="die once")}}, launch={"retry": 1})
+    dies = [e for e in execute(plan) if e.run.entry.labels["rule"] == "dies"]
+    assert [e.outcome.state for e in dies] == ["failed", "finished"]
+    assert "its process died" in dies[0].outcome.error
 
 
 @pytest.mark.parametrize("damage", ["rounds.csv", "config.yaml", "status.json", "checkpoint.pt", "a cut start"])
@@ -211,6 +207,7 @@ def test_a_start_that_was_cut_short_is_made_anew(workers: None, tmp_path: Path) 
     (path / ".manifest.json.123.tmp").write_text("{")
     (ended,) = execute(plan)
     assert (ended.outcome.state, ended.outcome.note) == ("finished", "")
+    assert not list(path.rglob("*.tmp"))
 
 
 def test_a_run_that_somebody_else_makes_is_waited_for(workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
