@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ import torch
 from clients import local
 from clients.samples import Samples
 from fedsim.core import config as configs
-from fedsim.core.contracts import IntArray, WorkSpec
+from fedsim.core.contracts import Aggregator, IntArray, Lift, WorkSpec, is_additive, lift_statistics
 from fedsim.core.errors import ClientFailed
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
+from fedsim.core.sums import PairwiseSum
 from fedsim.models import model as models
 from fedsim.models.head import predict
 
@@ -28,9 +30,25 @@ class Worker:
         self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
+        self._rule: Aggregator | None = None
+        self._source: Tensors | None = None  # what is merged into the model now, as it came and on the device
+        self._deployed: Tensors | None = None
+        self._merged = ExitStack()
 
-    def train(self, job: ClientJob) -> ClientUpdate | ClientFailed:
+    def train(self, start: int, jobs: Sequence[ClientJob]) -> Bundle:
+        """The rounds of clients that lie side by side, the first at place `start`; summed here if their plan says so."""
+        plan = jobs[0].plan
+        results = tuple(self.train_client(job) for job in jobs)
+        total = None
+        with suppress(Exception):  # a rule that cannot lift an update: the server will try, and say what is wrong
+            total = self._summed(results, plan)
+        if total is None:
+            return Bundle(start, results)
+        return Bundle(start, tuple(r.summed(r.client_id in plan.observed) if is_update(r) else r for r in results), total)
+
+    def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
         """One client's round."""
+        self._restore()
         spec = self.spec
         shard = local.round_shard(spec.shard(job.task, job.client_id), spec.config, job)
         return local.train(self.model, self.train_samples, shard, spec.task_classes[job.task], job, spec.config, self.objectives)
@@ -39,14 +57,50 @@ class Worker:
     def evaluate(self, job: EvalJob) -> EvalResult:
         """Counts of right predictions on a slice of one task's test samples, with merged weights."""
         positions = self.spec.test_of(job.task)[job.start : job.stop]
-        params = {n: t.to(self.model.device) for n, t in job.params.items()}
         inputs, labels = self.test_samples.batch(positions)
-        with self.model.merged(params):
-            logits = self.model.logits(self.model.features(inputs), params)
+        params = self._merge(job.params)
+        logits = self.model.logits(self.model.features(inputs), params)
         guess, guess_in_task = (predict(logits, classes) for classes in (job.seen, self.spec.task_classes[job.task]))
         right_in_task = int((guess_in_task == labels).sum())
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())
         return EvalResult(job.task, sum(c[1] for c in by_class), right_in_task, len(positions), by_class)
+
+    def _summed(self, results: Sequence[ClientUpdate | ClientFailed], plan: RoundPlan) -> Tensors | None:
+        lift, total = self._lift(plan), PairwiseSum()
+        if lift is None:
+            return None
+        for place, result in enumerate(results):
+            if is_update(result):
+                total.add(place, 1, lift(result))
+        return total.result()
+
+    def _lift(self, plan: RoundPlan) -> Lift | None:
+        """What is summed of an update; None for nothing, and for a rule that was given as a Python object."""
+        section = self.spec.config.server.aggregator
+        if plan.lift != "rule":
+            return lift_statistics if plan.lift == "statistics" else None
+        if self._rule is None and not configs.is_python_object(section):
+            self._rule = configs.build_aggregator(section)
+        return self._rule.lift if self._rule is not None and is_additive(self._rule) else None
+
+    def _merge(self, params: Tensors) -> Tensors:
+        """Merge these tensors into the model, if they are not there yet; the tensors on the device."""
+        if self._deployed is None or self._source is not params:  # all slices of an evaluation come with the same mapping
+            self._restore()
+            on_device = {n: t.to(self.model.device) for n, t in params.items()}
+            self._merged.enter_context(self.model.merged(on_device))
+            self._deployed, self._source = on_device, params
+        return self._deployed
+
+    def _restore(self) -> None:
+        """The model as it was before anything was merged into it."""
+        self._merged.close()
+        self._deployed, self._source = None, None
+
+
+def is_update(result: ClientUpdate | ClientFailed) -> TypeGuard[ClientUpdate]:
+    """Whether a client came to its end."""
+    return isinstance(result, ClientUpdate)
 
 
 def num_classes(spec: WorkSpec) -> int:

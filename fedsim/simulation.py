@@ -25,7 +25,7 @@ from fedsim.models import backbone
 from fedsim.models import model as models
 from fedsim.models.model import Model
 from fedsim.results import Holding, Results, RunDir
-from server import checkpoint, grouped, loop, sampling
+from server import checkpoint, loop, sampling
 from server.state import ServerState, Simulation
 
 
@@ -112,7 +112,7 @@ class Prepared:
 
 def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
-    rule = aggregator if aggregator is not None else build_aggregator(config.server.aggregator)
+    rule = aggregator if aggregator is not None else configs.build_aggregator(config.server.aggregator)
     check(config)
     manifest, spec = prepare_data(config)
     with torch_threads(config.runtime.threads):  # the rules' arithmetic, too, has the same bits on every machine size
@@ -136,6 +136,7 @@ def _wired(parts: Prepared) -> Iterator[Simulation]:
             task_names=manifest.task_names,
             task_classes=manifest.task_classes,
             test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
+            shard_sizes=manifest.sizes,
             num_clients=manifest.num_clients,
         )
 
@@ -153,12 +154,6 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
     manifest = manifests.make(config, dataset)
     sampling.num_sampled(manifest.num_clients, config.server.participation)
     return manifest, manifests.work_spec(manifest, dataset, config)
-
-
-def build_aggregator(section: Any) -> Aggregator:
-    """The rule of a config: one for all tensors, or one per group."""
-    rule: Aggregator = grouped.from_config(section) if isinstance(section, list) else configs.build("aggregators", section)
-    return rule
 
 
 def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:

@@ -12,8 +12,9 @@ With Δ_k = w_k − w the change of client k (over all tensors of a group that i
                     ‖(Σ_k p_k B_k)(Σ_k p_k A_k) − Σ_k p_k B_k A_k‖_F / ‖Σ_k p_k B_k A_k‖_F: what averaging the factors loses
 
 All but the last follow from the K×K matrix of inner products. A client that did not move has no direction, so it is left out
-of the cosines; what is undefined (one client, nobody moved) is None. Beyond `MOST` clients, that many are looked at, evenly
-spaced by client id; the product error is left out beyond `MOST_PRODUCTS`, where it would cost more than the round.
+of the cosines; what is undefined (one client, nobody moved) is None. Of many or large clients, some are looked at, evenly
+spaced by client id (`gather.observed`); the product error is left out beyond `MOST_PRODUCTS`, where it would cost more than
+the round.
 """
 
 # K clients, P numbers of a group; LoRA: R rank, O out, I in, Q = K·R stacked ranks
@@ -28,15 +29,13 @@ from torch import Tensor
 from fedsim.core.events import DriftRow
 from fedsim.core.messages import ClientUpdate, Tensors
 
-MOST = 64  # the pairs grow with the square
 MOST_PRODUCTS = 16
 A, B = ".lora_A", ".lora_B"
 
 
 def measure_drift(task: int, round: int, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[DriftRow, ...]:
-    """One row per group of tensors that was trained: "adapter", "head"."""
+    """One row per group of tensors that was trained ("adapter", "head"), from the updates that hold their tensors."""
     chosen = [u for u in updates if u.params and u.num_samples]
-    chosen = [chosen[i * len(chosen) // MOST] for i in range(MOST)] if len(chosen) > MOST else chosen
     if not chosen:
         return ()
     groups = dict.fromkeys(name.partition(".")[0] for name in chosen[0].params)

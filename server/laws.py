@@ -21,11 +21,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import AdditiveAggregator, Aggregator
+from fedsim.core.contracts import Aggregator, is_additive
 from fedsim.core.errors import AggregationError, FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.tensors import LORA_A, LORA_B, matching, same_layout, sum_in_order, upper_triangle
+from fedsim.core.sums import PairwiseSum
+from fedsim.core.tensors import LORA_A, LORA_B, matching, same_layout, upper_triangle
 
 ROUNDS = 3
 CLIENTS = 9  # one more than a bundle
@@ -367,7 +368,7 @@ def _weights(rule: Aggregator) -> None:
 
 
 def _additive(rule: Aggregator) -> None:
-    if not isinstance(rule, AdditiveAggregator):
+    if not is_additive(rule):
         return
     for scene in scenes(rule):
         updates = scene.updates
@@ -436,7 +437,10 @@ def _sum(terms: Sequence[Tensors]) -> dict[str, Tensor]:
     narrow = [n for n, t in terms[0].items() if t.dtype != torch.float64]
     if narrow:
         raise LawBroken(f"lift gives '{narrow[0]}' as {terms[0][narrow[0]].dtype}: sums are kept in float64")
-    return {name: sum_in_order([t[name] for t in terms]) for name in terms[0]}
+    total = PairwiseSum()
+    for place, term in enumerate(terms):
+        total.add(place, 1, term)
+    return dict(total.result() or {})
 
 
 def _expect_close(got: Tensors, want: Tensors, when: str, tolerance: float = EXACT) -> None:

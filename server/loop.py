@@ -4,7 +4,7 @@
         begin it: the consolidator says with which parameters
         for every round:
             draw clients; the aggregator's plan says what they train and which statistics they send
-            the pool runs them; failures are raised or skipped
+            the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
             the aggregator merges; the calibrator (if any) repairs the head
             the deployed model is evaluated on every task seen
         end it: the consolidator asks for statistics (if it needs any), merges tasks, and the model is evaluated again
@@ -20,13 +20,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from fedsim.core import rng
-from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row, RunStarted, TaskDone
-from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
+from fedsim.core.messages import ClientJob, RoundPlan, Tensors
 from fedsim.core.tensors import require_finite
-from server import sampling
+from server import gather, sampling
 from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate, seen_classes
+from server.gather import Gathering, Round, merge
 from server.ledger import add_traffic, mean_loss
 from server.state import ServerState, Simulation
 
@@ -61,16 +62,17 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     if any(request.blended for request in plan.statistics):
         background, share = sim.consolidator.background(state.consolidator)
         plan = replace(plan, background=background, share=share)
-    updates, state = yield from run_clients(sim, state, plan)
+    summed = sim.aggregator.additive and sim.calibrator is None  # a calibrator looks at every client's statistics
+    round, state = yield from run_clients(sim, state, replace(plan, lift="rule" if summed else ""))
 
     clock = time.perf_counter()
-    drifts = state.drifts + measure_drift(state.task, state.round, state.params, updates)
-    aggregator, params = sim.aggregator.combine(state.aggregator, state.params, updates)
+    drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.updates)
+    aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round)
     calibrator = state.calibrator
     if sim.calibrator is not None:
         seen = seen_classes(sim.task_classes, state.task)
         draw = rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
-        calibrator, params = sim.calibrator.calibrate(calibrator, params, updates, state.task, seen, draw)
+        calibrator, params = sim.calibrator.calibrate(calibrator, params, round.updates, state.task, seen, draw)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     state = replace(
         state,
@@ -84,19 +86,20 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
         rows, state = measure(sim, state, sim.consolidator.deployed(state.consolidator, params, finished=False), "round")
-    yield RoundDone(state.task, state.round, rows, mean_loss(updates), time.perf_counter() - start)
+    yield RoundDone(state.task, state.round, rows, mean_loss(round.updates), time.perf_counter() - start)
     return replace(state, round=state.round + 1)
 
 
 def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Merge what was learned with what was known, and fill in the task's row of the accuracy matrix."""
     start = time.perf_counter()
-    updates: list[ClientUpdate] = []
+    total: Tensors = {}
     plan = sim.consolidator.plan(state.consolidator, state.params)
     if plan is not None:
-        updates, state = yield from run_clients(sim, state, plan)
+        round, state = yield from run_clients(sim, state, replace(plan, lift="statistics"))
+        total = round.total or {}
     clock = time.perf_counter()
-    consolidator = sim.consolidator.end_task(state.consolidator, state.params, updates)
+    consolidator = sim.consolidator.end_task(state.consolidator, state.params, total)
     deployed = sim.consolidator.deployed(consolidator, state.params, finished=True)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
@@ -105,33 +108,29 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     return replace(state, task=state.task + 1, round=0)
 
 
-def run_clients(
-    sim: Simulation, state: ServerState, plan: RoundPlan
-) -> Generator[Event, None, tuple[list[ClientUpdate], ServerState]]:
-    """Run a plan on the clients that are drawn; their updates in client-id order, and the state with memories and traffic."""
+def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generator[Event, None, tuple[Round, ServerState]]:
+    """Run a plan on the clients that are drawn; what came back, and the state with memories and traffic."""
     clock = time.perf_counter()
     clients = sampling.draw(sim.config.seed, state.task, state.round, sim.num_clients, sim.config.server.participation)
-    jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in clients]
-    updates: list[ClientUpdate] = []
-    failures: list[ClientFailed] = []
-    for job, result in zip(jobs, sim.pool.train(jobs), strict=True):
-        if isinstance(result, ClientFailed):
-            if sim.config.server.on_client_failure == "fail":
-                raise result
-            failures.append(result)
-            yield ClientSkipped(result)
-        else:
-            updates.append(result)
-        yield ClientDone(state.task, state.round, len(updates) + len(failures), len(jobs), job.client_id)
-    if not updates:
-        raise AggregationError(
-            f"task {state.task}, round {state.round}: nobody is left, all {len(jobs)} clients failed; the last: {failures[-1]}"
-        )
-    memories = {**state.memories, **{u.client_id: u.memory for u in updates if u.memory}}
-    traffic, holders = add_traffic(state.bytes, jobs, updates, state.holders)
+    if sim.config.server.drift:
+        plan = replace(plan, observed=gather.observed(clients, state.params, plan))
+    order = sampling.longest_first(clients, sim.shard_sizes[state.task])
+    jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in order]
+    gathering = Gathering(jobs, plan, sim.aggregator)
+    for bundle in sim.pool.train(jobs):
+        for result in gathering.add(bundle):
+            if isinstance(result, ClientFailed):
+                if sim.config.server.on_client_failure == "fail":
+                    raise result
+                yield ClientSkipped(result)
+            yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
+    round = gathering.result()
+    memories = {u.client_id: u.memory for u in round.updates if u.memory}
+    traffic, holders = add_traffic(state.bytes, jobs, round.updates, state.holders)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
-    state = replace(state, memories=memories, holders=holders, failures=(*state.failures, *failures), bytes=traffic)
-    return updates, replace(state, seconds=spent, client_rounds=state.client_rounds + len(jobs))
+    state = replace(state, memories={**state.memories, **memories} if memories else state.memories, holders=holders)
+    failures = (*state.failures, *sorted(gathering.failures, key=lambda f: f.client_id))
+    return round, replace(state, failures=failures, bytes=traffic, seconds=spent, client_rounds=state.client_rounds + len(jobs))
 
 
 def measure(sim: Simulation, state: ServerState, deployed: Tensors, stage: str) -> tuple[tuple[Row, ...], ServerState]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from fedsim.core import rng
+from fedsim.core.contracts import IntArray
 from fedsim.core.errors import ConfigError
 
 
@@ -24,3 +29,12 @@ def draw(seed: int, task: int, round: int, num_clients: int, participation: floa
         return list(range(num_clients))
     drawn = rng.stream(seed, "participants", task, round).choice(num_clients, count, replace=False, shuffle=False)
     return sorted(int(c) for c in drawn)
+
+
+def longest_first(clients: Sequence[int], sizes: IntArray) -> list[int]:
+    """The clients by the samples that they hold, most first, then by id: the last to finish are short, and nobody waits long.
+
+    sizes: samples of every registered client. The order is a part of the bits of a sum, so it knows nothing of workers.
+    """
+    chosen = np.asarray(clients)
+    return [int(c) for c in chosen[np.lexsort((chosen, -sizes[chosen]))]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, Pool
+from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Pool
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
@@ -18,7 +18,8 @@ Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 
 @dataclass(frozen=True)
 class Simulation:
-    """The parts that a run is made of. `fresh_adapter(task)` draws the `adapter.*` tensors that a new module starts with."""
+    """The parts that a run is made of. `fresh_adapter(task)` draws the `adapter.*` tensors that a new module starts with;
+    `shard_sizes` (T, K): training samples per task and client."""
 
     config: SimConfig
     pool: Pool
@@ -29,6 +30,7 @@ class Simulation:
     task_names: tuple[str, ...]
     task_classes: tuple[tuple[int, ...], ...]
     test_sizes: tuple[int, ...]
+    shard_sizes: IntArray
     num_clients: int
 
 

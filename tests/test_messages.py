@@ -12,11 +12,11 @@ from torch import Tensor
 
 from clients import optim
 from clients.pools.serial import Pool
-from fedsim.core.config import ClientConfig
+from fedsim.core.config import ClientConfig, build_aggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, bytes_down, bytes_up
 from fedsim.models import model as models
-from fedsim.simulation import build_aggregator, first_state, prepare_data
+from fedsim.simulation import first_state, prepare_data
 from server import sampling
 from server.ledger import add_traffic, mean_loss
 from tests.tiny import tiny
@@ -31,7 +31,7 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
     state = first_state(config, models.build(config, len(manifest.class_order)), rule)
     job = ClientJob(0, 0, round, state.params, rule.plan(rule.init(state.params), round))
     with Pool(spec) as pool:
-        (update,) = pool.train([job])
+        ((update,),) = (bundle.results for bundle in pool.train([job]))
     assert isinstance(update, ClientUpdate)
     for counted, tensors in [
         (bytes_down(job), {**job.params, **job.plan.background}),

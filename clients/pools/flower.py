@@ -42,7 +42,7 @@ import torch
 import fedsim
 from fedsim.core import contracts, errors
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -77,12 +77,13 @@ class Pool(contracts.Pool):
         self._spec = spec
         self._engine: _Engine | None = None
 
-    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         sizes = [len(self._spec.shard(job.task, job.client_id)) for job in jobs]
         names = [f"client {job.client_id}, task {job.task}, round {job.round}" for job in jobs]
         arrays = _shared_arrays()
-        for reply in self._run(MessageType.TRAIN, lambda i: job_to_record(jobs[i], arrays), sizes, names):
-            yield failure_from_record(reply) if _kind(reply) == "failed" else record_to_update(reply)
+        replies = self._run(MessageType.TRAIN, lambda i: job_to_record(jobs[i], arrays), sizes, names)
+        for place, reply in enumerate(replies):
+            yield Bundle(place, (failure_from_record(reply) if _kind(reply) == "failed" else record_to_update(reply),))
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         sizes = [job.stop - job.start for job in jobs]
@@ -393,7 +394,7 @@ def serve(message: Message, folder: str, worker: str) -> Message:
 def _work(record: RecordDict, worker: Any) -> RecordDict:
     if _kind(record) == "evaluate":
         return result_to_record(worker.evaluate(record_to_eval_job(record)))
-    result = worker.train(record_to_job(record))
+    result = worker.train_client(record_to_job(record))
     return failure_to_record(result) if isinstance(result, ClientFailed) else update_to_record(result)
 
 

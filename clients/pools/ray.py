@@ -19,16 +19,19 @@ import torch
 
 from clients import cluster
 from clients.cluster import last_line
+from clients.pools import _bundles
 from fedsim.core import contracts
-from fedsim.core.errors import ClientFailed, PoolError
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
+from fedsim.core.errors import PoolError
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 
-IN_FLIGHT = 2  # jobs handed to a worker ahead: the next one waits there while a result travels
+IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
+START_S = 60.0  # that the workers are waited for; those that are later get their first message all the same
+NO_PLAN = RoundPlan()
 
 
 class Pool(contracts.Pool):
-    """Longest shard first over the workers; results in the order of the jobs. A worker that dies is replaced, and its
-    clients run again with the same result; after `runtime.max_restarts` deaths over one job it is a PoolError."""
+    """Bundles of clients over the workers, in the order of the jobs (longest first). A worker that dies is replaced, and its
+    clients run again with the same result; after `runtime.max_restarts` deaths over one bundle it is a PoolError."""
 
     def __init__(self, spec: contracts.WorkSpec) -> None:
         runtime = spec.config.runtime
@@ -42,21 +45,22 @@ class Pool(contracts.Pool):
         self._options = {"num_cpus": runtime.threads, "num_gpus": _gpus_per_worker(spec, self._size), "max_concurrency": 1}
         self._actor_class = ray.remote(_worker_class())
         self._actors = [self._new_actor() for _ in range(self._size)]
+        ray.wait([actor.pid.remote() for actor in self._actors], num_returns=self._size, timeout=START_S)  # load side by side
 
-    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         shared = _Broadcasts()
-        light = [(shared.put(job.params, job.plan), replace(job, params={}, plan=RoundPlan())) for job in jobs]
-        sizes = [len(self._spec.shard(job.task, job.client_id)) for job in jobs]
-        yield from self._run(
-            "train", light, sizes, lambda i: f"client {jobs[i].client_id}, task {jobs[i].task}, round {jobs[i].round}"
-        )
+        cut = list(_bundles.bundles(jobs, self._size))
+        messages = []
+        for start, bundle in cut:
+            light = [replace(job, params={}, plan=NO_PLAN) for job in bundle]
+            messages.append((shared.put(bundle[0].params, bundle[0].plan), start, light))
+        for bundle in self._run("train", messages, lambda i: _describe(cut[i][1])):
+            yield with_tensors(bundle, to_tensors)
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         shared = _Broadcasts()
-        light = [(shared.put(job.params, RoundPlan()), replace(job, params={})) for job in jobs]
-        yield from self._run(
-            "evaluate", light, [job.stop - job.start for job in jobs], lambda i: f"evaluation of task {jobs[i].task}"
-        )
+        messages = [(shared.put(job.params, NO_PLAN), replace(job, params={})) for job in jobs]
+        yield from self._run("evaluate", messages, lambda i: f"evaluation of task {jobs[i].task}")
 
     def close(self) -> None:
         for actor in self._actors:
@@ -74,44 +78,39 @@ class Pool(contracts.Pool):
     def _new_actor(self) -> Any:
         return self._actor_class.options(**self._options).remote(cluster.ROOT, cluster.ours_first(), [self._spec_ref])
 
-    def _run(self, method: str, light: Sequence[Any], sizes: Sequence[int], describe: Callable[[int], str]) -> Iterator[Any]:
-        """Dispatch jobs by size, largest first, and yield results in order as soon as the order allows."""
-        waiting = deque(sorted(range(len(light)), key=lambda i: (-sizes[i], i)))
-        deaths = [0] * len(light)
+    def _run(self, method: str, messages: Sequence[Any], describe: Callable[[int], str]) -> Iterator[Any]:
+        """Hand out messages in order, `IN_FLIGHT` to a worker, and yield what comes back as it comes."""
+        waiting = deque(range(len(messages)))
+        deaths = [0] * len(messages)
         running: dict[Any, _Running] = {}
         load = [0] * len(self._actors)
-        done: dict[int, Any] = {}
-        next_out = 0
-        while next_out < len(light):
+        while waiting or running:
             while waiting and min(load) < IN_FLIGHT:
                 slot = load.index(min(load))
-                job = waiting.popleft()
-                ref = getattr(self._actors[slot], method).remote(*light[job])
-                running[ref] = _Running(job, slot, self._actors[slot])
+                number = waiting.popleft()
+                ref = getattr(self._actors[slot], method).remote(*messages[number])
+                running[ref] = _Running(number, slot, self._actors[slot])
                 load[slot] += 1
             finished, _ = ray.wait(list(running), num_returns=1)
             for ref in finished:
                 task = running.pop(ref)
                 load[task.slot] -= 1
                 try:
-                    done[task.job] = ray.get(ref)
+                    yield ray.get(ref)
                 except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
-                    deaths[task.job] += 1
-                    if deaths[task.job] > self._max_restarts:
-                        raise PoolError(_death(describe(task.job), deaths[task.job], e)) from e
-                    if self._actors[task.slot] is task.actor:  # the first of its jobs to notice replaces it
+                    deaths[task.number] += 1
+                    if deaths[task.number] > self._max_restarts:
+                        raise PoolError(_death(describe(task.number), deaths[task.number], e)) from e
+                    if self._actors[task.slot] is task.actor:  # the first of its messages to notice replaces it
                         self._actors[task.slot] = self._new_actor()
-                    waiting.appendleft(task.job)
+                    waiting.appendleft(task.number)
                 except ray.exceptions.RayTaskError as e:
-                    raise PoolError(f"a Ray worker failed on {describe(task.job)}: {last_line(e)}") from e
-            while next_out in done:
-                yield done.pop(next_out)
-                next_out += 1
+                    raise PoolError(f"a Ray worker failed on {describe(task.number)}: {last_line(e)}") from e
 
 
 @dataclass(frozen=True)
 class _Running:
-    job: int
+    number: int
     slot: int
     actor: Any
 
@@ -126,7 +125,7 @@ class _Broadcasts:
         """A list around the reference: Ray then leaves it to the worker to fetch, which does so once per round."""
         key = (id(params), id(plan))
         if key not in self._refs:
-            self._refs[key] = [ray.put((_to_numpy(params), replace(plan, background={}), _to_numpy(plan.background)))]
+            self._refs[key] = [ray.put((to_numpy(params), replace(plan, background={}), to_numpy(plan.background)))]
         return self._refs[key]
 
 
@@ -151,11 +150,14 @@ def _worker_class() -> type[Any]:
 
             return os.getpid()
 
-        def train(self, shared: list[Any], job: Any) -> Any:
+        def train(self, shared: list[Any], start: int, jobs: list[Any]) -> Any:
             from dataclasses import replace
 
+            from clients.pools.ray import to_numpy, with_tensors
+
             params, plan = self._fetch(shared[0])
-            return self.worker.train(replace(job, params=params, plan=plan))
+            bundle = self.worker.train(start, [replace(job, params=params, plan=plan) for job in jobs])
+            return with_tensors(bundle, to_numpy)
 
         def evaluate(self, shared: list[Any], job: Any) -> Any:
             from dataclasses import replace
@@ -185,8 +187,25 @@ def to_tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {n: torch.from_numpy(a) for n, a in arrays.items()}
 
 
-def _to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+def to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+    """Views of tensors, which Ray moves as they lie, where it would take a tensor apart."""
     return {n: t.numpy() for n, t in tensors.items()}
+
+
+def with_tensors(bundle: Bundle, form: Callable[[Any], Any]) -> Bundle:
+    """The bundle with all of its mappings of tensors in another form."""
+    results = tuple(
+        replace(r, params=form(r.params), statistics=form(r.statistics), memory=form(r.memory))
+        if isinstance(r, ClientUpdate)
+        else r
+        for r in bundle.results
+    )
+    return Bundle(bundle.start, results, None if bundle.total is None else form(bundle.total))
+
+
+def _describe(jobs: Sequence[ClientJob]) -> str:
+    clients = ", ".join(str(job.client_id) for job in jobs)
+    return f"client{'s' * (len(jobs) > 1)} {clients}, task {jobs[0].task}, round {jobs[0].round}"
 
 
 def _num_workers(spec: contracts.WorkSpec) -> int:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from clients.worker import Worker, torch_threads
 from fedsim.core import contracts
-from fedsim.core.errors import ClientFailed
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult
+from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
 
 
 class Pool(contracts.Pool):
@@ -17,11 +16,11 @@ class Pool(contracts.Pool):
         self._threads = spec.config.runtime.threads
         self._worker = Worker(spec)
 
-    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
-        for job in jobs:
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
+        for place, job in enumerate(jobs):
             with torch_threads(self._threads):  # not across the yield: the caller's own work keeps its threads
-                update = self._worker.train(job)
-            yield update
+                bundle = self._worker.train(place, [job])
+            yield bundle
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         for job in jobs:

@@ -21,13 +21,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim.core import plugins
+from fedsim.core import contracts, plugins
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
 
-MOVES_BITS = ("threads", "device", "precision", "eval_batch")  # of `runtime`; the rest never does
+MOVES_BITS = ("threads", "device", "precision", "fused", "eval_batch")  # of `runtime`; the rest never does
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class ServerConfig:
     aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
     on_client_failure: fail | skip (a round in which nobody is left is an error either way).
     evaluate: round (every task seen, after every round) | task (only at the end of a task).
+    drift: measure how far clients drift apart; some of their updates then travel beside the sums (at most 64 MB a round).
     """
 
     rounds: int = 3
@@ -146,6 +147,7 @@ class ServerConfig:
     calibrator: Any = None
     on_client_failure: str = "fail"
     evaluate: str = "round"
+    drift: bool = True
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
@@ -156,12 +158,13 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs. Only threads, device, precision and eval_batch may move bits; the rest never does.
+    """Where and how it runs. Only threads, device, precision, fused and eval_batch may move bits; the rest never does.
 
     pool: serial | ray | flower; workers: processes, "auto": CPU cores / threads (at most one per client).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
     address: of a Ray cluster to join, "auto" for one on this machine (if it wants a token: RAY_AUTH_MODE=token).
-    fused: auto | false: train several clients in one forward where it pays (today: nowhere, clients run one by one).
+    fused: auto (on a GPU, where it pays) | true | false: train several clients in one forward. It rounds in another order, and
+        so does a bundle that had to be made smaller for want of memory.
     output: folder of run directories; max_restarts: of a Ray worker that dies, per job.
     """
 
@@ -185,8 +188,9 @@ class RuntimeConfig:
         _require(self.gpus_per_worker >= 0, "gpus_per_worker", "must not be negative", self.gpus_per_worker)
         _require(self.max_restarts >= 0, "max_restarts", "must not be negative", self.max_restarts)
         _choice("precision", self.precision, ("fp32",))
-        if self.fused not in ("auto", False):
-            raise ConfigError(f"fused must be auto or false, got {self.fused!r}: clients are trained one by one today")
+        _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
+        if self.fused is True and self.pool == "flower":
+            raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,8 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     pool, pools = config.runtime.pool, plugins.names("pools")
     if pool not in pools and "." not in pool:
         raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
-    runtime = dataclasses.replace(config.runtime, device=resolve_device(config.runtime.device))
+    device = resolve_device(config.runtime.device)
+    runtime = dataclasses.replace(config.runtime, device=device, fused=resolve_fused(config.runtime.fused, device, pool))
     sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
     return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
 
@@ -301,6 +306,11 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
 def resolve_device(name: str) -> str:
     """The device that "auto" stands for: the GPU if there is one here. Resolved with the config, since it moves bits."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def resolve_fused(fused: Any, device: str, pool: str) -> bool:
+    """Whether clients train together: "auto" stands for yes where one client cannot fill the device, and the pool has several."""
+    return device.startswith("cuda") and pool != "flower" if fused == "auto" else bool(fused)
 
 
 def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
@@ -322,6 +332,21 @@ def build(kind: str, section: Section) -> Any:
     """A new plug-in object of a section."""
     key = _name_key(kind)
     return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], _typed)
+
+
+def build_aggregator(section: Any) -> contracts.Aggregator:
+    """The rule of `server.aggregator`: one for all tensors, or for a list of `{match: glob, name: …}` one per group of them."""
+    if not isinstance(section, list):
+        rule: contracts.Aggregator = build("aggregators", section)
+        return rule
+    rules = [(str(s["match"]), build("aggregators", {k: v for k, v in s.items() if k != "match"})) for s in section]
+    grouped: contracts.Aggregator = plugins.load("aggregators", "_grouped")(tuple(rules))
+    return grouped
+
+
+def is_python_object(section: Any) -> bool:
+    """Whether a rule came from Python: its section describes it, and nobody can build it again."""
+    return isinstance(section, Mapping) and str(section.get("name", "")).startswith("python:")
 
 
 def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.core.errors import AggregationError, ClientFailed, ConfigError
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, State, Tensors
-from fedsim.core.tensors import sum_in_order
+from fedsim.core.errors import AggregationError, ConfigError, ModelError
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, State, Tensors
+from fedsim.core.sums import PairwiseSum
 
 if TYPE_CHECKING:
     from fedsim.core.config import SimConfig
 
 IntArray = NDArray[np.int64]
-BUNDLE = 8  # updates summed at a time by additive rules: part of the bits, so a constant
+Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
 
 
 # ---------------------------------------------------------------- server side
@@ -43,6 +43,11 @@ class Aggregator(ABC):
 
     exempt: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    @property
+    def additive(self) -> bool:
+        """Whether it merges from a sum over clients, see `AdditiveAggregator`."""
+        return False
 
     def init(self, params: Tensors) -> State:
         """State at the start of every task (empty by default). `params` are the tensors this rule is in charge of."""
@@ -62,26 +67,42 @@ class Aggregator(ABC):
 
 @dataclass(frozen=True)
 class AdditiveAggregator(Aggregator):
-    """A rule whose clients' contributions are closed under `+`, so that they may be summed anywhere.
+    """A rule whose clients' contributions are closed under `+`, so that they are summed where the clients run.
 
-    `combine` sums what `lift` makes of each update, in bundles of `BUNDLE` clients, and hands the total to `finish`.
+    What `lift` makes of each update is summed by `PairwiseSum`, and the total is handed to `finish`: the server's memory does
+    not grow with the number of clients.
     """
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     @abstractmethod
     def lift(self, update: ClientUpdate) -> Tensors:
-        """One client's contribution, float64; every client gives the same names and shapes. May run next to the client."""
+        """One client's contribution, float64; every client gives the same names and shapes. Runs next to the client."""
 
     @abstractmethod
     def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
         """New state and parameters from the total."""
 
     def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        """The same from whole updates: `finish` of the sum of their `lift`."""
         require_updates(updates)
-        bundles = []
-        for start in range(0, len(updates), BUNDLE):
-            lifted = [self.lift(u) for u in updates[start : start + BUNDLE]]
-            bundles.append({n: sum_in_order([one[n] for one in lifted]) for n in lifted[0]})
-        return self.finish(state, params, {n: sum_in_order([b[n] for b in bundles]) for n in bundles[0]})
+        total = PairwiseSum()
+        for place, update in enumerate(updates):
+            total.add(place, 1, self.lift(update))
+        return self.finish(state, params, total.result() or {})
+
+
+def is_additive(rule: Aggregator) -> TypeGuard[AdditiveAggregator]:
+    """Whether a rule merges from a sum over clients. A list of rules does if all of them do."""
+    return rule.additive
+
+
+def lift_statistics(update: ClientUpdate) -> Tensors:
+    """A client's statistics as they are summed for a consolidator: float64, and `num_samples`."""
+    n = torch.tensor(float(update.num_samples), dtype=torch.float64)
+    return {name: t.double() for name, t in update.statistics.items()} | {"num_samples": n}
 
 
 def require_updates(updates: Sequence[ClientUpdate]) -> None:
@@ -116,8 +137,9 @@ class Consolidator(ABC):
         return None
 
     @abstractmethod
-    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
-        """State after the task. `updates` hold the statistics of `plan` (empty if that was None)."""
+    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+        """State after the task. `total`: the statistics of `plan` and `num_samples`, summed over the clients, float64 (empty if
+        the plan was None)."""
 
     @abstractmethod
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
@@ -219,6 +241,33 @@ class BackboneLike(Protocol):
     def width(self) -> int: ...
 
 
+@dataclass
+class Slots:
+    """Where K clients' samples lie in a batch. Whoever runs the encoder writes it anew before every forward.
+
+    width: samples of a slot: client k's are the rows from `k · width` on. rows: how many of these are its own, K numbers; the
+    rest of the slot only fills it. tokens: how long each client's texts would be without the others' beside them, None for
+    images. dropout: the generators of the clients' dropout masks in training, None otherwise.
+    """
+
+    width: int
+    rows: Sequence[int]
+    tokens: Sequence[int] | None = None
+    dropout: Sequence[torch.Generator] | None = None
+
+    def axis(self, batch: int) -> int:
+        """Rows of a slot in a tensor of `batch` rows in which a sample may take several (windows).
+
+        Raises ModelError when they cannot be told apart: what the tensor holds is not sample after sample.
+        """
+        samples = len(self.rows) * self.width
+        if batch % samples:
+            raise ModelError(
+                f"a layer's input has {batch} rows for {samples} samples, so the clients' parts cannot be told apart"
+            )
+        return batch // len(self.rows)
+
+
 @dataclass(frozen=True)
 class Adapter(ABC):
     """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix)."""
@@ -237,6 +286,12 @@ class Adapter(ABC):
     def merged(self, backbone: BackboneLike, tensors: Tensors) -> AbstractContextManager[None]:
         """Like `applied`, in the cheapest form for inference; the base weights come back bit for bit."""
         return self.applied(backbone, tensors)
+
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Like `applied` for K clients whose samples share the batch: a tensor has a leading axis of clients, or is the same for
+        all of them and has none. What one client's samples give must not depend on the others. An adapter without this method
+        is trained client by client."""
+        raise ModelError(f"the adapter {type(self).__module__} cannot train several clients at once: it has no method 'stacked'")
 
 
 class ModelLike(Protocol):
@@ -279,15 +334,17 @@ class Accumulator(Protocol):
 
 
 class Pool(ABC):
-    """Runs clients somewhere. Results come in the order of the jobs, whatever finished first."""
+    """Runs clients somewhere."""
 
     @abstractmethod
-    def train(self, jobs: Sequence[ClientJob]) -> Iterator[ClientUpdate | ClientFailed]:
-        """One result per job. A client's own failure is yielded, a pool's is raised (PoolError)."""
+    def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
+        """Every job's result, in bundles of jobs that lie side by side, which start at multiples of their size, a power of two
+        (the last one may be shorter); in any order. Jobs come longest first. A client's own failure is a result, a pool's is
+        raised (PoolError). A pool may leave `RoundPlan.lift` alone: the server then sums the updates, to the same bits."""
 
     @abstractmethod
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
-        """One result per job."""
+        """One result per job, in any order."""
 
     @abstractmethod
     def close(self) -> None:

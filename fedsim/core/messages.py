@@ -9,10 +9,12 @@ Statistics are named `<statistic>.<form>/<subject>`, e.g. `gram.diagonal/adapter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from fedsim.core.errors import ClientFailed
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 State: TypeAlias = Any  # nested dicts, lists and tuples of tensors, numbers, strings and None: what a file can hold
@@ -40,12 +42,17 @@ class RoundPlan:
     train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
     statistics: what is computed after training.
     background: modules of past tasks, already weighted; `share` is the weight of the client's own module beside them.
+    lift: what is summed where the clients run, so that the sums travel instead of the updates: "rule" (what the aggregator
+    lifts from an update), "statistics" (the statistics as they are), "" nothing. The loop says so, not a rule.
+    observed: clients whose trained tensors come back one by one all the same, for those who watch.
     """
 
     train: tuple[str, ...] = ("*",)
     statistics: tuple[StatisticRequest, ...] = ()
     background: Tensors = field(default_factory=dict)
     share: float = 1.0
+    lift: str = ""
+    observed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,10 @@ class ClientJob:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory."""
+    """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory.
+
+    sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
+    """
 
     client_id: int
     num_samples: int
@@ -70,6 +80,24 @@ class ClientUpdate:
     statistics: Tensors = field(default_factory=dict)
     memory: Tensors = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": mean of the last epoch, "seconds": ...}
+    sent: Mapping[str, int] | None = None
+
+    def summed(self, observed: bool) -> ClientUpdate:
+        """What is left of it once it is in a sum; an observed client keeps its trained tensors."""
+        return replace(self, params=self.params if observed else {}, statistics={}, sent=bytes_up(self))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What became of jobs that lay side by side, the first of them at place `start` of the round's jobs.
+
+    total: where the plan says `lift`, the sum over the clients of the bundle (`sums.PairwiseSum`, float64); None when nothing
+    was summed there: the updates are whole then.
+    """
+
+    start: int
+    results: tuple[ClientUpdate | ClientFailed, ...]
+    total: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +141,9 @@ def bytes_down(job: ClientJob) -> dict[str, int]:
 
 
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
-    """Bytes that a client sends, by kind of object."""
+    """Bytes that a client sends, by kind of object: its update in a deployment, whether it is summed here on the way or not."""
+    if update.sent is not None:
+        return dict(update.sent)
     return _by_kind(update.params) | {"statistics": num_bytes(update.statistics)}
 
 

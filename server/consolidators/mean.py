@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.messages import ClientUpdate, State, Tensors
+from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import stack_modules, with_prefix
 
 
@@ -29,7 +29,7 @@ class Consolidator(contracts.Consolidator):
     def background(self, state: State) -> tuple[Tensors, float]:
         return mean_background(state["past"])
 
-    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         return {"past": [*state["past"], with_prefix(params, "adapter.")]}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsim.core import contracts
-from fedsim.core.messages import ClientUpdate, State, Tensors
+from fedsim.core.messages import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Consolidator(contracts.Consolidator):
         missing = {name: t for name, t in fresh.items() if name not in params}
         return {**params, **missing} if missing else params
 
-    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         return state
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.messages import RoundPlan, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
 from server.aggregators.regmean import gram_request, require_in_unit, resolve_form
 from server.consolidators.mean import mean_background, mean_module
@@ -63,10 +63,9 @@ class Consolidator(contracts.Consolidator):
         request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
         return RoundPlan(train=(), statistics=(request,), background=past, share=share)
 
-    def end_task(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> State:
-        contracts.require_updates(updates)
+    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         form = resolve_form(self.form, self.decay)
-        grams = {p: _sum_of(updates, f"gram.{form}/{p}{LORA_A}") for p in lora_layers(params)}
+        grams = {p: _sent(total, f"gram.{form}/{p}{LORA_A}") for p in lora_layers(params)}
         return {"past": [*state["past"], with_prefix(params, "adapter.")], "grams": [*state["grams"], grams]}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
@@ -92,8 +91,7 @@ class Consolidator(contracts.Consolidator):
         return solve_gram(product, from_upper_triangle(total), precision=dtype).to(dtype)
 
 
-def _sum_of(updates: Sequence[ClientUpdate], key: str) -> Tensor:
-    sent = [u.statistics[key].double() for u in updates if key in u.statistics]
-    if not sent:
+def _sent(total: Tensors, key: str) -> Tensor:
+    if key not in total:
         raise AggregationError(f"no client sent '{key}': the statistics pass at the task's end must reach the clients")
-    return sum_in_order(sent)
+    return total[key]

@@ -26,6 +26,7 @@ pytest.importorskip("flwr")
 
 from clients.pools import flower, serial
 from clients.worker import Worker
+from fedsim.core import contracts
 from fedsim.core.contracts import WorkSpec
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest
@@ -40,7 +41,7 @@ RANK_TOO_LARGE, BUG, DEATH, FAILURE, SLOW = range(90, 95)  # rounds in which `Sc
 class Scripted(Worker):
     """The real worker, with trouble in some rounds. Imported by name in the worker processes."""
 
-    def train(self, job: ClientJob) -> ClientUpdate | ClientFailed:
+    def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
         if job.round == RANK_TOO_LARGE:
             raise ModelError("rank 9 is larger than the layer")
         if job.round == BUG:
@@ -54,7 +55,7 @@ class Scripted(Worker):
             return ClientFailed(1, job.task, job.round, "training", "the loss is nan")
         if job.round == SLOW and job.client_id == 1:
             time.sleep(600)
-        update = super().train(job)
+        update = super().train_client(job)
         assert isinstance(update, ClientUpdate)
         here = {"threads": float(torch.get_num_threads()), "pid": float(os.getpid())}
         return replace(update, metrics={**update.metrics, **here})
@@ -239,6 +240,11 @@ def make_jobs(spec: WorkSpec, round: int, task: int = 0) -> list[ClientJob]:
     return [ClientJob(k, task, round, params, plan) for k in (2, 0, 1)]
 
 
+def trained(pool: contracts.Pool, jobs: list[ClientJob]) -> list[Any]:
+    """The clients' results in the order of the jobs."""
+    return [result for bundle in sorted(pool.train(jobs), key=lambda b: b.start) for result in bundle.results]
+
+
 def learned(results: list[Any]) -> list[Any]:
     """Updates without what depends on where and when they were computed."""
     return [replace(r, metrics={"loss": r.metrics["loss"]}) if isinstance(r, ClientUpdate) else r for r in results]
@@ -247,7 +253,7 @@ def learned(results: list[Any]) -> list[Any]:
 def test_training_has_the_bits_and_the_order_of_the_serial_pool(pool: Pool, spec: WorkSpec) -> None:
     for round, task in ((0, 0), (1, 1)):
         jobs = make_jobs(spec, round, task)
-        here, there = list(serial.Pool(spec).train(jobs)), list(pool.train(jobs))
+        here, there = trained(serial.Pool(spec), jobs), trained(pool, jobs)
         assert [u.client_id for u in there if isinstance(u, ClientUpdate)] == [2, 0, 1]
         assert all(isinstance(u, ClientUpdate) and u.statistics for u in there)
         assert same(learned(there), learned(here))
@@ -262,47 +268,47 @@ def test_evaluation_has_the_counts_of_the_serial_pool(pool: Pool, spec: WorkSpec
 
 
 def test_workers_have_the_threads_of_the_config_and_load_once(pool: Pool, spec: WorkSpec) -> None:
-    found = [u.metrics for round in (0, 1) for u in pool.train(make_jobs(spec, round)) if isinstance(u, ClientUpdate)]
+    found = [u.metrics for round in (0, 1) for u in trained(pool, make_jobs(spec, round)) if isinstance(u, ClientUpdate)]
     assert {m["threads"] for m in found} == {1.0}
     assert len({m["pid"] for m in found}) <= 2
     assert os.getpid() not in {m["pid"] for m in found}
 
 
 def test_a_clients_failure_is_a_value(pool: Pool, spec: WorkSpec) -> None:
-    results = list(pool.train(make_jobs(spec, FAILURE)))
+    results = trained(pool, make_jobs(spec, FAILURE))
     assert [type(r).__name__ for r in results] == ["ClientUpdate", "ClientUpdate", "ClientFailed"]
     assert same(results[2], ClientFailed(1, 0, FAILURE, "training", "the loss is nan"))
 
 
 def test_a_workers_error_keeps_its_class_and_is_one_line(pool: Pool, spec: WorkSpec) -> None:
     with pytest.raises(ModelError, match=r"^rank 9 is larger than the layer$"):
-        list(pool.train(make_jobs(spec, RANK_TOO_LARGE)))
+        trained(pool, make_jobs(spec, RANK_TOO_LARGE))
     with pytest.raises(PoolError, match=rf"^a Flower worker failed on client \d, task 0, round {BUG}: ValueError: two lines$"):
-        list(pool.train(make_jobs(spec, BUG)))
+        trained(pool, make_jobs(spec, BUG))
 
 
 def test_a_worker_that_dies_is_replaced_and_its_client_runs_again(pool: Pool, spec: WorkSpec) -> None:
     jobs = make_jobs(spec, DEATH)
-    there = list(pool.train(jobs))
+    there = trained(pool, jobs)
     assert (Path(spec.config.runtime.output) / "died-1").exists()
-    assert same(learned(there), learned(list(serial.Pool(spec).train(jobs))))
+    assert same(learned(there), learned(trained(serial.Pool(spec), jobs)))
 
 
 def test_no_jobs(pool: Pool) -> None:
-    assert list(pool.train([])) == []
+    assert trained(pool, []) == []
     assert list(pool.evaluate([])) == []
 
 
 def test_a_second_engine_in_one_process_is_refused(pool: Pool, spec: WorkSpec) -> None:
     with pytest.raises(PoolError, match="Ray is in use in this process"):
-        list(Pool(spec).train(make_jobs(spec, 0)))
-    assert len(list(pool.train(make_jobs(spec, 0)))) == 3
+        trained(Pool(spec), make_jobs(spec, 0))
+    assert len(trained(pool, make_jobs(spec, 0))) == 3
 
 
 def test_closing_in_the_middle_of_a_round_ends_it_and_leaves_no_trace(pool: Pool, spec: WorkSpec) -> None:
     """The last test of this engine. A client that would sleep for ten minutes is not waited for."""
     results = pool.train(make_jobs(spec, SLOW))
-    assert isinstance(next(results), ClientUpdate)
+    assert isinstance(next(iter(results)).results[0], ClientUpdate)
     engine = pool._engine
     assert engine is not None
     folder = engine._folder
@@ -344,7 +350,7 @@ def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pyte
 
     monkeypatch.setattr(flower, "_run_simulation", broken)
     with pytest.raises(PoolError, match=r"has stopped: ValueError: ActorPool is empty\. Stopping\. \(runtime\.pool=serial"):
-        list(Pool(spec).train(make_jobs(spec, 0)))
+        trained(Pool(spec), make_jobs(spec, 0))
     assert not logging.getLogger("flwr").filters
 
 
@@ -355,7 +361,7 @@ def test_a_folder_that_takes_no_data_is_a_pool_error(spec: WorkSpec, monkeypatch
     monkeypatch.setattr(flower, "write_spec", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(PoolError, match=r"No space left on device \(set TMPDIR\)"):
-        list(Pool(spec).train(make_jobs(spec, 0)))
+        trained(Pool(spec), make_jobs(spec, 0))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,24 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedsim.core.config import build_aggregator
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import StatisticRequest
 from server import laws
+from server.aggregators._grouped import Aggregator as Grouped
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.lorm import Aggregator as Lorm
 from server.aggregators.variance_weighted import Aggregator as VarianceWeighted
-from server.grouped import Grouped, from_config
 
 SECTIONS = [{"match": "adapter.*", "name": "lorm", "decay": 0.5}, {"match": "head.*", "name": "variance_weighted"}]
 
 
-def test_from_config_builds_every_rule_with_its_options() -> None:
-    assert from_config(SECTIONS) == Grouped((("adapter.*", Lorm(decay=0.5)), ("head.*", VarianceWeighted())))
+def test_every_rule_is_built_with_its_options() -> None:
+    assert build_aggregator(SECTIONS) == Grouped((("adapter.*", Lorm(decay=0.5)), ("head.*", VarianceWeighted())))
 
 
 def test_every_group_gets_what_its_rule_gives_alone() -> None:
-    rule = from_config(SECTIONS)
+    rule = build_aggregator(SECTIONS)
     for scene in laws.scenes(rule):
         _, out = rule.combine(scene.state, scene.params, scene.updates)
         assert list(out) == list(scene.params)
@@ -36,7 +37,7 @@ def test_every_group_gets_what_its_rule_gives_alone() -> None:
 
 
 def test_plan_is_the_union_with_names_written_out() -> None:
-    rule = from_config(SECTIONS)
+    rule = build_aggregator(SECTIONS)
     state = rule.init(laws.make_params())
     first, second = rule.plan(state, 0), rule.plan(state, 1)
     head = ("head.weight", "head.bias")
@@ -50,7 +51,7 @@ def test_plan_is_the_union_with_names_written_out() -> None:
 
 
 def test_equal_requests_of_two_groups_are_one_pass() -> None:
-    rule = from_config([{"match": "*.0.*", "name": "lorm"}, {"match": "*", "name": "lorm"}])
+    rule = build_aggregator([{"match": "*.0.*", "name": "lorm"}, {"match": "*", "name": "lorm"}])
     state = rule.init(laws.make_params())
     asked = {r.options["form"]: r.match for r in rule.plan(state, 0).statistics}
     assert asked == {"projected": ("adapter.block.0.lora_B", "adapter.block.1.lora_B"), "full": ("head.weight",)}
@@ -65,7 +66,7 @@ def test_first_match_decides() -> None:
 
 
 def test_groups_keep_the_laws_of_their_rules() -> None:
-    rule = from_config([{"match": "adapter.*", "name": "lorm"}, {"match": "*", "name": "fedavg"}])
+    rule = build_aggregator([{"match": "adapter.*", "name": "lorm"}, {"match": "*", "name": "fedavg"}])
     assert [(r.name, r.explanation) for r in laws.check(rule) if not r.ok] == []
 
 
@@ -73,7 +74,7 @@ def test_a_tensor_without_a_rule() -> None:
     with pytest.raises(
         ConfigError, match=r"no rule in server\.aggregator matches 'head\.weight': add a last entry \{match: \"\*\""
     ):
-        from_config(SECTIONS[:1]).init(laws.make_params())
+        build_aggregator(SECTIONS[:1]).init(laws.make_params())
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,10 @@ def test_a_rule_without_a_tensor(sections: list[dict[str, object]]) -> None:
     with pytest.raises(
         ConfigError, match=r"match '.*' in server\.aggregator decides for no tensor.*adapter\.block\.0\.lora_A.* and 2 more"
     ):
-        from_config(sections).init(laws.make_params())
+        build_aggregator(sections).init(laws.make_params())
 
 
 def test_no_updates() -> None:
-    rule = from_config(SECTIONS)
+    rule = build_aggregator(SECTIONS)
     with pytest.raises(AggregationError, match="no client sent an update"):
         rule.combine(rule.init(laws.make_params()), laws.make_params(), [])

@@ -1,35 +1,38 @@
-"""A rule per group of tensors, e.g. the adapter by LoRM and the head by variance weighting."""
+"""A rule per group of tensors, e.g. the adapter by LoRM and the head by variance weighting: what a list of rules becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
-from fedsim.core import config, contracts
-from fedsim.core.contracts import Aggregator
+from fedsim.core import contracts
+from fedsim.core.contracts import AdditiveAggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
 
 
 @dataclass(frozen=True)
-class Grouped(contracts.Aggregator):
+class Aggregator(contracts.AdditiveAggregator):
     """Several rules side by side: the first glob that matches a tensor's name decides which rule merges it.
 
     Every rule sees its own tensors only, and all statistics. Clients train and send the union of what the rules ask for.
-    State: `names` and `states`, one entry per rule.
+    It is summed where the clients run if all of its rules are. State: `names` and `states`, one entry per rule.
     """
 
-    groups: tuple[tuple[str, Aggregator], ...]
+    groups: tuple[tuple[str, contracts.Aggregator], ...]
+
+    @property
+    def additive(self) -> bool:
+        return all(rule.additive for _, rule in self.groups)
 
     def init(self, params: Tensors) -> State:
         """Raises ConfigError for a tensor without a rule, and for a rule without a tensor."""
         names: list[list[str]] = [[] for _ in self.groups]
         for name in params:
-            first = next((k for k, (glob, _) in enumerate(self.groups) if matching([name], [glob])), None)
+            first = self._decider(name)
             if first is None:
                 raise ConfigError(
                     f"no rule in server.aggregator matches '{name}': add a last entry {{match: \"*\", name: fedavg}}"
@@ -54,23 +57,45 @@ class Grouped(contracts.Aggregator):
             requests += [replace(r, match=tuple(matching(own, r.match))) for r in wanted.statistics]
         return RoundPlan(train=tuple(train), statistics=_joined([r for r in requests if r.match]))
 
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """`<rule>/<name>`: what each rule lifts from its own tensors."""
+        lifted: dict[str, Tensor] = {}
+        for k, rule in enumerate(self._additive_rules()):
+            own = {n: t for n, t in update.params.items() if self._decider(n) == k}
+            lifted |= {f"{k}/{n}": t for n, t in rule.lift(replace(update, params=own)).items()}
+        return lifted
+
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        outcomes = []
+        for k, (rule, own, inner) in enumerate(zip(self._additive_rules(), state["names"], state["states"], strict=True)):
+            share = {n.removeprefix(f"{k}/"): t for n, t in total.items() if n.startswith(f"{k}/")}
+            outcomes.append(rule.finish(inner, {n: params[n] for n in own}, share))
+        return _side_by_side(state, params, outcomes)
+
     def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
-        merged: dict[str, Tensor] = {}
-        states: list[State] = []
+        outcomes = []
         for (_, rule), own, inner in zip(self.groups, state["names"], state["states"], strict=True):
             mine = set(own)
             sent = [replace(u, params={n: t for n, t in u.params.items() if n in mine}) for u in updates]
-            after, tensors = rule.combine(inner, {n: params[n] for n in own}, sent)
-            states.append(after)
-            merged |= tensors
-        return {"names": state["names"], "states": states}, {name: merged[name] for name in params}
+            outcomes.append(rule.combine(inner, {n: params[n] for n in own}, sent))
+        return _side_by_side(state, params, outcomes)
+
+    def _decider(self, name: str) -> int | None:
+        """Which rule merges a tensor."""
+        return next((k for k, (glob, _) in enumerate(self.groups) if matching([name], [glob])), None)
+
+    def _additive_rules(self) -> list[AdditiveAggregator]:
+        rules = [rule for _, rule in self.groups]
+        additive = [rule for rule in rules if isinstance(rule, AdditiveAggregator)]
+        assert len(additive) == len(rules), "lift and finish are for additive rules"
+        return additive
 
 
-def from_config(sections: Sequence[Mapping[str, Any]]) -> Grouped:
-    """The rule of a list such as `[{match: "adapter.*", name: lorm}, {match: "head.*", name: variance_weighted}]`."""
-    rules = [config.build("aggregators", {k: v for k, v in s.items() if k != "match"}) for s in sections]
-    return Grouped(tuple((str(s["match"]), rule) for s, rule in zip(sections, rules, strict=True)))
+def _side_by_side(state: State, params: Tensors, outcomes: Sequence[tuple[State, Tensors]]) -> tuple[State, Tensors]:
+    """What each rule made of its own state and tensors, as one."""
+    merged = {name: tensor for _, tensors in outcomes for name, tensor in tensors.items()}
+    return {"names": state["names"], "states": [after for after, _ in outcomes]}, {name: merged[name] for name in params}
 
 
 def _joined(requests: Sequence[StatisticRequest]) -> tuple[StatisticRequest, ...]:

@@ -1,0 +1,91 @@
+"""What comes back from the clients of a round, and how it is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedsim.core.contracts import Aggregator, Lift, is_additive, lift_statistics, require_updates
+from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.sums import PairwiseSum
+from fedsim.core.tensors import matching
+
+OBSERVED_BYTES = 64 * 2**20  # of updates that come back whole for whoever watches, however many clients there are
+MOST_OBSERVED = 64  # clients: their pairs grow with the square
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round's updates in client-id order, and their sum where the plan said `lift` (then they hold little else)."""
+
+    updates: Sequence[ClientUpdate]
+    total: Tensors | None = None
+
+
+class Gathering:
+    """Takes bundles in, in any order, and gives the round out. Bundles that nobody summed yet are summed here."""
+
+    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, rule: Aggregator) -> None:
+        self.failures: list[ClientFailed] = []
+        self._jobs, self._plan = jobs, plan
+        self._updates: list[ClientUpdate] = []
+        self._lift = lift_of(plan, rule)
+        self._sum = PairwiseSum()
+
+    def add(self, bundle: Bundle) -> Iterator[ClientUpdate | ClientFailed]:
+        """The results of a bundle, one by one, as they are taken in."""
+        if bundle.total is not None:
+            self._sum.add(bundle.start, len(bundle.results), bundle.total)
+        for place, result in enumerate(bundle.results, bundle.start):
+            if isinstance(result, ClientFailed):
+                self.failures.append(result)
+            elif bundle.total is None and self._lift is not None:
+                self._sum.add(place, 1, self._lift(result))
+                self._updates.append(result.summed(result.client_id in self._plan.observed))
+            else:
+                self._updates.append(result)
+            yield result
+
+    @property
+    def count(self) -> int:
+        """How many clients have answered or failed."""
+        return len(self._updates) + len(self.failures)
+
+    def result(self) -> Round:
+        """Raises AggregationError when nobody is left, and when nobody of those who are summed holds samples."""
+        if not self._updates:
+            job = self._jobs[0]
+            raise AggregationError(
+                f"task {job.task}, round {job.round}: nobody is left, all {len(self._jobs)} clients failed; "
+                f"the last: {self.failures[-1]}"
+            )
+        updates = sorted(self._updates, key=lambda u: u.client_id)
+        if self._lift is None:
+            return Round(updates)
+        require_updates(updates)
+        return Round(updates, self._sum.result(own=True))
+
+
+def lift_of(plan: RoundPlan, rule: Aggregator) -> Lift | None:
+    """What is summed of an update, as the plan says it."""
+    if plan.lift == "rule":
+        assert is_additive(rule)
+        return rule.lift
+    return lift_statistics if plan.lift == "statistics" else None
+
+
+def merge(rule: Aggregator, state: State, params: Tensors, round: Round) -> tuple[State, Tensors]:
+    """The rule's new state and parameters."""
+    if round.total is None:
+        return rule.combine(state, params, round.updates)
+    assert is_additive(rule)
+    return rule.finish(state, params, round.total)
+
+
+def observed(clients: Sequence[int], params: Tensors, plan: RoundPlan) -> tuple[int, ...]:
+    """Clients to watch: all of them, or as many, evenly spaced, as `MOST_OBSERVED` and `OBSERVED_BYTES` allow (two at least)."""
+    sizes: Mapping[str, int] = {n: params[n].numel() * params[n].element_size() for n in matching(params, plan.train)}
+    most = max(2, min(MOST_OBSERVED, OBSERVED_BYTES // max(1, sum(sizes.values()))))
+    count = min(most, len(clients))
+    return tuple(clients[i * len(clients) // count] for i in range(count))

@@ -1,0 +1,227 @@
+"""Sums whose bits depend on nothing but the places of what is summed, and rounds that are gathered from bundles."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clients.pools._bundles import MOST, PER_WORKER, bundles
+from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, bytes_up
+from fedsim.core.sums import PairwiseSum
+from server import gather, sampling
+from server.aggregators.fairavg import Aggregator as FairAvg
+from server.aggregators.fedavg import Aggregator as FedAvg
+from server.gather import Gathering, merge
+
+PARAMS = {"adapter.x": torch.zeros(3), "head.bias": torch.zeros(2)}
+
+
+def summed(values: Sequence[float | None]) -> Tensor | None:
+    """Place by place; None is an empty place."""
+    total = PairwiseSum()
+    for place, value in enumerate(values):
+        if value is not None:
+            total.add(place, 1, {"x": torch.tensor(value, dtype=torch.float64)})
+    result = total.result()
+    return None if result is None else result["x"]
+
+
+def tree(values: Sequence[float | None]) -> float | None:
+    """The same sum by recursion over halves of a power of two."""
+    if len(values) <= 1:
+        return values[0] if values else None
+    half = 1 << ((len(values) - 1).bit_length() - 1)
+    left, right = tree(values[:half]), tree(values[half:])
+    return right if left is None else left if right is None else left + right
+
+
+FLOATS = st.one_of(st.none(), st.floats(-1e9, 1e9, allow_nan=False))
+
+
+@given(values=st.lists(FLOATS, max_size=70), size=st.sampled_from([1, 2, 4, 8, 16]), seed=st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_blocks_of_any_size_in_any_order_give_the_bits_of_the_tree(values: list[float | None], size: int, seed: int) -> None:
+    """Blocks are summed apart, as workers do, and arrive shuffled."""
+    expected = tree(values)
+    starts = list(range(0, len(values), size))
+    random.Random(seed).shuffle(starts)
+    total = PairwiseSum()
+    for start in starts:
+        block = summed(values[start : start + size])
+        if block is not None:
+            total.add(start, len(values[start : start + size]), {"x": block})
+    result = total.result()
+    assert (None if result is None else float(result["x"])) == expected
+    if expected is not None:
+        exact = float(sum(Fraction(v) for v in values if v is not None))
+        assert expected == pytest.approx(exact, rel=1e-12, abs=1e-5)
+
+
+def test_terms_are_not_written_into_and_an_own_result_may_be() -> None:
+    terms = [{"x": torch.full((2,), float(k), dtype=torch.float64)} for k in range(5)]
+    total = PairwiseSum()
+    for place, term in enumerate(terms):
+        total.add(place, 1, term)
+    assert torch.equal((total.result() or {})["x"], torch.full((2,), 10.0, dtype=torch.float64))
+    assert [float(t["x"][0]) for t in terms] == [0, 1, 2, 3, 4]
+    alone = PairwiseSum()
+    alone.add(0, 1, terms[3])
+    (alone.result(own=True) or {})["x"].zero_()
+    assert float(terms[3]["x"][0]) == 3
+
+
+def test_few_partial_sums_are_held_when_blocks_come_in_order() -> None:
+    total = PairwiseSum()
+    for place in range(1000):
+        total.add(place, 1, {"x": torch.zeros(())})
+        assert len(total._nodes) <= 10  # log2(1000)
+
+
+def test_terms_with_other_names_are_refused() -> None:
+    total = PairwiseSum()
+    total.add(0, 1, {"x": torch.zeros(1), "y": torch.zeros(1)})
+    with pytest.raises(AggregationError, match="only some of them have 'y'"):
+        total.add(1, 1, {"x": torch.zeros(1)})
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def update(client: int) -> ClientUpdate:
+    draw = torch.Generator().manual_seed(client)
+    return ClientUpdate(client, 3 + client, {n: torch.randn(t.shape, generator=draw) for n, t in PARAMS.items()})
+
+
+def jobs_of(count: int, plan: RoundPlan) -> list[ClientJob]:
+    return [ClientJob(k, 0, 0, PARAMS, plan) for k in range(count)]
+
+
+def as_worker(start: int, updates: Sequence[ClientUpdate | ClientFailed], observed: Sequence[int] = ()) -> Bundle:
+    """What a worker makes of a bundle under FedAvg."""
+    total = PairwiseSum()
+    lean: list[ClientUpdate | ClientFailed] = []
+    for place, one in enumerate(updates):
+        if isinstance(one, ClientUpdate):
+            total.add(place, 1, FedAvg().lift(one))
+            one = one.summed(one.client_id in observed)
+        lean.append(one)
+    return Bundle(start, tuple(lean), total.result())
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 33])
+def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
+    """FedAvg of whole updates, of bundles of any size in any order, and of a mix: the same bits."""
+    plan = RoundPlan(lift="rule")
+    outcomes = []
+    for workers, here in ((1, True), (1, False), (2, False), (7, False)):
+        jobs = jobs_of(count, plan)
+        gathering = Gathering(jobs, plan, FedAvg())
+        cut = list(bundles(jobs, workers))
+        random.Random(workers).shuffle(cut)
+        for start, some in cut:
+            made = [update(job.client_id) for job in some]
+            bundle = Bundle(start, tuple(made)) if here else as_worker(start, made)
+            assert [r.client_id for r in gathering.add(bundle)] == [job.client_id for job in some]
+        round = gathering.result()
+        assert [u.client_id for u in round.updates] == list(range(count))
+        assert [bytes_up(u) for u in round.updates] == [{"adapter": 12, "head": 8, "statistics": 0}] * count
+        assert not any(u.params for u in round.updates)
+        outcomes.append(merge(FedAvg(), {}, PARAMS, round)[1])
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(outcome[n], outcomes[0][n]) for n in PARAMS)
+    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in range(count)])
+    assert all(torch.equal(outcomes[0][n], direct[n]) for n in PARAMS)
+
+
+def test_a_failed_client_leaves_an_empty_place() -> None:
+    plan = RoundPlan(lift="rule")
+    gathering = Gathering(jobs_of(4, plan), plan, FedAvg())
+    failed = ClientFailed(1, 0, 0, "training", "no luck")
+    list(gathering.add(as_worker(2, [update(2), update(3)])))
+    list(gathering.add(as_worker(0, [update(0), failed])))
+    assert gathering.failures == [failed] and gathering.count == 4
+    _, out = merge(FedAvg(), {}, PARAMS, gathering.result())
+    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in (0, 2, 3)])
+    for name in PARAMS:
+        torch.testing.assert_close(out[name], direct[name])
+
+
+def test_nobody_is_left() -> None:
+    gathering = Gathering(jobs_of(1, RoundPlan()), RoundPlan(), FairAvg())
+    list(gathering.add(Bundle(0, (ClientFailed(0, 0, 0, "training", "no luck"),))))
+    with pytest.raises(AggregationError, match=r"task 0, round 0: nobody is left, all 1 clients failed; the last: .*no luck"):
+        gathering.result()
+
+
+def test_clients_without_samples_are_nothing_to_sum() -> None:
+    plan = RoundPlan(lift="statistics")
+    gathering = Gathering(jobs_of(1, plan), plan, FairAvg())
+    list(gathering.add(Bundle(0, (replace(update(0), num_samples=0),))))
+    with pytest.raises(AggregationError, match="hold no samples"):
+        gathering.result()
+
+
+def test_statistics_are_summed_with_the_samples() -> None:
+    plan = RoundPlan(train=(), lift="statistics")
+    gathering = Gathering(jobs_of(3, plan), plan, FairAvg())
+    for k in range(3):
+        list(gathering.add(Bundle(k, (ClientUpdate(k, 2, {}, {"s": torch.tensor([0.1 * k])}),))))
+    total = gathering.result().total
+    assert total is not None
+    assert total["num_samples"] == 6 and total["s"].dtype == torch.float64
+    assert float(total["s"]) == sum(float(np.float32(0.1 * k)) for k in range(3))
+
+
+def test_a_rule_that_is_not_additive_gets_whole_updates() -> None:
+    gathering = Gathering(jobs_of(2, RoundPlan()), RoundPlan(), FairAvg())
+    list(gathering.add(Bundle(0, (update(0), update(1)))))
+    round = gathering.result()
+    assert round.total is None and all(u.params and u.sent is None for u in round.updates)
+
+
+# ---------------------------------------------------------------- who is watched, and in which order
+
+
+def test_all_clients_are_watched_while_they_are_small_and_few() -> None:
+    assert gather.observed([4, 7, 9], PARAMS, RoundPlan()) == (4, 7, 9)
+
+
+def test_of_many_clients_some_are_watched_evenly_spaced() -> None:
+    chosen = gather.observed(range(129), PARAMS, RoundPlan())
+    assert len(chosen) == len(set(chosen)) == gather.MOST_OBSERVED
+    assert {b - a for a, b in pairwise(chosen)} == {2}
+    assert gather.observed(range(1000), PARAMS, RoundPlan(train=("none",))) == gather.observed(range(1000), PARAMS, RoundPlan())
+
+
+def test_large_updates_are_watched_within_a_bound() -> None:
+    """Only what is trained counts."""
+    large = {"adapter.x": torch.empty(10 * 2**18), "head.bias": torch.empty(2**26, device="meta")}  # 10 MB, 256 MB
+    assert len(gather.observed(range(1000), large, RoundPlan(train=("adapter.*",)))) == 6
+    assert len(gather.observed(range(1000), large, RoundPlan())) == 2
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_longest_first(sizes: list[int]) -> None:
+    clients = list(range(0, len(sizes), 2))
+    order = sampling.longest_first(clients, np.array(sizes))
+    assert order == sorted(clients, key=lambda c: (-sizes[c], c))
+
+
+@pytest.mark.parametrize(("jobs", "workers", "size"), [(10, 2, 1), (50, 2, 4), (1000, 2, MOST), (3, 1, 1), (64, 1, MOST)])
+def test_bundles_are_blocks_with_enough_for_every_worker(jobs: int, workers: int, size: int) -> None:
+    cut = list(bundles(jobs_of(jobs, RoundPlan()), workers))
+    assert [job.client_id for _, some in cut for job in some] == list(range(jobs))
+    assert {len(some) for _, some in cut[:-1]} <= {size} and all(start % size == 0 for start, _ in cut)
+    assert size == 1 or len(cut) >= PER_WORKER * workers
