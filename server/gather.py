@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedsim.core.contracts import Aggregator, Lift, is_additive, lift_statistics, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors
-from fedsim.core.sums import PairwiseSum
+from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching
 
 OBSERVED_BYTES = 64 * 2**20  # of updates that come back whole for whoever watches, however many clients there are
@@ -31,21 +31,24 @@ class Gathering:
         self._jobs, self._plan = jobs, plan
         self._updates: list[ClientUpdate] = []
         self._lift = lift_of(plan, rule)
-        self._sum = PairwiseSum()
+        self._sum = BlockSum()
 
     def add(self, bundle: Bundle) -> Iterator[ClientUpdate | ClientFailed]:
         """The results of a bundle, one by one, as they are taken in."""
         if bundle.total is not None:
             self._sum.add(bundle.start, len(bundle.results), bundle.total)
         for place, result in enumerate(bundle.results, bundle.start):
+            if bundle.total is None and self._lift is not None:
+                self._sum.add(place, 1, None if isinstance(result, ClientFailed) else self._lift(result))
             if isinstance(result, ClientFailed):
                 self.failures.append(result)
-            elif bundle.total is None and self._lift is not None:
-                self._sum.add(place, 1, self._lift(result))
-                self._updates.append(result.summed(result.client_id in self._plan.observed))
             else:
-                self._updates.append(result)
+                self._updates.append(self._kept(result))
             yield result
+
+    def _kept(self, update: ClientUpdate) -> ClientUpdate:
+        whole = self._lift is None or update.sent is not None
+        return update if whole else update.summed(update.client_id in self._plan.observed)
 
     @property
     def count(self) -> int:
@@ -64,7 +67,7 @@ class Gathering:
         if self._lift is None:
             return Round(updates)
         require_updates(updates)
-        return Round(updates, self._sum.result(own=True))
+        return Round(updates, self._sum.result())
 
 
 def lift_of(plan: RoundPlan, rule: Aggregator) -> Lift | None:

@@ -25,7 +25,7 @@ from fedsim.core.contracts import Aggregator, is_additive
 from fedsim.core.errors import AggregationError, FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.sums import PairwiseSum
+from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import LORA_A, LORA_B, matching, same_layout, upper_triangle
 
 ROUNDS = 3
@@ -437,10 +437,10 @@ def _sum(terms: Sequence[Tensors]) -> dict[str, Tensor]:
     narrow = [n for n, t in terms[0].items() if t.dtype != torch.float64]
     if narrow:
         raise LawBroken(f"lift gives '{narrow[0]}' as {terms[0][narrow[0]].dtype}: sums are kept in float64")
-    total = PairwiseSum()
+    total = BlockSum()
     for place, term in enumerate(terms):
         total.add(place, 1, term)
-    return dict(total.result() or {})
+    return total.result() or {}
 
 
 def _expect_close(got: Tensors, want: Tensors, when: str, tolerance: float = EXACT) -> None:

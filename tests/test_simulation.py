@@ -86,6 +86,44 @@ def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path) 
     assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, other)))
 
 
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_many_clients_in_blocks_have_the_bits_of_one_by_one(fused: str, tmp_path: Path) -> None:
+    """45 clients: alone in the serial pool (in bundles if they are fused), blocks that are summed on one Ray worker, on two."""
+    overrides = [
+        f"runtime.fused={fused}",
+        "partition.clients=45",
+        "partition.min_samples=1",
+        "partition.alpha=5",
+        "stream.tasks=1",
+    ]
+    where = [("runtime.pool=serial",), *(("runtime.pool=ray", f"runtime.workers={w}") for w in (1, 2))]
+    states = []
+    for k, pool in enumerate(where):
+        config = tiny(*overrides, *pool, "server.rounds=2", "data.train_per_class=30", output=tmp_path / str(k))
+        states.append(learned(final_state(run(config).path, config)))  # type: ignore[arg-type]
+    assert same_bits(states[0], states[1])
+    assert same_bits(states[0], states[2])
+
+
+def test_fused_clients_learn_what_single_ones_learn(tmp_path: Path) -> None:
+    found = []
+    for fused in ("false", "true"):
+        config = tiny(f"runtime.fused={fused}", output=tmp_path / fused)
+        found.append(final_state(run(config).path, config).params)  # type: ignore[arg-type]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
+    with_drift, without = tiny(output=tmp_path / "a"), tiny("server.drift=false", output=tmp_path / "b")
+    a, b = run(with_drift), run(without)
+    assert a.drifts and not b.drifts
+    states = [learned(final_state(r.path, c)) for r, c in ((a, with_drift), (b, without))]  # type: ignore[arg-type]
+    for state in states:
+        del state["drifts"]
+    assert same_bits(*states)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after any of its steps (a round or a task's end) and resumed = never stopped."""

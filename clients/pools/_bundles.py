@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedsim.core.messages import ClientJob
+from fedsim.core.sums import BLOCK
 
-MOST = 8  # clients in a message: a bundle's updates are all in a worker's memory at once
-PER_WORKER = 4  # bundles, so that nobody waits for long at the end of a round
+PER_WORKER = 2  # messages of a block at least: with fewer, clients go one by one, so that nobody waits for long at a round's end
 
 
-def bundles(jobs: Sequence[ClientJob], workers: int) -> Iterator[tuple[int, Sequence[ClientJob]]]:
-    """(place of the first job, jobs). The size moves no bit: see `sums.PairwiseSum`."""
-    size = MOST
-    while size > 1 and len(jobs) < size * PER_WORKER * workers:
-        size //= 2
+def bundles(jobs: Sequence[ClientJob], workers: int, fused: bool) -> Iterator[tuple[int, Sequence[ClientJob]]]:
+    """(place of the first job, jobs): blocks that are summed as one, or single clients.
+
+    The choice moves no bit, unless clients are `fused`: who is trained together does, so then it knows nothing of workers.
+    """
+    size = BLOCK if fused or len(jobs) >= BLOCK * PER_WORKER * workers else 1
     for start in range(0, len(jobs), size):
         yield start, jobs[start : start + size]

@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -21,7 +21,7 @@ from clients import cluster
 from clients.cluster import last_line
 from clients.pools import _bundles
 from fedsim.core import contracts
-from fedsim.core.errors import PoolError
+from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
@@ -32,6 +32,8 @@ NO_PLAN = RoundPlan()
 class Pool(contracts.Pool):
     """Bundles of clients over the workers, in the order of the jobs (longest first). A worker that dies is replaced, and its
     clients run again with the same result; after `runtime.max_restarts` deaths over one bundle it is a PoolError."""
+
+    worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
     def __init__(self, spec: contracts.WorkSpec) -> None:
         runtime = spec.config.runtime
@@ -49,13 +51,13 @@ class Pool(contracts.Pool):
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         shared = _Broadcasts()
-        cut = list(_bundles.bundles(jobs, self._size))
+        cut = list(_bundles.bundles(jobs, self._size, self._spec.config.runtime.fused))
         messages = []
         for start, bundle in cut:
             light = [replace(job, params={}, plan=NO_PLAN) for job in bundle]
             messages.append((shared.put(bundle[0].params, bundle[0].plan), start, light))
         for bundle in self._run("train", messages, lambda i: _describe(cut[i][1])):
-            yield with_tensors(bundle, to_tensors)
+            yield with_tensors(bundle, to_tensors, lasting=copied)
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         shared = _Broadcasts()
@@ -76,7 +78,9 @@ class Pool(contracts.Pool):
         return [ray.get(actor.pid.remote()) for actor in self._actors]
 
     def _new_actor(self) -> Any:
-        return self._actor_class.options(**self._options).remote(cluster.ROOT, cluster.ours_first(), [self._spec_ref])
+        return self._actor_class.options(**self._options).remote(
+            cluster.ROOT, cluster.ours_first(), self.worker, [self._spec_ref]
+        )
 
     def _run(self, method: str, messages: Sequence[Any], describe: Callable[[int], str]) -> Iterator[Any]:
         """Hand out messages in order, `IN_FLIGHT` to a worker, and yield what comes back as it comes."""
@@ -133,16 +137,17 @@ def _worker_class() -> type[Any]:
     """The actor's class, made in a function so that it travels by value (see `cluster.ours_first`)."""
 
     class FedsimWorker:
-        def __init__(self, root: str, put_first: Callable[[str], None], spec_ref: list[Any]) -> None:
+        def __init__(self, root: str, put_first: Callable[[str], None], worker: str, spec_ref: list[Any]) -> None:
             put_first(root)
+            import importlib
+
             import ray
             import torch
 
-            from clients.worker import Worker
-
+            module, _, name = worker.partition(":")
             spec = ray.get(spec_ref[0])
             torch.set_num_threads(spec.config.runtime.threads)
-            self.worker = Worker(spec)
+            self.worker = getattr(importlib.import_module(module), name)(spec)
             self.broadcast: tuple[str, Any, Any] = ("", None, None)
 
         def pid(self) -> int:
@@ -192,15 +197,23 @@ def to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
     return {n: t.numpy() for n, t in tensors.items()}
 
 
-def with_tensors(bundle: Bundle, form: Callable[[Any], Any]) -> Bundle:
-    """The bundle with all of its mappings of tensors in another form."""
-    results = tuple(
-        replace(r, params=form(r.params), statistics=form(r.statistics), memory=form(r.memory))
-        if isinstance(r, ClientUpdate)
-        else r
-        for r in bundle.results
-    )
-    return Bundle(bundle.start, results, None if bundle.total is None else form(bundle.total))
+def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[Any], Any] | None = None) -> Bundle:
+    """The bundle with all of its mappings of tensors in another form; in the form `lasting` what is kept when a sum is done."""
+    lasting = lasting or form
+    summed = bundle.total is not None
+
+    def changed(r: ClientUpdate | ClientFailed) -> ClientUpdate | ClientFailed:
+        if isinstance(r, ClientFailed):
+            return r
+        params = lasting(r.params) if summed else form(r.params)
+        return replace(r, params=params, statistics=form(r.statistics), memory=lasting(r.memory))
+
+    return Bundle(bundle.start, tuple(map(changed, bundle.results)), None if bundle.total is None else form(bundle.total))
+
+
+def copied(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies: a view would hold all of a message in Ray's store."""
+    return {n: torch.from_numpy(a.copy()) for n, a in arrays.items()}
 
 
 def _describe(jobs: Sequence[ClientJob]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from clients.pools._bundles import bundles
 from clients.worker import Worker, torch_threads
 from fedsim.core import contracts
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
@@ -14,12 +15,13 @@ class Pool(contracts.Pool):
 
     def __init__(self, spec: contracts.WorkSpec) -> None:
         self._threads = spec.config.runtime.threads
+        self._fused = spec.config.runtime.fused
         self._worker = Worker(spec)
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
-        for place, job in enumerate(jobs):
+        for start, some in bundles(jobs, len(jobs), self._fused):
             with torch_threads(self._threads):  # not across the yield: the caller's own work keeps its threads
-                bundle = self._worker.train(place, [job])
+                bundle = self._worker.train(start, some)
             yield bundle
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:

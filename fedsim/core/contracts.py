@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedsim.core.errors import AggregationError, ConfigError, ModelError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, State, Tensors
-from fedsim.core.sums import PairwiseSum
+from fedsim.core.sums import BlockSum
 
 if TYPE_CHECKING:
     from fedsim.core.config import SimConfig
@@ -69,7 +69,7 @@ class Aggregator(ABC):
 class AdditiveAggregator(Aggregator):
     """A rule whose clients' contributions are closed under `+`, so that they are summed where the clients run.
 
-    What `lift` makes of each update is summed by `PairwiseSum`, and the total is handed to `finish`: the server's memory does
+    What `lift` makes of each update is summed by `BlockSum`, and the total is handed to `finish`: the server's memory does
     not grow with the number of clients.
     """
 
@@ -88,7 +88,7 @@ class AdditiveAggregator(Aggregator):
     def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
         """The same from whole updates: `finish` of the sum of their `lift`."""
         require_updates(updates)
-        total = PairwiseSum()
+        total = BlockSum()
         for place, update in enumerate(updates):
             total.add(place, 1, self.lift(update))
         return self.finish(state, params, total.result() or {})
@@ -222,7 +222,7 @@ class Partition(ABC):
             raise ConfigError(f"min_samples must be at least 1 (a client needs data to train), got {self.min_samples}")
 
     @abstractmethod
-    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    def split(self, labels: IntArray, rng: np.random.Generator) -> Sequence[IntArray]:
         """Positions into `labels`, one array per client: a disjoint cover, every client with `min_samples` or more.
 
         Raises PartitionError when that is impossible or not found in a bounded number of draws.
@@ -338,9 +338,9 @@ class Pool(ABC):
 
     @abstractmethod
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
-        """Every job's result, in bundles of jobs that lie side by side, which start at multiples of their size, a power of two
-        (the last one may be shorter); in any order. Jobs come longest first. A client's own failure is a result, a pool's is
-        raised (PoolError). A pool may leave `RoundPlan.lift` alone: the server then sums the updates, to the same bits."""
+        """Every job's result, each job alone or in blocks of `sums.BLOCK` that lie side by side; in any order. Jobs come longest
+        first. A client's own failure is a result, a pool's is raised (PoolError). A pool may leave `RoundPlan.lift` alone: the
+        server then sums the updates, to the same bits."""
 
     @abstractmethod
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:

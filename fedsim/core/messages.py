@@ -42,8 +42,8 @@ class RoundPlan:
     train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
     statistics: what is computed after training.
     background: modules of past tasks, already weighted; `share` is the weight of the client's own module beside them.
-    lift: what is summed where the clients run, so that the sums travel instead of the updates: "rule" (what the aggregator
-    lifts from an update), "statistics" (the statistics as they are), "" nothing. The loop says so, not a rule.
+    lift: what is summed where the clients run, so that sums travel instead of updates: "rule" (what the aggregator lifts from
+    an update), "statistics" (the statistics as they are), "" nothing. The loop says so, not a rule.
     observed: clients whose trained tensors come back one by one all the same, for those who watch.
     """
 
@@ -91,8 +91,8 @@ class ClientUpdate:
 class Bundle:
     """What became of jobs that lay side by side, the first of them at place `start` of the round's jobs.
 
-    total: where the plan says `lift`, the sum over the clients of the bundle (`sums.PairwiseSum`, float64); None when nothing
-    was summed there: the updates are whole then.
+    total: where the plan says `lift`, the sum over the clients of the bundle, a block of `sums.BlockSum`; None when nothing was
+    summed there: the updates are whole then.
     """
 
     start: int

@@ -2,65 +2,73 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import Tensors
 
+BLOCK = 10  # places that are summed together first: part of the bits, so a constant
 
-class PairwiseSum:
-    """Σ over places 0, 1, 2, … by a binary tree over the places: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), and so on.
 
-    An empty place counts for nothing. A block of places that starts at a multiple of its size (a power of two; the last block
-    may be shorter) may be summed elsewhere and added as one, and blocks may come in any order: the bits are the same. Holds
-    no more than log₂ N terms when they come in order. The error grows with log N, not with N.
+class BlockSum:
+    """Σ over places 0, 1, 2, …: blocks of `BLOCK` places from left to right, then the blocks from left to right.
+
+    A block may be summed elsewhere and added as one, and terms may come in any order: the bits are the same. An empty place
+    counts for nothing. What comes early waits; when terms come in order, two partial sums are all that is held.
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[
-            tuple[int, int], _Node
-        ] = {}  # level, index: the sum over places index·2^level … (index + 1)·2^level − 1
+        self._next = 0
+        self._waiting: dict[int, tuple[int, Tensors | None]] = {}
+        self._block, self._total = _Partial(), _Partial()
 
-    def add(self, start: int, size: int, tensors: Tensors) -> None:
-        """Add the sum over the places start … start + size − 1. What is added is not written into.
-
-        Raises AggregationError when it does not have the same names as what is there.
+    def add(self, start: int, size: int, tensors: Tensors | None) -> None:
+        """Add the term of a place (size 1), or the sum of a block that starts there (the last block may be shorter); None for
+        empty places. What is added is not written into. Raises AggregationError when it has other names than what is there.
         """
-        level = (size - 1).bit_length()
-        self._put(level, start >> level, _Node(tensors, owned=False))
+        assert size == 1 or (start % BLOCK == 0 and size <= BLOCK), f"{size} places from {start} are no block"
+        self._waiting[start] = size, tensors
+        while self._next in self._waiting:
+            size, tensors = self._waiting.pop(self._next)
+            self._block.add(tensors)
+            self._next += size
+            if self._next % BLOCK == 0:
+                self._close_block()
 
-    def result(self, own: bool = False) -> Tensors | None:
-        """The sum of all that was added; None of nothing. `own`: in memory of its own, even if only one block was added."""
-        while len(self._nodes) > 1:  # a node without a neighbour goes up as it is
-            level, index = min(self._nodes)
-            self._put(level + 1, index >> 1, self._nodes.pop((level, index)))
-        for node in self._nodes.values():
-            return {n: t.clone() for n, t in node.tensors.items()} if own and not node.owned else node.tensors
-        return None
+    def result(self) -> dict[str, Tensor] | None:
+        """The sum of all that was added, in memory of its own; None of nothing."""
+        assert not self._waiting, f"place {self._next} is missing"
+        self._close_block()
+        return self._total.own()
 
-    def _put(self, level: int, index: int, node: _Node) -> None:
-        while (neighbour := self._nodes.pop((level, index ^ 1), None)) is not None:
-            node = neighbour.plus(node) if index % 2 else node.plus(neighbour)
-            level, index = level + 1, index >> 1
-        self._nodes[level, index] = node
+    def _close_block(self) -> None:
+        self._total.add(self._block.tensors, self._block.owned)
+        self._block = _Partial()
 
 
-class _Node:
-    """A partial sum; one that is `owned` was made here and may be added to in place."""
+class _Partial:
+    """A sum so far; one that is `owned` was made here and is added to in place."""
 
-    def __init__(self, tensors: Tensors, owned: bool) -> None:
-        self.tensors, self.owned = tensors, owned
+    def __init__(self) -> None:
+        self.tensors: Tensors | None = None
+        self.owned = False
 
-    def plus(self, right: _Node) -> _Node:
-        if self.tensors.keys() != right.tensors.keys():
-            odd = sorted(self.tensors.keys() ^ right.tensors.keys())
-            raise AggregationError(
-                f"clients cannot be summed: only some of them have '{odd[0]}' (a rule's lift gives all the same)"
-            )
+    def add(self, tensors: Tensors | None, owned: bool = False) -> None:
+        if tensors is None:
+            return
+        if self.tensors is None:
+            self.tensors, self.owned = tensors, owned
+            return
+        if self.tensors.keys() != tensors.keys():
+            odd = sorted(self.tensors.keys() ^ tensors.keys())
+            raise AggregationError(f"clients cannot be summed: only some of them have '{odd[0]}' (lift must give all the same)")
         if self.owned:
             for name, tensor in self.tensors.items():
-                tensor.add_(right.tensors[name])
-            return self
-        if right.owned:  # a + b = b + a, bit for bit
-            for name, tensor in right.tensors.items():
-                tensor.add_(self.tensors[name])
-            return right
-        return _Node({name: tensor + right.tensors[name] for name, tensor in self.tensors.items()}, owned=True)
+                tensor.add_(tensors[name])
+        else:
+            self.tensors, self.owned = {name: tensor + tensors[name] for name, tensor in self.tensors.items()}, True
+
+    def own(self) -> dict[str, Tensor] | None:
+        if self.tensors is None:
+            return None
+        return dict(self.tensors) if self.owned else {name: tensor.clone() for name, tensor in self.tensors.items()}

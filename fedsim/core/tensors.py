@@ -55,6 +55,11 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def weighted(tensor: Tensor, weight: Tensor) -> Tensor:
+    """`weight · tensor` in float64, with one copy."""
+    return tensor.to(torch.float64, copy=True).mul_(weight)
+
+
 def require_finite(tensors: Tensors, what: str) -> None:
     """Raise `NonFinite` with the name of the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():

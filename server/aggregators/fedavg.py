@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.messages import ClientUpdate, State, Tensors
+from fedsim.core.tensors import weighted
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-        return {name: n * t.double() for name, t in update.params.items()} | {"num_samples": n}
+        return {name: weighted(t, n) for name, t in update.params.items()} | {"num_samples": n}
 
     def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
         n = total["num_samples"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
 from server.linalg import ridged, solve_energies, solve_gram
 
 HEAD = "head.weight"
@@ -75,7 +75,7 @@ def lift_linear(update: ClientUpdate, ridge: float = 0.0) -> dict[str, Tensor]:
     for name, weight in update.params.items():
         gram = received_gram(update, name)
         if gram is None:
-            out[f"sum/{name}"] = n * weight.double()
+            out[f"sum/{name}"] = weighted(weight, n)
             continue
         gram = ridged(gram, ridge)
         out[f"gram/{name}"] = gram

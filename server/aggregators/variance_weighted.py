@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.tensors import weighted
 
 WEIGHT, BIAS, SPREAD = "head.weight", "head.bias", "class_moments.spread/head.weight"
 
@@ -46,7 +47,10 @@ class Aggregator(contracts.AdditiveAggregator):
             raise AggregationError(f"client {update.client_id} sent no '{SPREAD}': the plan of this rule must reach the clients")
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)
         spread_C = update.statistics[SPREAD].double()
-        out = {name: n * t.double() for name, t in update.params.items()} | {"num_samples": n, SPREAD: spread_C}
+        out = {name: weighted(t, n) for name, t in update.params.items()} | {
+            "num_samples": n,
+            SPREAD: spread_C,
+        }
         if WEIGHT in update.params:
             out[WEIGHT] = spread_C[:, None] * update.params[WEIGHT].double()
         if BIAS in update.params:

@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import reduce
 from itertools import pairwise
+from operator import add
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clients.pools._bundles import MOST, PER_WORKER, bundles
+from clients.pools._bundles import PER_WORKER, bundles
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, bytes_up
-from fedsim.core.sums import PairwiseSum
+from fedsim.core.sums import BLOCK, BlockSum
 from server import gather, sampling
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
@@ -29,38 +31,34 @@ PARAMS = {"adapter.x": torch.zeros(3), "head.bias": torch.zeros(2)}
 
 def summed(values: Sequence[float | None]) -> Tensor | None:
     """Place by place; None is an empty place."""
-    total = PairwiseSum()
+    total = BlockSum()
     for place, value in enumerate(values):
-        if value is not None:
-            total.add(place, 1, {"x": torch.tensor(value, dtype=torch.float64)})
+        total.add(place, 1, None if value is None else {"x": torch.tensor(value, dtype=torch.float64)})
     result = total.result()
     return None if result is None else result["x"]
 
 
-def tree(values: Sequence[float | None]) -> float | None:
-    """The same sum by recursion over halves of a power of two."""
-    if len(values) <= 1:
-        return values[0] if values else None
-    half = 1 << ((len(values) - 1).bit_length() - 1)
-    left, right = tree(values[:half]), tree(values[half:])
-    return right if left is None else left if right is None else left + right
+def by_hand(values: Sequence[float | None]) -> float | None:
+    """Blocks from left to right, then the blocks."""
+    blocks = [[v for v in values[i : i + BLOCK] if v is not None] for i in range(0, len(values), BLOCK)]
+    sums = [reduce(add, block) for block in blocks if block]
+    return reduce(add, sums) if sums else None
 
 
 FLOATS = st.one_of(st.none(), st.floats(-1e9, 1e9, allow_nan=False))
 
 
-@given(values=st.lists(FLOATS, max_size=70), size=st.sampled_from([1, 2, 4, 8, 16]), seed=st.integers(0, 9))
+@given(values=st.lists(FLOATS, max_size=70), size=st.sampled_from([1, BLOCK]), seed=st.integers(0, 9))
 @settings(max_examples=200, deadline=None)
-def test_blocks_of_any_size_in_any_order_give_the_bits_of_the_tree(values: list[float | None], size: int, seed: int) -> None:
+def test_terms_and_blocks_in_any_order_give_the_same_bits(values: list[float | None], size: int, seed: int) -> None:
     """Blocks are summed apart, as workers do, and arrive shuffled."""
-    expected = tree(values)
+    expected = by_hand(values)
     starts = list(range(0, len(values), size))
     random.Random(seed).shuffle(starts)
-    total = PairwiseSum()
+    total = BlockSum()
     for start in starts:
         block = summed(values[start : start + size])
-        if block is not None:
-            total.add(start, len(values[start : start + size]), {"x": block})
+        total.add(start, len(values[start : start + size]), None if block is None else {"x": block})
     result = total.result()
     assert (None if result is None else float(result["x"])) == expected
     if expected is not None:
@@ -68,28 +66,31 @@ def test_blocks_of_any_size_in_any_order_give_the_bits_of_the_tree(values: list[
         assert expected == pytest.approx(exact, rel=1e-12, abs=1e-5)
 
 
-def test_terms_are_not_written_into_and_an_own_result_may_be() -> None:
-    terms = [{"x": torch.full((2,), float(k), dtype=torch.float64)} for k in range(5)]
-    total = PairwiseSum()
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_terms_are_not_written_into_and_the_result_may_be(count: int) -> None:
+    terms = [{"x": torch.full((2,), float(k), dtype=torch.float64)} for k in range(count)]
+    total = BlockSum()
     for place, term in enumerate(terms):
         total.add(place, 1, term)
-    assert torch.equal((total.result() or {})["x"], torch.full((2,), 10.0, dtype=torch.float64))
-    assert [float(t["x"][0]) for t in terms] == [0, 1, 2, 3, 4]
-    alone = PairwiseSum()
-    alone.add(0, 1, terms[3])
-    (alone.result(own=True) or {})["x"].zero_()
-    assert float(terms[3]["x"][0]) == 3
+    result = total.result()
+    assert result is not None and torch.equal(result["x"], torch.full((2,), sum(range(count)), dtype=torch.float64))
+    result["x"].fill_(-1)
+    assert [float(t["x"][0]) for t in terms] == list(range(count))
 
 
-def test_few_partial_sums_are_held_when_blocks_come_in_order() -> None:
-    total = PairwiseSum()
-    for place in range(1000):
+def test_what_waits_goes_in_as_soon_as_it_can() -> None:
+    total = BlockSum()
+    for place in (*range(1, BLOCK), 2 * BLOCK, 2 * BLOCK + 1):
         total.add(place, 1, {"x": torch.zeros(())})
-        assert len(total._nodes) <= 10  # log2(1000)
+    assert len(total._waiting) == BLOCK + 1
+    total.add(0, 1, None)
+    assert sorted(total._waiting) == [2 * BLOCK, 2 * BLOCK + 1]
+    total.add(BLOCK, BLOCK, {"x": torch.zeros(())})
+    assert not total._waiting
 
 
 def test_terms_with_other_names_are_refused() -> None:
-    total = PairwiseSum()
+    total = BlockSum()
     total.add(0, 1, {"x": torch.zeros(1), "y": torch.zeros(1)})
     with pytest.raises(AggregationError, match="only some of them have 'y'"):
         total.add(1, 1, {"x": torch.zeros(1)})
@@ -109,17 +110,15 @@ def jobs_of(count: int, plan: RoundPlan) -> list[ClientJob]:
 
 def as_worker(start: int, updates: Sequence[ClientUpdate | ClientFailed], observed: Sequence[int] = ()) -> Bundle:
     """What a worker makes of a bundle under FedAvg."""
-    total = PairwiseSum()
+    total = BlockSum()
     lean: list[ClientUpdate | ClientFailed] = []
     for place, one in enumerate(updates):
-        if isinstance(one, ClientUpdate):
-            total.add(place, 1, FedAvg().lift(one))
-            one = one.summed(one.client_id in observed)
-        lean.append(one)
+        total.add(place, 1, FedAvg().lift(one) if isinstance(one, ClientUpdate) else None)
+        lean.append(one.summed(one.client_id in observed) if isinstance(one, ClientUpdate) else one)
     return Bundle(start, tuple(lean), total.result())
 
 
-@pytest.mark.parametrize("count", [1, 7, 10, 33])
+@pytest.mark.parametrize("count", [1, 7, 10, 33, 60])
 def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
     """FedAvg of whole updates, of bundles of any size in any order, and of a mix: the same bits."""
     plan = RoundPlan(lift="rule")
@@ -127,7 +126,7 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
     for workers, here in ((1, True), (1, False), (2, False), (7, False)):
         jobs = jobs_of(count, plan)
         gathering = Gathering(jobs, plan, FedAvg())
-        cut = list(bundles(jobs, workers))
+        cut = list(bundles(jobs, workers, fused=False))
         random.Random(workers).shuffle(cut)
         for start, some in cut:
             made = [update(job.client_id) for job in some]
@@ -146,13 +145,16 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
 
 def test_a_failed_client_leaves_an_empty_place() -> None:
     plan = RoundPlan(lift="rule")
-    gathering = Gathering(jobs_of(4, plan), plan, FedAvg())
-    failed = ClientFailed(1, 0, 0, "training", "no luck")
-    list(gathering.add(as_worker(2, [update(2), update(3)])))
-    list(gathering.add(as_worker(0, [update(0), failed])))
-    assert gathering.failures == [failed] and gathering.count == 4
+    last = 2 * BLOCK
+    gathering = Gathering(jobs_of(last + 2, plan), plan, FedAvg())
+    failed = {k: ClientFailed(k, 0, 0, "training", "no luck") for k in (1, *range(BLOCK, last), last + 1)}
+    list(gathering.add(as_worker(BLOCK, [failed[k] for k in range(BLOCK, last)])))  # a block in which all failed
+    list(gathering.add(Bundle(last, (update(last),))))
+    list(gathering.add(as_worker(0, [update(0), failed[1], *(update(k) for k in range(2, BLOCK))])))
+    list(gathering.add(Bundle(last + 1, (failed[last + 1],))))
+    assert len(gathering.failures) == BLOCK + 2 and gathering.count == last + 2
     _, out = merge(FedAvg(), {}, PARAMS, gathering.result())
-    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in (0, 2, 3)])
+    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in (0, *range(2, BLOCK), last)])
     for name in PARAMS:
         torch.testing.assert_close(out[name], direct[name])
 
@@ -219,9 +221,16 @@ def test_longest_first(sizes: list[int]) -> None:
     assert order == sorted(clients, key=lambda c: (-sizes[c], c))
 
 
-@pytest.mark.parametrize(("jobs", "workers", "size"), [(10, 2, 1), (50, 2, 4), (1000, 2, MOST), (3, 1, 1), (64, 1, MOST)])
+@pytest.mark.parametrize(
+    ("jobs", "workers", "size"), [(10, 2, 1), (39, 2, 1), (50, 2, BLOCK), (1000, 2, BLOCK), (3, 1, 1), (20, 1, BLOCK)]
+)
 def test_bundles_are_blocks_with_enough_for_every_worker(jobs: int, workers: int, size: int) -> None:
-    cut = list(bundles(jobs_of(jobs, RoundPlan()), workers))
+    cut = list(bundles(jobs_of(jobs, RoundPlan()), workers, fused=False))
     assert [job.client_id for _, some in cut for job in some] == list(range(jobs))
     assert {len(some) for _, some in cut[:-1]} <= {size} and all(start % size == 0 for start, _ in cut)
     assert size == 1 or len(cut) >= PER_WORKER * workers
+
+
+def test_who_is_fused_with_whom_knows_nothing_of_workers() -> None:
+    cuts = [[len(some) for _, some in bundles(jobs_of(23, RoundPlan()), workers, fused=True)] for workers in (1, 2, 9)]
+    assert cuts == [[BLOCK, BLOCK, 3]] * 3

@@ -1,0 +1,88 @@
+"""The quickstart beside a one-file loop of the same experiment (LoRM, the same stream), which knows no framework.
+
+    python -m experiments.benchmarks.whole_run path/to/plain_loop.py [--repeats 3]
+
+The loop has both cores as torch threads; fedsim has two one-thread Ray workers and evaluates at the end of a task, as the loop
+does. The variants take turns. Compared is the time of the loop itself: start-up (imports, Ray, model, data) is apart in both.
+`forward_backward` is the share of the workers' time in which a client trains, measures its statistics or is evaluated. What
+limits it: the matrix products of the frozen layers, see `local_training`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = ["runtime.pool=ray", "runtime.workers=2", "runtime.threads=1", "server.evaluate=task"]
+VARIANTS = {
+    "torch": ["runtime.kernels=torch"],
+    "default": [],
+    "bf16": ["runtime.precision=bf16"],
+}
+
+
+def plain(path: Path, seed: int) -> dict[str, float]:
+    """Seconds and final average accuracy that the loop prints."""
+    command = [sys.executable, str(path), "--rule", "lorm", "--threads", "2", "--seed", str(seed)]
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"final average accuracy ([\d.]+), ([\d.]+) s", out)
+    assert found is not None, out
+    return {"accuracy": float(found[1]), "seconds": float(found[2])}
+
+
+def ours(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """The same of a run, and where the seconds went."""
+    command = [sys.executable, "-m", "fedsim.cli", "run", "configs/quickstart.yaml", f"seed={seed}", *COMMON, *overrides]
+    subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    phases = json.loads((folder / "costs.json").read_text())["seconds"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    loop = sum(seconds for phase, seconds in phases.items() if phase != "start_up")
+    clients = sum(phases.get(phase, 0.0) for phase in ("train", "statistics", "evaluate"))
+    return {
+        "accuracy": metrics["final_average_accuracy"],
+        "seconds": loop,
+        "forward_backward": clients / loop,
+        "phases": phases,
+    }
+
+
+def main() -> None:
+    """Measure, print, write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plain_loop", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain loop", *VARIANTS)}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(args.repeats):  # a seed per repeat: the accuracies of the same seeds, beside each other
+            runs["plain loop"].append(plain(args.plain_loop, repeat))
+            for name, overrides in VARIANTS.items():
+                runs[name].append(ours(Path(folder) / f"{name}-{repeat}", repeat, overrides))
+            print({name: (round(r[-1]["seconds"], 1), round(r[-1]["accuracy"], 1)) for name, r in runs.items()}, flush=True)
+    rows = {}
+    for name, found in runs.items():
+        ratio = statistics.median(r["seconds"] / p["seconds"] for r, p in zip(found, runs["plain loop"], strict=True))
+        rows[name] = {
+            "seconds": statistics.median(r["seconds"] for r in found),
+            "of_the_plain_loop": ratio,
+            "accuracy": statistics.mean(r["accuracy"] for r in found),
+            "runs": found,
+        }
+        print(f"{name}: {rows[name]['seconds']:.1f} s, {ratio:.2f} of the plain loop, accuracy {rows[name]['accuracy']:.1f}")
+    machine.write("whole_run", {"variants": rows})
+
+
+if __name__ == "__main__":
+    main()
