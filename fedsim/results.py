@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -78,7 +79,7 @@ class SavesItself(Protocol):
     def holdings(self) -> Iterable[tuple[int, int, int, str, int]]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one per class of every client: millions, where there are many clients
 class Holding:
     """Training samples of one class that one client holds in one task; only where there are any."""
 
@@ -318,7 +319,8 @@ class RunDir:
         self._write("config.yaml", self._copy_plugins().to_yaml())
         with storage_errors(self.path / "manifest.json", self._advice):
             manifest.save(self.path / "manifest.json")
-        self._write("partition.csv", _to_csv([f.name for f in dataclasses.fields(Holding)], list(manifest.holdings())))
+        columns = [f.name for f in dataclasses.fields(Holding)]
+        write_atomic(self.path / "partition.csv", _csv_bytes(columns, manifest.holdings()), self._advice)
         self._write_json("environment.json", environment())
         self._write_status("running", manifest.hash)
 
@@ -519,12 +521,19 @@ def _percent(correct: int, total: int) -> float:
     return 100.0 * correct / total if total else float("nan")
 
 
-def _to_csv(header: Sequence[Any], records: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
+def _to_csv(header: Sequence[Any], records: Iterable[Sequence[Any]]) -> str:
+    return _csv_bytes(header, records).decode()
+
+
+def _csv_bytes(header: Sequence[Any], records: Iterable[Sequence[Any]]) -> bytes:
+    """One byte per character while it grows: a million clients' lines are long."""
+    grown = io.BytesIO()
+    text = io.TextIOWrapper(grown, encoding="utf-8", newline="", write_through=False)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(records)
-    return text.getvalue()
+    text.flush()
+    return grown.getvalue()
 
 
 def _table(kind: type[Any], rows: Sequence[Any]) -> str:
@@ -533,8 +542,13 @@ def _table(kind: type[Any], rows: Sequence[Any]) -> str:
 
 def _from_csv(kind: type[Any], text: str) -> tuple[Any, ...]:
     """Rows of a dataclass of numbers and words; further columns, which are derived, are left out. An empty cell is None."""
-    columns = {f.name: PARSE[str(f.type)] for f in dataclasses.fields(kind)}
-    return tuple(kind(**{n: parse(record[n]) for n, parse in columns.items()}) for record in csv.DictReader(io.StringIO(text)))
+    records = csv.reader(io.StringIO(text))
+    place = {name: i for i, name in enumerate(next(records, ()))}
+    rows = list(filter(None, records))
+    if not rows:
+        return ()
+    columns = [map(PARSE[str(f.type)], map(itemgetter(place[f.name]), rows)) for f in dataclasses.fields(kind)]
+    return tuple(map(kind, *columns))
 
 
 def _read_text(path: Path, absent: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clients.statistics._inputs import Inputs, wide
+from clients.statistics._inputs import of as inputs_of
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.messages import Tensors
@@ -84,13 +86,22 @@ class _DecayedSum:
         rows, cols = (size if side is None else len(side) for side in (left, right))
         self.products = torch.zeros((rows, cols) if decay > 0 else (), dtype=torch.float64)
 
-    def add(self, inputs: Tensor) -> None:
-        x_NI = _wide(inputs.flatten(0, -2))
+    def add(self, inputs: Inputs) -> None:
         if self.decay < 1:
-            self.energy_I = self.energy_I.to(x_NI.device) + x_NI.square().sum(0)
+            self.energy_I = self.energy_I.to(inputs.energies.device) + inputs.energies
         if self.decay > 0:
-            left, right = (x_NI if side is None else x_NI @ _wide(side).to(x_NI.device).T for side in (self.left, self.right))
-            self.products = self.products.to(x_NI.device) + left.T @ right
+            product = self._product(inputs)
+            self.products = self.products.to(product.device) + product
+
+    def _product(self, inputs: Inputs) -> Tensor:
+        """L (Σ x xᵀ) Rᵀ of one batch."""
+        if self.left is None and self.right is None:
+            return inputs.gram
+        x_NI = inputs.wide
+        left = x_NI if self.left is None else x_NI @ wide(self.left).to(x_NI.device).T
+        if self.right is self.left:
+            return left.T @ left
+        return left.T @ (x_NI if self.right is None else x_NI @ wide(self.right).to(x_NI.device).T)
 
     def energies(self) -> Tensor:
         """diag(G), (I,)."""
@@ -98,12 +109,14 @@ class _DecayedSum:
 
     def total(self) -> Tensor:
         """L Ĝ Rᵀ, float64."""
+        if self.decay == 1:
+            return self.products
         g = self.energy_I
-        diagonal = torch.zeros((), dtype=torch.float64, device=self.products.device)
-        if self.decay < 1:
-            diagonal = torch.diag(g) if self.left is None else _wide(self.left).to(g.device) * g
-            diagonal = diagonal if self.right is None else diagonal @ _wide(self.right).to(g.device).T
-        return self.decay * self.products.to(diagonal.device) + (1 - self.decay) * diagonal
+        left = None if self.left is None else wide(self.left).to(g.device)
+        right = left if self.right is self.left else None if self.right is None else wide(self.right).to(g.device)
+        diagonal = torch.diag(g) if left is None else left * g
+        diagonal = diagonal if right is None else diagonal @ right.T
+        return diagonal if self.decay == 0 else self.decay * self.products.to(g.device) + (1 - self.decay) * diagonal
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class _Accumulator:
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         if HEAD in self.sums:
-            self.sums[HEAD].add(features)
+            self.sums[HEAD].add(Inputs(features))
 
     def result(self) -> dict[str, Tensor]:
         return {f"{self.form}/{subject}": self._value(one).float().cpu() for subject, one in self.sums.items()}
@@ -126,11 +139,6 @@ class _Accumulator:
 
 def _feeding(one: _DecayedSum) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        one.add(args[0].detach())
+        one.add(inputs_of(args[0]))
 
     return hook
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64, on the CPU where the device has none (Apple's)."""
-    return x.detach().to(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64)

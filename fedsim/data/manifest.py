@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition, Shar
 from fedsim.core.errors import ConfigError, DataError, PartitionError
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data import streams
+from fedsim.data.digits import json_of_lists
 from fedsim.data.partitions._alpha import estimate_alpha as estimate_alpha
+from fedsim.data.partitions._common import Shards
 
 FORMAT = "fedsim-manifest-1"
+AT_ONCE = 1 << 16  # clients whose holdings are listed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +69,21 @@ class Manifest(ShardLookup):
     def holdings(self) -> Iterator[tuple[int, int, int, str, int]]:
         """(task, client, row of the head, class name, training samples) of everything that anybody holds."""
         for t, (classes, held_KC) in enumerate(zip(self.task_classes, self.histograms, strict=True)):
-            for k, c in np.argwhere(held_KC):
-                yield t, int(k), classes[c], self.class_names[classes[c]], int(held_KC[k, c])
+            for first in range(0, len(held_KC), AT_ONCE):
+                some_kC = held_KC[first : first + AT_ONCE]
+                client_H, column_H = np.nonzero(some_kC)
+                rows_H = [classes[c] for c in column_H.tolist()]
+                names_H = [self.class_names[row] for row in rows_H]
+                samples_H = some_kC[client_H, column_H].tolist()
+                yield from zip(repeat(t), (client_H + first).tolist(), rows_H, names_H, samples_H, strict=False)
 
     @cached_property
     def hash(self) -> str:
         """sha256 of the canonical JSON of everything but `asked` and the α (they follow from the rest, up to rounding)."""
-        content = _content(self)
-        for key in ("asked", "overall_alpha"):
-            del content[key]
-        for task in content["tasks"]:
-            del task["alpha"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for part in _json(self, everything=False):
+            digest.update(part)
+        return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return self.hash == other.hash if isinstance(other, Manifest) else NotImplemented
@@ -95,7 +101,7 @@ class Manifest(ShardLookup):
         target, advice = Path(path), "free some space, or choose another folder"
         with storage_errors(target, advice):
             target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, json.dumps({"format": FORMAT, "hash": self.hash, **_content(self)}).encode(), advice)
+        write_atomic(target, b"".join(_json(self, everything=True)), advice)
 
 
 def make(config: SimConfig, dataset: Dataset) -> Manifest:
@@ -109,13 +115,14 @@ def make(config: SimConfig, dataset: Dataset) -> Manifest:
         return _from_file(config, dataset)
     stream = streams.build(config.stream, dataset, config.seed)
     partition: Partition = configs.build("partitions", config.partition)
-    shards: list[IntArray] = []
-    for t, positions in enumerate(stream.train):
-        shards += [
-            positions[part] for part in _split(partition, dataset.train.labels[positions], config.seed, t, stream.task_names[t])
-        ]
     row_of = streams.rows(stream.class_order, len(dataset.class_names))
-    histograms = _histograms(row_of[dataset.train.labels], shards, stream.task_classes, partition.clients)
+    held, sizes, histograms = [], [], []
+    for t, positions in enumerate(stream.train):
+        labels = dataset.train.labels[positions]
+        dealt, sizes_K = _split(partition, labels, config.seed, t, stream.task_names[t])
+        held.append(positions[dealt])
+        sizes.append(sizes_K)
+        histograms.append(_histogram(row_of[labels[dealt]], sizes_K, stream.task_classes[t]))
     asked = {"seed": config.seed, **{key: config.to_dict()[key] for key in ("data", "stream", "partition")}}
     return Manifest(
         data=fingerprint(dataset),
@@ -126,11 +133,11 @@ def make(config: SimConfig, dataset: Dataset) -> Manifest:
         task_names=stream.task_names,
         task_classes=stream.task_classes,
         num_clients=partition.clients,
-        shard_indices=_joined(shards),
-        shard_offsets=_offsets(shards),
+        shard_indices=np.concatenate(held),
+        shard_offsets=_offsets(np.concatenate(sizes)),
         test_indices=_joined(stream.test),
-        test_offsets=_offsets(stream.test),
-        histograms=histograms,
+        test_offsets=_offsets([len(test) for test in stream.test]),
+        histograms=tuple(histograms),
         alpha=tuple(estimate_alpha(h.T) for h in histograms),
         overall_alpha=estimate_alpha(np.concatenate([h.T for h in histograms])),
         asked=asked,
@@ -208,8 +215,8 @@ def _from_file(config: SimConfig, dataset: Dataset) -> Manifest:
     return manifest
 
 
-def _split(partition: Partition, labels: IntArray, seed: int, task: int, name: str) -> list[IntArray]:
-    """The shards of one task, checked: a user's own partition may break its promise."""
+def _split(partition: Partition, labels: IntArray, seed: int, task: int, name: str) -> tuple[IntArray, IntArray]:
+    """Positions of one task, client by client, and the clients' sizes; checked: a user's own partition may break its promise."""
     try:
         shards = partition.split(labels, rng.stream(seed, "partition", task))
     except PartitionError as e:
@@ -217,62 +224,82 @@ def _split(partition: Partition, labels: IntArray, seed: int, task: int, name: s
     what = f"task {task}: partition {type(partition).__module__}"
     if len(shards) != partition.clients:
         raise PartitionError(f"{what} gave {len(shards)} shards for {partition.clients} clients")
-    everything = np.sort(np.concatenate(shards)) if shards else np.zeros(0)
-    if len(everything) != len(labels) or not np.array_equal(everything, np.arange(len(labels))):
+    if isinstance(shards, Shards):
+        dealt, sizes_K = shards.positions, shards.sizes
+    else:
+        dealt, sizes_K = np.concatenate(shards), np.fromiter(map(len, shards), dtype=np.int64, count=len(shards))
+    if not _is_permutation(dealt, len(labels)):
         raise PartitionError(f"{what} is no disjoint cover: every one of the {len(labels)} samples must be at exactly one client")
-    smallest = min(map(len, shards))
+    smallest = int(sizes_K.min())
     if smallest < partition.min_samples:
         raise PartitionError(f"{what} gave a client {smallest} samples, the floor is {partition.min_samples}")
-    return [np.asarray(shard, dtype=np.int64) for shard in shards]
+    return dealt.astype(np.int64, copy=False), sizes_K
+
+
+def _is_permutation(positions: IntArray, length: int) -> bool:
+    """Whether every one of 0..length-1 is there once."""
+    if len(positions) != length or (length and (positions.min() < 0 or positions.max() >= length)):
+        return False
+    return bool((np.bincount(positions, minlength=length) == 1).all())
 
 
 def _joined(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def _offsets(parts: Sequence[IntArray]) -> IntArray:
-    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+def _offsets(sizes: IntArray | Sequence[int]) -> IntArray:
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def _histograms(
-    row_N: IntArray, shards: Sequence[IntArray], task_classes: Sequence[Sequence[int]], clients: int
-) -> tuple[IntArray, ...]:
-    """Per task (K, C): samples of the task's classes at every client."""
-    tables = []
-    for t, classes in enumerate(task_classes):
-        of_task = shards[t * clients : (t + 1) * clients]
-        client_n = np.repeat(np.arange(clients), [len(shard) for shard in of_task])
-        column_n = row_N[np.concatenate(of_task)] - classes[0]  # rows of a task are consecutive
-        counts = np.bincount(client_n * len(classes) + column_n, minlength=clients * len(classes))
-        tables.append(counts.reshape(clients, len(classes)))
-    return tuple(tables)
+def _histogram(row_N: IntArray, sizes_K: IntArray, classes: Sequence[int]) -> IntArray:
+    """Samples of a task's classes at every client (K, C). row_N: of the samples client by client."""
+    client_N = np.repeat(np.arange(len(sizes_K)), sizes_K)
+    cell_N = client_N * len(classes) + (row_N - classes[0])  # rows of a task are consecutive
+    return np.bincount(cell_N, minlength=len(sizes_K) * len(classes)).reshape(len(sizes_K), len(classes))
 
 
-def _content(manifest: Manifest) -> dict[str, Any]:
-    """Plain lists and dicts, in the layout of the file."""
-    tasks = []
-    indices, bounds = manifest.shard_indices.tolist(), manifest.shard_offsets.tolist()
-    for t in range(manifest.num_tasks):
-        first = t * manifest.num_clients
-        tasks.append(
-            {
-                "name": manifest.task_names[t],
-                "classes": list(manifest.task_classes[t]),
-                "alpha": _plain_alpha(manifest.alpha[t]),
-                "clients": [indices[a:b] for a, b in pairwise(bounds[first : first + manifest.num_clients + 1])],
-                "test": manifest.test_of(t).tolist(),
-                "histogram": manifest.histograms[t].tolist(),
-            }
-        )
-    return {
+def _json(manifest: Manifest, everything: bool) -> Iterator[bytes]:
+    """JSON with sorted keys and no spaces, in parts: of the whole file, or of what is hashed."""
+    told: dict[str, Any] = {
         "data": {"sha256": manifest.data, "train": manifest.num_train, "test": manifest.num_test},
         "clients": manifest.num_clients,
-        "class_order": list(manifest.class_order),
-        "class_names": list(manifest.class_names),
-        "overall_alpha": _plain_alpha(manifest.overall_alpha),
-        "asked": dict(manifest.asked),
-        "tasks": tasks,
+        "class_order": manifest.class_order,
+        "class_names": manifest.class_names,
+        "tasks": None,
     }
+    if everything:
+        told |= {"format": FORMAT, "hash": manifest.hash}
+        told |= {"overall_alpha": _plain_alpha(manifest.overall_alpha), "asked": dict(manifest.asked)}
+    for i, key in enumerate(sorted(told)):
+        yield (b"," if i else b"{") + _plain(key) + b":"
+        if key == "tasks":
+            for t in range(manifest.num_tasks):
+                yield b"," if t else b"["
+                yield from _json_of_task(manifest, t, everything)
+            yield b"]"
+        else:
+            yield _plain(told[key])
+    yield b"}"
+
+
+def _json_of_task(manifest: Manifest, task: int, everything: bool) -> Iterator[bytes]:
+    if everything:
+        yield b'{"alpha":' + _plain(_plain_alpha(manifest.alpha[task])) + b',"classes":'
+    else:
+        yield b'{"classes":'
+    yield _plain(manifest.task_classes[task])
+    first = task * manifest.num_clients
+    offsets_K = manifest.shard_offsets[first : first + manifest.num_clients + 1]
+    yield b',"clients":'
+    yield from json_of_lists(manifest.shard_indices[offsets_K[0] : offsets_K[-1]], np.diff(offsets_K))
+    held_KC = manifest.histograms[task]
+    yield b',"histogram":'
+    yield from json_of_lists(held_KC.ravel(), np.full(len(held_KC), held_KC.shape[1]))
+    yield b',"name":' + _plain(manifest.task_names[task]) + b',"test":' + _plain(manifest.test_of(task).tolist()) + b"}"
+
+
+def _plain(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
@@ -280,10 +307,8 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     tasks, clients, data = content["tasks"], int(content["clients"]), content["data"]
     if not tasks or any(len(task["clients"]) != clients for task in tasks):
         raise ValueError("the number of clients differs between tasks")
-    shards = [np.array(shard, dtype=np.int64) for task in tasks for shard in task["clients"]]
-    tests = [np.array(task["test"], dtype=np.int64) for task in tasks]
-    _require_positions(shards, int(data["train"]), "client")
-    _require_positions(tests, int(data["test"]), "test")
+    held, held_offsets = _flat([shard for task in tasks for shard in task["clients"]], int(data["train"]), "client")
+    tests, test_offsets = _flat([task["test"] for task in tasks], int(data["test"]), "test")
     return Manifest(
         data=str(data["sha256"]),
         num_train=int(data["train"]),
@@ -293,10 +318,10 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         task_names=tuple(str(task["name"]) for task in tasks),
         task_classes=tuple(tuple(int(c) for c in task["classes"]) for task in tasks),
         num_clients=clients,
-        shard_indices=_joined(shards),
-        shard_offsets=_offsets(shards),
-        test_indices=_joined(tests),
-        test_offsets=_offsets(tests),
+        shard_indices=held,
+        shard_offsets=held_offsets,
+        test_indices=tests,
+        test_offsets=test_offsets,
         histograms=tuple(np.array(task["histogram"], dtype=np.int64).reshape(clients, len(task["classes"])) for task in tasks),
         alpha=tuple(_parse_alpha(task["alpha"]) for task in tasks),
         overall_alpha=_parse_alpha(content["overall_alpha"]),
@@ -304,10 +329,15 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _require_positions(parts: Sequence[IntArray], limit: int, what: str) -> None:
-    joined = _joined(parts)  # ValueError when a part is no list of numbers
+def _flat(parts: Sequence[Sequence[int]], limit: int, what: str) -> tuple[IntArray, IntArray]:
+    """Lists of positions as one array with offsets. ValueError or TypeError when a part is no list of positions."""
+    if not all(isinstance(part, list) for part in parts):
+        raise TypeError(f"{what} positions must be lists of numbers")
+    sizes = list(map(len, parts))
+    joined = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=sum(sizes))
     if len(joined) and not (joined.min() >= 0 and joined.max() < limit):
         raise ValueError(f"{what} positions must lie in 0..{limit - 1}")
+    return joined, _offsets(sizes)
 
 
 def _plain_alpha(alpha: float) -> float | str | None:

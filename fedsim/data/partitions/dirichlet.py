@@ -53,7 +53,7 @@ class Partition(contracts.Partition):
         if self.max_draws < 1:
             raise ConfigError(f"max_draws must be at least 1, got {self.max_draws}")
 
-    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    def split(self, labels: IntArray, rng: np.random.Generator) -> _common.Shards:
         _common.check_possible(self, len(labels))
         class_N, sizes_C = _common.classes_of(labels)
         return _common.deal_by_counts(class_N, self._counts(sizes_C, rng), rng)

@@ -19,6 +19,9 @@ class Partition(contracts.Partition):
     Raises PartitionError when there are fewer than clients × min_samples samples.
     """
 
-    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    def split(self, labels: IntArray, rng: np.random.Generator) -> _common.Shards:
         _common.check_possible(self, len(labels))
-        return list(np.array_split(rng.permutation(len(labels)), self.clients))
+        each, more = divmod(len(labels), self.clients)
+        sizes_K = np.full(self.clients, each, dtype=np.int64)
+        sizes_K[:more] += 1
+        return _common.Shards(rng.permutation(len(labels)), sizes_K)

@@ -38,7 +38,7 @@ class Partition(contracts.Partition):
         if self.classes_per_client < 1:
             raise ConfigError(f"classes_per_client must be at least 1, got {self.classes_per_client}")
 
-    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    def split(self, labels: IntArray, rng: np.random.Generator) -> _common.Shards:
         _common.check_possible(self, len(labels))
         class_N, sizes_C = _common.classes_of(labels)
         self._check_classes(len(sizes_C))

@@ -27,8 +27,8 @@ class Partition(contracts.Partition):
         super().__post_init__()
         _common.check_positive("alpha", self.alpha)
 
-    def split(self, labels: IntArray, rng: np.random.Generator) -> list[IntArray]:
+    def split(self, labels: IntArray, rng: np.random.Generator) -> _common.Shards:
         _common.check_possible(self, len(labels))
         share_K = _common.shares(self.alpha, self.clients, (), rng)
         sizes_K = self.min_samples + rng.multinomial(len(labels) - self.clients * self.min_samples, share_K)
-        return list(np.split(rng.permutation(len(labels)), np.cumsum(sizes_K)[:-1]))
+        return _common.Shards(rng.permutation(len(labels)), sizes_K)

@@ -13,6 +13,7 @@ from fedsim.core.errors import ConfigError
 from fedsim.data.sources import _common
 
 PIXEL_SIGMA = 24.0  # noise around a class's template, in grey levels
+AT_ONCE = 1 << 14  # images
 SIGNAL = 0.7  # share of tokens that come from the class's own words
 
 
@@ -78,8 +79,13 @@ class Source(contracts.Source):
         offsets = rng.stream(self.seed, "synthetic", "domains").uniform(-48, 48, (max(1, self.domains), *shape)) * (
             self.domains > 0
         )
-        noise = draw.normal(0, PIXEL_SIGMA, (len(labels), *shape))
-        return np.clip(np.rint(templates[labels] + offsets[domains] + noise), 0, 255).astype(np.uint8)
+        images = np.empty((len(labels), *shape), dtype=np.uint8)
+        for start in range(0, len(labels), AT_ONCE):  # in parts: floats of millions of images would be gigabytes
+            part = slice(start, start + AT_ONCE)
+            exact = templates[labels[part]] + offsets[domains[part]]
+            exact += draw.normal(0, PIXEL_SIGMA, exact.shape)
+            images[part] = np.clip(np.rint(exact), 0, 255)
+        return images
 
     def _tokens(self, labels: IntArray, domains: IntArray, draw: np.random.Generator) -> dict[str, IntArray]:
         words = rng.stream(self.seed, "synthetic", "classes").integers(1, self.vocab, (self.classes, 4))
