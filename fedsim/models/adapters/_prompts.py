@@ -1,6 +1,6 @@
 """What the two kinds of prompts have in common."""
 
-# b samples, q queries, k keys
+# b samples, q queries, k keys, P prompts, D width, K clients
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def check_options(length: int, blocks: Any, init_std: float) -> None:
 def normal(length: int, width: int, std: float, generator: torch.Generator) -> Tensor:
     """A fresh prompt (length, width), normal with mean 0."""
     return torch.randn(length, width, generator=generator) * std
+
+
+def per_sample(prompt: Tensor, count: int) -> Tensor:
+    """A prompt for each of `count` samples, (count, P, D): from (P, D) one for all, from (K, P, D) the k-th for the k-th slot."""
+    if prompt.dim() == 2:
+        return prompt.expand(count, -1, -1)
+    return prompt[:, None].expand(-1, count // len(prompt), -1, -1).flatten(0, 1)
 
 
 def widened(mask: Tensor, place: int, length: int, queries: bool = False) -> Tensor:

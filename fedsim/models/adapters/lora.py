@@ -1,12 +1,12 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685)."""
 
-# r rank, d inputs of a layer, m outputs, N rows (samples × tokens)
+# r rank, d inputs of a layer, m outputs, N rows (samples × tokens), K clients
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike
+from fedsim.core.contracts import BackboneLike, Slots
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
 from fedsim.models import inject
+from fedsim.models.inject import Removable
+from fedsim.models.kernels import FrozenLinear, mergeable
 
 
 @dataclass(frozen=True)
@@ -75,28 +77,46 @@ class Adapter(contracts.Adapter):
         self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
     ) -> AbstractContextManager[None]:
         """Add `s B A x` to the outputs of the layers that the tensors name, while open."""
+        drop = dropout if self.dropout else None
+        found = {n: inject.linear(backbone.encoder, n) for n in lora_layers(tensors)}
+        return inject.installed([self._adding(layer, n, tensors, drop) for n, layer in found.items()])
+
+    def _adding(
+        self, layer: nn.Linear, name: str, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> Callable[[], Removable]:
+        """What puts the low-rank path of these tensors beside a layer: into its own product, or by a hook."""
+        a_rd, b_mr = tensors[name + LORA_A], tensors[name + LORA_B]
+        if isinstance(layer, FrozenLinear) and dropout is None:
+            return partial(layer.beside, a_rd, b_mr, self.scale)
+        return partial(layer.register_forward_hook, _adding(a_rd, b_mr, self.scale, self.dropout, dropout))
+
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Add `s B_k A_k x` to the outputs of client k's samples, from A (K, r, d) and B (K, m, r), while open. One of the two
+        may be common to all clients: (r, d) or (m, r)."""
         hooks: list[Callable[..., Any]] = []
         for name in lora_layers(tensors):
-            layer, a_rd, b_mr = inject.linear(backbone.encoder, name), tensors[name + LORA_A], tensors[name + LORA_B]
-            drop = dropout if self.dropout else None
-            hooks.append(partial(layer.register_forward_hook, _adding(a_rd, b_mr, self.scale, self.dropout, drop)))
+            layer, a, b = inject.linear(backbone.encoder, name), tensors[name + LORA_A], tensors[name + LORA_B]
+            hooks.append(partial(layer.register_forward_hook, _adding_stacked(a, b, self.scale, self.dropout, slots)))
         return inject.installed(hooks)
 
     @contextmanager
     def merged(self, backbone: BackboneLike, tensors: Tensors) -> Iterator[None]:
-        """`W + s B A` in place of W while open, for inference: no gradient flows to the tensors."""
-        kept: list[tuple[nn.Linear, Tensor]] = []
-        try:
+        """`W + s B A` in place of W while open, for inference: no gradient flows to the tensors.
+
+        Where the sum would be rounded so that small changes are lost, it is not made: `s B A x` is added, as in `applied`.
+        """
+        with ExitStack() as stack:
             for name in lora_layers(tensors):
                 layer = inject.linear(backbone.encoder, name)
+                a_rd, b_mr = tensors[name + LORA_A], tensors[name + LORA_B]
+                if not mergeable(layer):
+                    stack.callback(self._adding(layer, name, tensors)().remove)
+                    continue
                 with torch.no_grad():
-                    weight = torch.addmm(layer.weight, tensors[name + LORA_B], tensors[name + LORA_A], alpha=self.scale)
-                kept.append((layer, layer.weight))
+                    weight = torch.addmm(layer.weight, b_mr, a_rd, alpha=self.scale)
+                stack.callback(setattr, layer, "weight", layer.weight)
                 layer.weight = nn.Parameter(weight, requires_grad=False)
             yield
-        finally:
-            for layer, base in kept:
-                layer.weight = base
 
 
 def _adding(a_rd: Tensor, b_mr: Tensor, scale: float, rate: float, dropout: torch.Generator | None) -> Callable[..., Tensor]:
@@ -104,9 +124,40 @@ def _adding(a_rd: Tensor, b_mr: Tensor, scale: float, rate: float, dropout: torc
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output_Nm: Tensor) -> Tensor:
         x_Nd = args[0] if dropout is None else _dropped(args[0], rate, dropout)
-        return torch.add(output_Nm, F.linear(F.linear(x_Nd, a_rd), b_mr), alpha=scale)
+        path_Nm = F.linear(F.linear(x_Nd, a_rd.to(x_Nd.dtype)), b_mr.to(x_Nd.dtype))
+        return torch.add(output_Nm, path_Nm, alpha=scale)
 
     return hook
+
+
+def _adding_stacked(a: Tensor, b: Tensor, scale: float, rate: float, slots: Slots) -> Callable[..., Tensor]:
+    """A forward hook that adds every client's own low-rank path to its part of a linear layer's output."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, clients = args[0], len(slots.rows)
+        slots.axis(len(x))
+        if rate and slots.dropout is not None:
+            x = x * _masks(x, rate, slots, slots.dropout)
+        x_KNd = x.reshape(clients, -1, x.shape[-1])
+        path_KNr = x_KNd @ a.to(x.dtype).mT
+        if b.dim() == 2:
+            return torch.add(output, (path_KNr @ b.to(x.dtype).mT).view_as(output), alpha=scale)
+        output_KNm = output.reshape(clients, -1, output.shape[-1])
+        return torch.baddbmm(output_KNm, path_KNr, b.to(x.dtype).mT, alpha=scale).view_as(output)
+
+    return hook
+
+
+def _masks(x: Tensor, rate: float, slots: Slots, generators: Sequence[torch.Generator]) -> Tensor:
+    """The inverted dropout masks that the clients draw one by one, for as many samples and tokens as are their own."""
+    slot = slots.axis(len(x))
+    masks, per_sample = torch.ones_like(x), slot // slots.width
+    for k, generator in enumerate(generators[: len(slots.rows)]):
+        own = masks[k * slot : k * slot + slots.rows[k] * per_sample]
+        if slots.tokens is not None and x.dim() > 2:
+            own = own[:, : slots.tokens[k]]
+        own.copy_(_dropped(torch.ones_like(own), rate, generator))
+    return masks
 
 
 def _dropped(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:

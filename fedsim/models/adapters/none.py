@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike
+from fedsim.core.contracts import BackboneLike, Slots
 from fedsim.core.messages import Tensors
 
 
@@ -23,4 +23,7 @@ class Adapter(contracts.Adapter):
     def applied(
         self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
     ) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
         return nullcontext()

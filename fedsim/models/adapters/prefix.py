@@ -1,12 +1,12 @@
 """Prefix prompts: trainable keys and values in the attention of chosen blocks (Li & Liang, 2021, arXiv:2101.00190;
 for continual learning with vision transformers: DualPrompt, Wang et al., 2022, arXiv:2204.04799)."""
 
-# b samples, h heads, L tokens, P prompts, e head width, D = h·e
+# b samples, h heads, L tokens, P prompts, e head width, D = h·e, K clients
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike
+from fedsim.core.contracts import BackboneLike, Slots
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models import inject
@@ -74,6 +74,10 @@ class Adapter(contracts.Adapter):
             for module in changed:
                 del module.__dict__[SLOT]
 
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Every sample's attention gets the prefixes of its client, from tensors (K, P, D)."""
+        return self.applied(backbone, tensors)
+
 
 def prefix_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -83,17 +87,19 @@ def prefix_attention(
 
     prefix = module.__dict__.get(SLOT)
     if prefix is not None:
-        key, value = (torch.cat([_heads(p, kv), kv], dim=2) for p, kv in zip(prefix, (key, value), strict=True))
+        key, value = (torch.cat([_heads(p.to(kv.dtype), kv), kv], dim=2) for p, kv in zip(prefix, (key, value), strict=True))
         if attention_mask is not None:
-            attention_mask = _prompts.widened(attention_mask, 0, len(prefix[0]))
+            attention_mask = _prompts.widened(attention_mask, 0, prefix[0].shape[-2])
     out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     return out, None
 
 
-def _heads(prefix_PD: Tensor, like_bhLe: Tensor) -> Tensor:
-    """(P, D) as (b, h, P, e)."""
+def _heads(prefix: Tensor, like_bhLe: Tensor) -> Tensor:
+    """(P, D) or (K, P, D) as (b, h, P, e)."""
     b, h, _, e = like_bhLe.shape
-    return prefix_PD.view(-1, h, e).transpose(0, 1).expand(b, -1, -1, -1)
+    if prefix.dim() == 2:
+        return prefix.view(-1, h, e).transpose(0, 1).expand(b, -1, -1, -1)
+    return _prompts.per_sample(prefix, b).view(b, -1, h, e).transpose(1, 2)
 
 
 def _attention(name: str, block: nn.Module) -> tuple[nn.Module, int]:

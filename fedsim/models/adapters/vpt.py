@@ -1,11 +1,11 @@
 """Deep visual prompts: Visual Prompt Tuning (Jia et al., 2022, arXiv:2203.12119), VPT-Deep."""
 
-# b samples, L tokens, P prompts, D width
+# b samples, L tokens, P prompts, D width, K clients
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike
+from fedsim.core.contracts import BackboneLike, Slots
 from fedsim.core.messages import Tensors
 from fedsim.models import inject
 from fedsim.models.adapters import _prompts
@@ -52,18 +52,23 @@ class Adapter(contracts.Adapter):
         for name in (n for n in tensors if n.endswith(PROMPT)):
             block = inject.submodule(backbone.encoder, name.removesuffix(PROMPT))
             hooks.append(partial(block.register_forward_pre_hook, _inserting(tensors[name]), with_kwargs=True))
-            hooks.append(partial(block.register_forward_hook, _dropping(len(tensors[name]))))
+            hooks.append(partial(block.register_forward_hook, _dropping(tensors[name].shape[-2])))
         with inject.installed(hooks):
             yield
 
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Every sample gets the prompts of its client, from tensors (K, P, D)."""
+        return self.applied(backbone, tensors)
 
-def _inserting(prompt_PD: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A pre-hook that puts the prompts into a block's tokens (b, L, D) and makes room for them in its attention mask."""
-    length = len(prompt_PD)
+
+def _inserting(prompt: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A pre-hook that puts the prompts, (P, D) or (K, P, D), into a block's tokens (b, L, D) and makes room for them in its
+    attention mask."""
+    length = prompt.shape[-2]
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x_bLD, *rest = args
-        x_bLD = torch.cat([x_bLD[:, :PLACE], prompt_PD.expand(len(x_bLD), -1, -1), x_bLD[:, PLACE:]], dim=1)
+        x_bLD = torch.cat([x_bLD[:, :PLACE], _prompts.per_sample(prompt.to(x_bLD.dtype), len(x_bLD)), x_bLD[:, PLACE:]], dim=1)
         if rest and rest[0] is not None:
             rest[0] = _prompts.widened(rest[0], PLACE, length, queries=True)
         if kwargs.get("attention_mask") is not None:
