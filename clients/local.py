@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients import optim
+from clients import kept, optim
+from clients.kept import Lower
 from clients.samples import Samples
 from fedsim.core import config as configs
 from fedsim.core import contracts, rng
@@ -56,16 +57,18 @@ def train(
     for name in trained:
         local[name] = local[name].detach().clone().requires_grad_()
     try:
-        metrics = {}
+        metrics, below = {}, None
         with stage("training"):
+            if trained or job.plan.statistics:
+                below = kept.lower(model, samples, shard, local, config.runtime)
             if trained and len(shard):
-                metrics["loss"] = fit(model, samples, shard, classes, local, trained, job, config, objectives)
+                metrics["loss"] = fit(model, samples, shard, classes, local, trained, job, config, objectives, below)
         local = {n: t.detach() for n, t in local.items()}
         with stage("update"):
             update = {n: local[n].cpu() for n in trained}
             require_finite(update, "trained tensor")
         with stage("statistics"):
-            statistics = collect(model, samples, shard, local, job.plan, config.runtime.eval_batch)
+            statistics = collect(model, samples, shard, local, job.plan, config.runtime.eval_batch, below)
             require_finite(statistics, "statistic")
     except StageFailed as e:
         return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
@@ -83,22 +86,27 @@ def fit(
     job: ClientJob,
     config: SimConfig,
     objectives: Sequence[contracts.Objective],
+    below: Lower | None = None,
 ) -> float:
-    """Train `local[trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite."""
+    """Train `local[trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite.
+
+    below: what the frozen blocks make of the shard, if that is at hand.
+    """
     client, seed, address = config.client, config.seed, (job.client_id, job.task, job.round)
     order = rng.stream(seed, "batches", *address)
     augment = rng.torch_stream(seed, "augment", *address, device=model.device)
     dropout = rng.torch_stream(seed, "dropout", *address, device=model.device)
     parameters = [local[n] for n in trained]
     steps = client.epochs * math.ceil(len(shard) / client.batch_size)
-    optimizer, schedule = optim.build(client, parameters, steps)
+    optimizer, schedule = optim.build(client, parameters, steps, fused=config.runtime.kernels == "onednn")
     start = {n: job.params[n].to(model.device) for n in trained} if objectives else {}
     losses: list[Tensor] = []
     with model.applied(local, dropout):
         for _ in range(client.epochs):
             for positions in batches(order.permutation(shard), client.batch_size):
                 inputs, labels = samples.batch(positions)
-                logits = model.logits(model.features(inputs, augment), local)
+                features = model.features(inputs, augment) if below is None else below.features(model, inputs, positions)
+                logits = model.logits(features, local)
                 loss = masked_cross_entropy(logits, labels, classes)
                 for objective in objectives:
                     loss = loss + objective.term({n: local[n] for n in trained}, start, logits, labels)
@@ -110,18 +118,28 @@ def fit(
                 if schedule is not None:
                     schedule.step()
                 losses.append(loss.detach())
-    every = torch.stack(losses)  # looked at once, after the round: a look at every step would wait for the GPU
-    if not bool(torch.isfinite(every).all()):
-        step = int((~torch.isfinite(every)).nonzero()[0])
+    return last_epoch(torch.stack(losses), client.epochs)  # looked at once: a look at every step would wait for the GPU
+
+
+def last_epoch(losses: Tensor, epochs: int) -> float:
+    """The mean loss of a round's last epoch, from the losses of all its steps. Raises NonFinite if one is not finite."""
+    if not bool(torch.isfinite(losses).all()):
+        step = int((~torch.isfinite(losses)).nonzero()[0])
         raise NonFinite(
-            f"the loss is {every[step].item()} at step {step + 1} of {len(losses)}: lower client.lr or set client.clip_norm"
+            f"the loss is {losses[step].item()} at step {step + 1} of {len(losses)}: lower client.lr or set client.clip_norm"
         )
-    return float(every[-(len(losses) // client.epochs) :].mean())
+    return float(losses[-(len(losses) // epochs) :].mean())
 
 
 @torch.no_grad()
 def collect(
-    model: Model, samples: Samples, shard: IntArray, local: Tensors, plan: RoundPlan, batch_size: int
+    model: Model,
+    samples: Samples,
+    shard: IntArray,
+    local: Tensors,
+    plan: RoundPlan,
+    batch_size: int,
+    below: Lower | None = None,
 ) -> dict[str, Tensor]:
     """The statistics of a plan, named `<statistic>.<form>/<subject>`.
 
@@ -137,7 +155,7 @@ def collect(
         if blended and plan.background:
             background = {n: t.to(model.device) for n, t in plan.background.items()}
             through |= stack_modules([background, with_prefix(local, "adapter.")], [1.0, plan.share])
-        out |= one_pass(model, samples, shard, local, through, requests, batch_size)
+        out |= one_pass(model, samples, shard, local, through, requests, batch_size, below)
     return out
 
 
@@ -149,9 +167,12 @@ def one_pass(
     through: Tensors,
     requests: Sequence[StatisticRequest],
     batch_size: int,
+    below: Lower | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of several requests in one pass of the model with the parameters `through`."""
     out: dict[str, Tensor] = {}
+    if below is not None and not below.serves(model, through):
+        below = None
     with ExitStack() as stack:
         stack.enter_context(model.merged(through))
         collecting = []
@@ -161,7 +182,7 @@ def one_pass(
             collecting.append((request.name, stack.enter_context(statistic.collect(model, local, subjects))))
         for positions in batches(shard, batch_size):
             inputs, labels = samples.batch(positions)
-            features = model.features(inputs)
+            features = model.features(inputs) if below is None else below.features(model, inputs, positions)
             for _, accumulator in collecting:
                 accumulator.update(features, labels)
         for name, accumulator in collecting:

@@ -11,20 +11,30 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from clients import eager
 from fedsim.core.config import ClientConfig
 from fedsim.core.errors import ConfigError, did_you_mean
 
+CHOOSES = {"fused", "foreach", "capturable", "differentiable"}  # options that say how a step is computed
 
-def build(client: ClientConfig, parameters: Sequence[Tensor], steps: int) -> tuple[Optimizer, LRScheduler | None]:
+
+def build(
+    client: ClientConfig, parameters: Sequence[Tensor], steps: int, fused: bool = False
+) -> tuple[Optimizer, LRScheduler | None]:
     """A new optimizer over the parameters, and its schedule over `steps` steps (None: constant learning rate).
 
-    Raises ConfigError for names and options that torch does not have.
+    fused: in torch's fused form where the optimizer has one and the options do not say otherwise: the same step, rounded
+    elsewhere, in a third of the time. Raises ConfigError for names and options that torch does not have.
     """
     options: dict[str, Any] = {"lr": client.lr, **_numbers(client.optimizer_options, steps)}
     cls = _find(torch.optim, Optimizer, client.optimizer, "client.optimizer")
     if "weight_decay" in inspect.signature(cls).parameters:
         options.setdefault("weight_decay", client.weight_decay)
+    if fused and "fused" in inspect.signature(cls).parameters and not CHOOSES & options.keys():
+        options["fused"] = True
+    eager.keep_compiler_out()
     optimizer = _make(cls, "client.optimizer_options", list(parameters), **options)
+    eager.step_plainly(optimizer)
     if client.schedule is None:
         return optimizer, None
     schedule = _find(lr_scheduler, LRScheduler, client.schedule, "client.schedule")

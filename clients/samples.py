@@ -7,15 +7,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clients.kept import LIMIT, Kept
 from fedsim.core.contracts import ArraySplit, IntArray
 
 
 class Samples:
-    """Inputs and labels of a split. On a GPU they live there; on the CPU batches are gathered from the (shared) arrays."""
+    """Inputs and labels of a split. On a GPU they live there; on the CPU batches are gathered from the (shared) arrays.
+
+    kept: what frozen blocks made of some of them.
+    """
 
     def __init__(self, split: ArraySplit, device: torch.device) -> None:
         self._arrays = dict(split.inputs) | {"labels": split.labels}
         self._device = device
+        self.kept = Kept(LIMIT)
         self._resident: dict[str, Tensor] = {}
         if device.type != "cpu":
             self._resident = {k: torch.from_numpy(np.array(a)).to(device) for k, a in self._arrays.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from clients.pools._bundles import bundles
 from clients.worker import Worker, torch_threads
@@ -13,10 +14,12 @@ from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
 class Pool(contracts.Pool):
     """Runs jobs in order, with the same number of torch threads as a worker of any other pool has."""
 
+    worker: ClassVar[type[Worker]] = Worker
+
     def __init__(self, spec: contracts.WorkSpec) -> None:
         self._threads = spec.config.runtime.threads
         self._fused = spec.config.runtime.fused
-        self._worker = Worker(spec)
+        self._worker = self.worker(spec)
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         for start, some in bundles(jobs, len(jobs), self._fused):

@@ -43,8 +43,7 @@ class Echo(Worker):
     """A client that sends back what it got. No model, no data."""
 
     def __init__(self, spec: WorkSpec) -> None:
-        super_less: dict[str, Any] = {"spec": spec, "_rule": None, "_source": None, "_deployed": None}
-        self.__dict__.update(super_less)
+        self.__dict__.update({"spec": spec, "_rule": None, "_source": None, "_deployed": None})
 
     def train_client(self, job: ClientJob) -> ClientUpdate:
         return ClientUpdate(job.client_id, 1, dict(job.params))
@@ -69,8 +68,7 @@ def ours(pool: str, registered: int, sampled: int, size: int, rounds: int) -> li
         worker = "experiments.benchmarks.engine:Echo"
 
     class InProcess(serial.Pool):
-        def __init__(self, spec: WorkSpec) -> None:
-            self._threads, self._worker = 1, Echo(spec)
+        worker = Echo
 
     torch.set_num_threads(1)
     config = configs.from_dict(

@@ -4,8 +4,9 @@
 
 The loop has both cores as torch threads; fedsim has two one-thread Ray workers and evaluates at the end of a task, as the loop
 does. The variants take turns. Compared is the time of the loop itself: start-up (imports, Ray, model, data) is apart in both.
-`forward_backward` is the share of the workers' time in which a client trains, measures its statistics or is evaluated. What
-limits it: the matrix products of the frozen layers, see `local_training`.
+`inside`: the share of the loop in which the model computes, in training (forward, backward), statistics and evaluation; of the
+quickstart as it is, with the serial pool, where nothing else goes on meanwhile. What limits the whole: the matrix products of
+the frozen layers, see `local_training`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +52,51 @@ def ours(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     phases = json.loads((folder / "costs.json").read_text())["seconds"]
     metrics = json.loads((folder / "metrics.json").read_text())
     loop = sum(seconds for phase, seconds in phases.items() if phase != "start_up")
-    clients = sum(phases.get(phase, 0.0) for phase in ("train", "statistics", "evaluate"))
-    return {
-        "accuracy": metrics["final_average_accuracy"],
-        "seconds": loop,
-        "forward_backward": clients / loop,
-        "phases": phases,
-    }
+    return {"accuracy": metrics["final_average_accuracy"], "seconds": loop, "phases": phases}
+
+
+def inside() -> dict[str, float]:
+    """Seconds of the loop, and of those the seconds in forward and backward passes, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", __spec__.name, "inside"], cwd=ROOT, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def clocked() -> dict[str, float]:
+    """Run the quickstart with clocks around what computes."""
+    import torch
+
+    from fedsim.core.config import load
+    from fedsim.models.model import Model
+    from fedsim.simulation import run
+
+    spent = {"forward": 0.0, "backward": 0.0}
+
+    def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                spent[phase] += time.perf_counter() - start
+
+        return call
+
+    for name in ("features", "logits"):
+        setattr(Model, name, timed(getattr(Model, name), "forward"))
+    torch.Tensor.backward = timed(torch.Tensor.backward, "backward")  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(load(ROOT / "configs" / "quickstart.yaml", ["runtime.pool=serial"]), output=Path(folder) / "run")
+    seconds = results.costs["seconds"]
+    loop = sum(value for phase, value in seconds.items() if phase != "start_up")
+    return {"loop_s": loop, **{f"{phase}_s": value for phase, value in spent.items()}, "share": sum(spent.values()) / loop}
 
 
 def main() -> None:
     """Measure, print, write the result file."""
+    if sys.argv[1:] == ["inside"]:
+        print(json.dumps(clocked()))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plain_loop", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
@@ -81,7 +118,9 @@ def main() -> None:
             "runs": found,
         }
         print(f"{name}: {rows[name]['seconds']:.1f} s, {ratio:.2f} of the plain loop, accuracy {rows[name]['accuracy']:.1f}")
-    machine.write("whole_run", {"variants": rows})
+    share = inside()
+    print(f"inside forward and backward: {share['share']:.2f} of the loop")
+    machine.write("whole_run", {"variants": rows, "inside": share})
 
 
 if __name__ == "__main__":

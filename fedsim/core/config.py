@@ -7,10 +7,12 @@ sections are plain mappings that hold every option, so that a resolved config sa
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -21,13 +23,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim.core import contracts, plugins
+from fedsim.core import contracts, hardware, plugins
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
 
-MOVES_BITS = ("threads", "device", "precision", "fused", "eval_batch")  # of `runtime`; the rest never does
+MOVES_BITS = ("threads", "device", "kernels", "precision", "fused", "eval_batch")  # of `runtime`; the rest never does
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,18 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs. Only threads, device, precision, fused and eval_batch may move bits; the rest never does.
+    """Where and how it runs. Only threads, device, kernels, precision, fused and eval_batch may move bits; the rest never does.
 
     pool: serial | ray | flower; workers: processes, "auto": CPU cores / threads (at most one per client).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
+    kernels: of the CPU's products in float32: torch | onednn | auto (onednn where it makes use of AVX-512, else torch).
+    precision: fp32 | bf16 (the frozen backbone in half precision, all that is trained in float32). A machine that was not made
+        for bf16 takes fp32, says so, and the resolved config says it too.
     address: of a Ray cluster to join, "auto" for one on this machine (if it wants a token: RAY_AUTH_MODE=token).
     fused: auto (on a GPU, where it pays) | true | false: train several clients in one forward. It rounds in another order, and
         so does a bundle that had to be made smaller for want of memory.
+    cache: keep what frozen blocks below the adapter make of a client's samples from round to round (up to 512 MB per worker);
+        without augmentation. False computes it anew in every round, to the same bits.
     output: folder of run directories; max_restarts: of a Ray worker that dies, per job.
     """
 
@@ -172,8 +179,10 @@ class RuntimeConfig:
     workers: Any = "auto"
     threads: int = 1
     device: str = "auto"
+    kernels: str = "auto"
     precision: str = "fp32"
     fused: Any = "auto"
+    cache: bool = True
     address: str | None = None
     gpus_per_worker: float = 0.0
     eval_batch: int = 256
@@ -187,7 +196,8 @@ class RuntimeConfig:
         _require(self.eval_batch >= 1, "eval_batch", "must be at least 1", self.eval_batch)
         _require(self.gpus_per_worker >= 0, "gpus_per_worker", "must not be negative", self.gpus_per_worker)
         _require(self.max_restarts >= 0, "max_restarts", "must not be negative", self.max_restarts)
-        _choice("precision", self.precision, ("fp32",))
+        _choice("kernels", self.kernels, ("auto", "torch", "onednn"))
+        _choice("precision", self.precision, ("fp32", "bf16"))
         _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
         if self.fused is True and self.pool == "flower":
             raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
@@ -265,7 +275,13 @@ def compose(layers: Iterable[Mapping[str, Any]]) -> SimConfig:
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)
-    return from_dict(merged)
+    config = from_dict(merged)
+    runtime = config.runtime
+    if runtime.precision == "bf16" and not hardware.has_bf16(runtime.device):
+        text = f"runtime.precision is bf16, which this machine's {runtime.device} does not speed up: fp32 is used instead"
+        warnings.warn(text, stacklevel=2)
+        runtime = dataclasses.replace(runtime, precision="fp32")
+    return dataclasses.replace(config, runtime=runtime)
 
 
 def from_dict(values: Mapping[str, Any]) -> SimConfig:
@@ -298,7 +314,12 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     if pool not in pools and "." not in pool:
         raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
     device = resolve_device(config.runtime.device)
-    runtime = dataclasses.replace(config.runtime, device=device, fused=resolve_fused(config.runtime.fused, device, pool))
+    runtime = dataclasses.replace(
+        config.runtime,
+        device=device,
+        kernels=resolve_kernels(config.runtime.kernels, device),
+        fused=resolve_fused(config.runtime.fused, device, pool),
+    )
     sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
     return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
 
@@ -306,6 +327,13 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
 def resolve_device(name: str) -> str:
     """The device that "auto" stands for: the GPU if there is one here. Resolved with the config, since it moves bits."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def resolve_kernels(name: str, device: str) -> str:
+    """The kernels that "auto" stands for, on this machine. Raises ConfigError for the CPU's kernels on another device."""
+    if name == "onednn" and device != "cpu":
+        raise ConfigError(f"runtime.kernels onednn is for the CPU, but runtime.device is {device}: set it to torch or auto")
+    return hardware.best_kernels(device) if name == "auto" else name
 
 
 def resolve_fused(fused: Any, device: str, pool: str) -> bool:
@@ -331,7 +359,7 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
 def build(kind: str, section: Section) -> Any:
     """A new plug-in object of a section."""
     key = _name_key(kind)
-    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], _typed)
+    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], _typed_anew)
 
 
 def build_aggregator(section: Any) -> contracts.Aggregator:
@@ -353,12 +381,8 @@ def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain values; unknown keys and wrong types are ConfigErrors that name the key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping of options, got {values!r}")
-    try:
-        text = json.dumps(values)
-        plain = json.loads(text) == values
-    except (TypeError, ValueError):  # sections that are typed already
-        plain = False
-    return _typed_once(cls, text, where) if plain else _typed(cls, values, where)
+    text = _plain_text(values)
+    return _typed(cls, values, where) if text is None else _typed_once(cls, text, where)
 
 
 @lru_cache(maxsize=4096)
@@ -368,7 +392,39 @@ def _typed_once(cls: Any, text: str, where: str) -> Any:
     return _typed(cls, json.loads(text), where)
 
 
+def _typed_anew(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """An object of its own; a client builds the same statistics in every job, so OmegaConf looks at the options once."""
+    text = _plain_text(values)
+    return _typed(cls, values, where) if text is None else _made(cls, copy.deepcopy(_checked_once(cls, text, where)), where)
+
+
+@lru_cache(maxsize=4096)
+def _checked_once(cls: Any, text: str, where: str) -> dict[str, Any]:
+    return _checked(cls, json.loads(text), where)
+
+
+def _plain_text(values: Mapping[str, Any]) -> str | None:
+    """Values as JSON; None for those that JSON does not hold as they are, such as sections that are typed already."""
+    try:
+        text = json.dumps(values)
+        return text if json.loads(text) == values else None
+    except (TypeError, ValueError):
+        return None
+
+
 def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    return _made(cls, _checked(cls, values, where), where)
+
+
+def _made(cls: Any, kwargs: Mapping[str, Any], where: str) -> Any:
+    try:
+        return cls(**kwargs)
+    except (ConfigError, PluginError) as e:
+        raise type(e)(f"{where}.{e}" if where else str(e)) from e
+
+
+def _checked(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of a dataclass: every option, of the right type."""
     dot = f"{where}." if where else ""
     known = {f.name for f in fields(cls) if f.init}
     for key in values:
@@ -391,10 +447,7 @@ def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     for f in fields(cls):
         if str(f.type).startswith("tuple") and isinstance(kwargs.get(f.name), list):
             kwargs[f.name] = tuple(kwargs[f.name])
-    try:
-        return cls(**kwargs)
-    except (ConfigError, PluginError) as e:
-        raise type(e)(f"{dot}{e}") from e
+    return kwargs
 
 
 def _build(kind: str, name: str, options: Mapping[str, Any], where: str, make: Callable[..., Any] | None = None) -> Any:

@@ -8,6 +8,7 @@ weights of a given architecture. Whatever does not fit exactly is refused: a lay
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.config import ModelConfig
+from fedsim.core import config as configs
+from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
-from fedsim.models import timm_names
+from fedsim.models import kernels, timm_names, vit
 
 Scales: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, per channel or one for all
 
@@ -32,6 +34,7 @@ Scales: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std,
 OMNIGLOT_VIT = Path(__file__).resolve().parent.parent / "assets" / "omniglot_vit"
 HALF: Scales = (0.5,), (0.5,)
 IMAGENET: Scales = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 RANDOM_WEIGHTS_SEED = 0  # one set of random weights for all processes and seeds: only the architecture is the user's choice
 
@@ -42,7 +45,7 @@ class Backbone:
 
     width: D; kind: image | text; pooling: cls | mean; first_patch: number of tokens before the patches (the class token);
     image_size: (height, width); mean, std: per channel in 0..1; tokenizer_source: hub id or folder of the tokenizer that
-    belongs to it. The image fields mean nothing for text.
+    belongs to it; half: all weights and activations are bfloat16; features are not. The image fields mean nothing for text.
     """
 
     encoder: nn.Module
@@ -55,11 +58,20 @@ class Backbone:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     tokenizer_source: str | None = None
+    half: bool = False
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised (b, C, H, W) -> (b, D): the class token, or the mean over the patches."""
-        tokens_bLD: Tensor = self.encoder(pixel_values=pixels).last_hidden_state
-        return tokens_bLD[:, 0] if self.pooling == "cls" else tokens_bLD[:, self.first_patch :].mean(dim=1)
+        tokens_bLD: Tensor = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels).last_hidden_state
+        return _single(tokens_bLD[:, 0]) if self.pooling == "cls" else _single(tokens_bLD[:, self.first_patch :]).mean(dim=1)
+
+    @staticmethod
+    def used_tokens(inputs: Tensors) -> int:
+        """Columns of a batch of texts up to the last one that is in a mask."""
+        if "attention_mask" not in inputs:
+            return inputs["input_ids"].shape[1]
+        mask_bL = inputs["attention_mask"]
+        return max(1, int((mask_bL.any(dim=0) * torch.arange(1, mask_bL.shape[1] + 1, device=mask_bL.device)).max()))
 
     def text_features(self, inputs: Tensors) -> Tensor:
         """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, or the mean over the tokens in the mask.
@@ -70,14 +82,14 @@ class Backbone:
             raise ModelError(f"the backbone takes text, but the data hold {', '.join(inputs)}: choose an image backbone")
         ids_bL = inputs["input_ids"]
         mask_bL = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids_bL)
-        used = max(1, int((mask_bL.any(dim=0) * torch.arange(1, ids_bL.shape[1] + 1, device=ids_bL.device)).max()))
+        used = self.used_tokens(inputs)
         ids_bL, mask_bL = ids_bL[:, :used], mask_bL[:, :used]  # most texts are far shorter than the longest one allowed
         longest = getattr(self.encoder.config, "max_position_embeddings", None)
         if longest is not None and ids_bL.shape[1] > longest:
             raise ModelError(
                 f"texts of {ids_bL.shape[1]} tokens do not fit a backbone of {longest} positions: lower data.max_length"
             )
-        tokens_bLD: Tensor = self.encoder(input_ids=ids_bL, attention_mask=mask_bL).last_hidden_state
+        tokens_bLD: Tensor = _single(self.encoder(input_ids=ids_bL, attention_mask=mask_bL).last_hidden_state)
         if self.pooling == "cls":
             return tokens_bLD[:, 0]
         weight_bL1 = mask_bL.unsqueeze(-1).to(tokens_bLD.dtype)
@@ -89,17 +101,30 @@ def load(config: ModelConfig) -> Backbone:
 
     Raises ModelError (one line) for a folder or file that is missing or damaged, and for weights that do not fit.
     """
-    encoder: Any
-    with _unseeded(), _quiet():
-        if config.backbone == "random":
-            encoder, scales = _random(config.config or {}), HALF
-        elif config.backbone.endswith(".safetensors"):
-            encoder = timm_names.load(Path(config.backbone).expanduser())
-            scales = IMAGENET if encoder.config.num_channels == len(IMAGENET[0]) else HALF
-        else:
-            encoder, scales = _from_pretrained(_source(config.backbone))
+    encoder, scales = _plain_vit(config.backbone) or _by_transformers(config)
     encoder.eval().requires_grad_(False)
     return _described(encoder, config, scales)
+
+
+def prepared(backbone: Backbone, runtime: RuntimeConfig, device: torch.device) -> Backbone:
+    """The backbone on a device, in the precision and with the kernels of a run.
+
+    In bf16 on the CPU the linear layers alone are in half precision, where it pays; on a GPU everything is.
+    Raises ModelError where this torch lacks the kernels.
+    """
+    bf16 = runtime.precision == "bf16"
+    if device.type == "cpu":
+        name = configs.resolve_kernels(runtime.kernels, device.type)
+        if bf16 or name != "torch":
+            kernels.freeze(backbone.encoder, name, runtime.precision)
+        return backbone
+    backbone.encoder.to(device, torch.bfloat16 if bf16 else torch.float32)
+    return dataclasses.replace(backbone, half=bf16)
+
+
+def _single(x: Tensor) -> Tensor:
+    """Half precision widened to float32."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def tokenizer_name(config: ModelConfig) -> str | None:
@@ -148,6 +173,28 @@ def _source(name: str) -> str:
     if name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
         raise ModelError(f"no folder {name}: model.backbone must be a folder with config.json and model.safetensors, or a hub id")
     return str(folder) if folder.is_dir() else name
+
+
+def _plain_vit(name: str) -> tuple[nn.Module, Scales] | None:
+    """The encoder of a folder with a plain ViT, without transformers' help, which is slow to import; None for all else."""
+    if name == "random" or name.endswith(".safetensors"):
+        return None
+    folder = Path(_source(name))
+    encoder = vit.load(folder)
+    try:
+        return None if encoder is None else (encoder, _normalisation(str(folder), folder=True))
+    except (OSError, ValueError, TypeError, AttributeError):  # transformers' way ends in an error that says what is wrong
+        return None
+
+
+def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Scales]:
+    with _unseeded(), _quiet():
+        if config.backbone == "random":
+            return _random(config.config or {}), HALF
+        if config.backbone.endswith(".safetensors"):
+            encoder: Any = timm_names.load(Path(config.backbone).expanduser())
+            return encoder, IMAGENET if encoder.config.num_channels == len(IMAGENET[0]) else HALF
+        return _from_pretrained(_source(config.backbone))
 
 
 def _from_pretrained(name: str) -> tuple[nn.Module, Scales]:
@@ -207,17 +254,22 @@ def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
 
 def _normalisation(name: str, folder: bool) -> Scales:
     """(mean, std) of preprocessor_config.json, (0.5, 0.5) if there is none."""
-    from transformers.utils.hub import cached_file
-
-    options: dict[str, Any] = {"local_files_only": folder, "_raise_exceptions_for_missing_entries": False}
-    file = cached_file(name, "preprocessor_config.json", **options)
-    if file is None:
+    file = Path(name) / PREPROCESSOR if folder else _cached_file(name, PREPROCESSOR)
+    if file is None or not file.is_file():
         return HALF
-    plain = json.loads(Path(file).read_text())
+    plain = json.loads(file.read_text())
     if not plain.get("do_normalize", True):
         return (0.0,), (1.0,)
     mean, std = plain.get("image_mean", [0.5]), plain.get("image_std", [0.5])
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _cached_file(name: str, file: str) -> Path | None:
+    """A file of a hub repository, if it has such a one."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _random(config: Mapping[str, Any]) -> nn.Module:

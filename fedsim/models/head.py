@@ -3,7 +3,7 @@
 Labels are head rows. Masking takes the columns of the chosen classes, so that no other class gets a gradient.
 """
 
-# b samples, D features, C classes (head rows), S classes that are kept
+# b samples, D features, C classes (head rows), S classes that are kept, K clients
 
 from __future__ import annotations
 
@@ -30,22 +30,36 @@ def logits(features_bD: Tensor, params: Tensors) -> Tensor:
     return F.linear(features_bD, params[WEIGHT], params[BIAS])
 
 
+def stacked_logits(features_KbD: Tensor, params: Tensors) -> Tensor:
+    """`h_k W_kᵀ + b_k`, (K, b, C): W (K, C, D) and b (K, C), or without the axis of clients where it is the same for all."""
+    bias = params[BIAS]
+    return features_KbD @ params[WEIGHT].mT + (bias if bias.dim() == 1 else bias[:, None])
+
+
 def masked_cross_entropy(logits_bC: Tensor, labels_b: Tensor, classes: Sequence[int]) -> Tensor:
     """Mean over the batch of `−log softmax(z_S)[y]`, the softmax being over the columns `classes` alone.
 
     labels: head rows, each one of `classes`; another label is an IndexError of torch. classes: not empty.
     """
+    return F.cross_entropy(*masked(logits_bC, labels_b, classes), ignore_index=_IGNORE_NOTHING)
+
+
+def masked_cross_entropies(logits_bC: Tensor, labels_b: Tensor, classes: Sequence[int]) -> Tensor:
+    """The terms of `masked_cross_entropy`'s mean, (b,)."""
+    return F.cross_entropy(*masked(logits_bC, labels_b, classes), ignore_index=_IGNORE_NOTHING, reduction="none")
+
+
+def masked(logits_bC: Tensor, labels_b: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The columns of `classes`, (b, S), and where the labels stand among them, (b,)."""
     if not len(classes):
         raise ModelError("cross-entropy over no classes: a task must have at least one class")
     start = classes[0]
     if list(classes) == list(range(start, start + len(classes))):
-        kept_bS, targets_b = logits_bC[:, start : start + len(classes)], labels_b.long() - start
-    else:
-        rows_S = torch.as_tensor(classes, device=logits_bC.device)
-        place_C = torch.full((logits_bC.shape[1],), -1, device=logits_bC.device)
-        place_C[rows_S] = torch.arange(len(classes), device=logits_bC.device)
-        kept_bS, targets_b = logits_bC[:, rows_S], place_C[labels_b.long()]
-    return F.cross_entropy(kept_bS, targets_b, ignore_index=_IGNORE_NOTHING)
+        return logits_bC[:, start : start + len(classes)], labels_b.long() - start
+    rows_S = torch.as_tensor(classes, device=logits_bC.device)
+    place_C = torch.full((logits_bC.shape[1],), -1, device=logits_bC.device)
+    place_C[rows_S] = torch.arange(len(classes), device=logits_bC.device)
+    return logits_bC[:, rows_S], place_C[labels_b.long()]
 
 
 def predict(logits_bC: Tensor, classes: Sequence[int]) -> Tensor:

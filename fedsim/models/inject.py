@@ -6,13 +6,19 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from fedsim.core.errors import ModelError
 
 ALL_LINEAR = "all-linear"
+
+
+class Removable(Protocol):
+    """What registering a hook gives."""
+
+    def remove(self) -> None: ...
 
 
 def submodule(encoder: nn.Module, name: str) -> nn.Module:
@@ -74,7 +80,7 @@ def blocks(encoder: nn.Module, which: str | Sequence[int] = "all") -> dict[str, 
 
 
 @contextmanager
-def installed(hooks: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
+def installed(hooks: Iterable[Callable[[], Removable]]) -> Iterator[None]:
     """Hooks that are registered on entry and removed on exit, whatever happens in between."""
     with ExitStack() as stack:
         for register in hooks:

@@ -3,10 +3,11 @@
 The model holds no trainable state. Adapter and head travel as tensors (`adapter.*`, `head.*`) and are handed in.
 """
 
-# b samples, D features, C classes
+# b samples, D features, C classes, K clients
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.config import SimConfig
+from fedsim.core.contracts import Slots
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models import backbone as backbones
-from fedsim.models import head, inject, transform
+from fedsim.models import head, inject, lower, transform
 from fedsim.models.backbone import Backbone
 from fedsim.models.transform import Transform
 
@@ -36,6 +38,7 @@ class Model:
         self.num_classes = num_classes
         self.device = device
         self._transform = transform
+        self._enterable: bool | None = None  # whether the encoder's blocks are a chain; looked at when it matters
 
     def init_adapter(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `adapter.*` tensors, CPU float32. Raises ModelError if the adapter does not fit the backbone."""
@@ -56,6 +59,47 @@ class Model:
         """Like `applied`, in the cheapest form for inference."""
         return self.adapter.merged(self.backbone, _adapter_tensors(params))
 
+    def stacked(self, params: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Like `applied` for K clients in one batch: `adapter.*` tensors with a leading axis of clients, or common to all."""
+        return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
+
+    def untouched_blocks(self, params: Tensors) -> int:
+        """How many blocks, from the first on, compute the same whatever is trained: those below the adapter.
+
+        0 with augmentation, which shows them other images every time.
+        """
+        if self._transform is not None and self._transform.augment != "none":
+            return 0
+        return lower.untouched(self.backbone.encoder, list(_adapter_tensors(params)))
+
+    def enterable(self, inputs: Tensors) -> bool:
+        """Whether `upper_features` works with this encoder: found out once, with a small raw batch."""
+        if self._enterable is None:
+            self._enterable = lower.is_chain(self.backbone.encoder, lambda: self.features(inputs))
+        return self._enterable
+
+    @torch.no_grad()
+    def lower_states(self, inputs: Tensors, count: int) -> Tensor:
+        """What comes out of the first `count` blocks for a raw batch, (b, L, D); after all of them: the features (b, D)."""
+        with lower.capturing(self.backbone.encoder, count) as found:
+            features = self.features(inputs)
+        return features if count == self._depth else found[0]
+
+    def upper_features(self, inputs: Tensors, states: Tensor, count: int) -> Tensor:
+        """`features`, from what the first `count` blocks make of the batch; tokens of padding at the end may be among it."""
+        if count == self._depth:
+            return states
+        with lower.entering(self.backbone.encoder, count, states[:, : self._tokens(inputs)]):
+            return self.features(inputs)
+
+    @property
+    def _depth(self) -> int:
+        return len(inject.blocks(self.backbone.encoder))
+
+    def _tokens(self, inputs: Tensors) -> int | None:
+        """Tokens of a batch of texts that are computed; None for images, which are all of one size."""
+        return None if self._transform is not None else self.backbone.used_tokens(inputs)
+
     def features(self, inputs: Tensors, augment: torch.Generator | None = None) -> Tensor:
         """A raw batch on the device (`pixel_values` uint8, or `input_ids` and `attention_mask`) -> pooled features (b, D).
 
@@ -66,6 +110,23 @@ class Model:
         if "pixel_values" not in inputs:
             raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
         return self.backbone.image_features(self._transform(inputs["pixel_values"], augment))
+
+    def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator]) -> Tensor:
+        """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator."""
+        if "attention_mask" in inputs:
+            slots.tokens = _own_tokens(inputs["attention_mask"], len(slots.rows))
+        if self._transform is None or self._transform.augment == "none":
+            return self.features(inputs)
+        parts = []
+        for k, rows in enumerate(slots.rows):
+            start = k * slots.width
+            own = self._transform(inputs["pixel_values"][start : start + rows], augment[k])
+            parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
+        return self.backbone.image_features(torch.cat(parts))
+
+    def stacked_logits(self, features: Tensor, params: Tensors) -> Tensor:
+        """`logits` of (K, b, D) with every client's own head, (K, b, C)."""
+        return head.stacked_logits(features, params)
 
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         """`h Wᵀ + b` of `head.weight` and `head.bias`, (b, C)."""
@@ -82,8 +143,7 @@ class Model:
 def build(config: SimConfig, num_classes: int, device: torch.device | str = "cpu") -> Model:
     """The model of a run on a device. Raises ModelError for weights that are missing, damaged or do not fit."""
     device = torch.device(device)
-    backbone = backbones.load(config.model)
-    backbone.encoder.to(device)
+    backbone = backbones.prepared(backbones.load(config.model), config.runtime, device)
     adapter: contracts.Adapter = configs.build("adapters", config.adapter)
     images = None
     if backbone.kind == "image":
@@ -91,6 +151,13 @@ def build(config: SimConfig, num_classes: int, device: torch.device | str = "cpu
             config.transform, backbone.image_size, backbone.num_channels, backbone.mean, backbone.std, device
         )
     return Model(backbone, adapter, num_classes, device, images)
+
+
+def _own_tokens(mask: Tensor, clients: int) -> list[int]:
+    """Tokens of each client's longest text, from the masks (K·b, L) of all."""
+    used_KL = mask.view(clients, -1, mask.shape[1]).any(dim=1)
+    lengths: list[int] = (used_KL * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1).clamp(min=1).tolist()
+    return lengths
 
 
 def _adapter_tensors(params: Tensors) -> dict[str, Tensor]:

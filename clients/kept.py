@@ -1,0 +1,102 @@
+"""What the frozen blocks below an adapter make of a client's samples: computed once at a job's start, kept for later rounds.
+
+Always in chunks of `runtime.eval_batch`, in the shard's order: found or computed again, the bits are the same, so that any worker
+may run any client.
+"""
+
+# n samples, L tokens, D width
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedsim.core.config import RuntimeConfig
+from fedsim.core.contracts import IntArray
+from fedsim.core.messages import Tensors
+from fedsim.models.model import Model
+
+if TYPE_CHECKING:
+    from clients.samples import Samples
+
+LIMIT = 1 << 29  # bytes that one worker keeps, and the most that a single shard may take
+
+
+@dataclass(frozen=True, eq=False)
+class Lower:
+    """What comes out of the first `count` blocks, (n, L, D), or the features (n, D) if no block is left above."""
+
+    count: int
+    states: Tensor
+    positions: IntArray
+    order: IntArray
+
+    def features(self, model: Model, inputs: Tensors, positions: IntArray) -> Tensor:
+        """`model.features` of the batch at these positions of the split, all of them in the shard."""
+        rows = self.order[np.searchsorted(self.positions, positions, sorter=self.order)]
+        states = self.states[torch.from_numpy(rows).to(self.states.device)]
+        return model.upper_features(inputs, states, self.count)
+
+    def serves(self, model: Model, params: Tensors) -> bool:
+        """Whether these parameters leave the blocks alone that this came out of."""
+        return model.untouched_blocks(params) >= self.count
+
+
+class Kept:
+    """The shards that were used last, within a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._found: OrderedDict[Hashable, Lower] = OrderedDict()
+
+    def get(self, key: Hashable) -> Lower | None:
+        """A shard that is kept, which counts as used now."""
+        if key in self._found:
+            self._found.move_to_end(key)
+        return self._found.get(key)
+
+    def put(self, key: Hashable, lower: Lower) -> None:
+        """Keep a shard; those that were not used for the longest time make room."""
+        self._found[key] = lower
+        while sum(one.states.nbytes for one in self._found.values()) > self.limit:
+            self._found.popitem(last=False)
+
+
+def lower(model: Model, samples: Samples, shard: IntArray, params: Tensors, runtime: RuntimeConfig) -> Lower | None:
+    """A shard's states below the modules that `params` holds; None where there is nothing to gain, or no room."""
+    if not len(shard):
+        return None
+    count = model.untouched_blocks(params)
+    if not count or not model.enterable(samples.batch(shard[:1])[0]):
+        return None
+    key = count, shard.tobytes()
+    found = samples.kept.get(key)
+    if found is None:
+        states = _computed(model, samples, shard, count, runtime.eval_batch)
+        if states is None:
+            return None
+        found = Lower(count, states, shard, np.argsort(shard, kind="stable"))
+        if runtime.cache:
+            samples.kept.put(key, found)
+    return found
+
+
+def _computed(model: Model, samples: Samples, shard: IntArray, count: int, chunk: int) -> Tensor | None:
+    """The states of all chunks, None if they would take too much memory."""
+    parts: list[Tensor] = []
+    for start in range(0, len(shard), chunk):
+        inputs, _ = samples.batch(shard[start : start + chunk])
+        parts.append(model.lower_states(inputs, count))
+        if parts[0].nbytes // len(parts[0]) * len(shard) > LIMIT:
+            return None
+    if parts[0].dim() == 3:  # texts of a chunk are as long as its longest
+        tokens = max(p.shape[1] for p in parts)
+        parts = [F.pad(p, (0, 0, 0, tokens - p.shape[1])) for p in parts]
+    return torch.cat(parts)
