@@ -38,11 +38,11 @@ class Lower:
     positions: IntArray
     order: IntArray
 
-    def features(self, model: Model, inputs: Tensors, positions: IntArray) -> Tensor:
+    def features(self, model: Model, inputs: Tensors, positions: IntArray, lean: bool = False) -> Tensor:
         """`model.features` of the batch at these positions of the split, all of them in the shard."""
         rows = self.order[np.searchsorted(self.positions, positions, sorter=self.order)]
         states = self.states[torch.from_numpy(rows).to(self.states.device)]
-        return model.upper_features(inputs, states, self.count)
+        return model.upper_features(inputs, states, self.count, lean)
 
     def serves(self, model: Model, params: Tensors) -> bool:
         """Whether these parameters leave the blocks alone that this came out of."""

@@ -105,7 +105,10 @@ def fit(
         for _ in range(client.epochs):
             for positions in batches(order.permutation(shard), client.batch_size):
                 inputs, labels = samples.batch(positions)
-                features = model.features(inputs, augment) if below is None else below.features(model, inputs, positions)
+                if below is None:
+                    features = model.features(inputs, augment, lean=True)
+                else:
+                    features = below.features(model, inputs, positions, lean=True)
                 logits = model.logits(features, local)
                 loss = masked_cross_entropy(logits, labels, classes)
                 for objective in objectives:

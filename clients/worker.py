@@ -61,7 +61,7 @@ class Worker:
         positions = self.spec.test_of(job.task)[job.start : job.stop]
         inputs, labels = self.test_samples.batch(positions)
         params = self._merge(job.params)
-        logits = self.model.logits(self.model.features(inputs), params)
+        logits = self.model.logits(self.model.features(inputs, lean=True), params)
         guess, guess_in_task = (predict(logits, classes) for classes in (job.seen, self.spec.task_classes[job.task]))
         right_in_task = int((guess_in_task == labels).sum())
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())

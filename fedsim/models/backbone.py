@@ -45,7 +45,8 @@ class Backbone:
 
     width: D; kind: image | text; pooling: cls | mean; first_patch: number of tokens before the patches (the class token);
     image_size: (height, width); mean, std: per channel in 0..1; tokenizer_source: hub id or folder of the tokenizer that
-    belongs to it; half: all weights and activations are bfloat16; features are not. The image fields mean nothing for text.
+    belongs to it; half: all weights and activations are bfloat16; features are not; lean: the last block may leave out tokens
+    that no feature needs. The image fields mean nothing for text.
     """
 
     encoder: nn.Module
@@ -59,10 +60,12 @@ class Backbone:
     std: tuple[float, ...] = (0.5,)
     tokenizer_source: str | None = None
     half: bool = False
+    lean: bool = False
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Normalised (b, C, H, W) -> (b, D): the class token, or the mean over the patches."""
-        tokens_bLD: Tensor = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels).last_hidden_state
+    def image_features(self, pixels: Tensor, lean: bool = False) -> Tensor:
+        """Normalised (b, C, H, W) -> (b, D): the class token, or the mean over the patches. `lean`: see `Model.features`."""
+        options = {"first": 1} if lean and self.lean else {}
+        tokens_bLD: Tensor = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels, **options).last_hidden_state
         return _single(tokens_bLD[:, 0]) if self.pooling == "cls" else _single(tokens_bLD[:, self.first_patch :]).mean(dim=1)
 
     @staticmethod
@@ -117,9 +120,14 @@ def prepared(backbone: Backbone, runtime: RuntimeConfig, device: torch.device) -
         name = configs.resolve_kernels(runtime.kernels, device.type)
         if bf16 or name != "torch":
             kernels.freeze(backbone.encoder, name, runtime.precision)
-        return backbone
+        lean = name != "torch" and _can_be_lean(backbone)
+        return dataclasses.replace(backbone, lean=True) if lean else backbone
     backbone.encoder.to(device, torch.bfloat16 if bf16 else torch.float32)
-    return dataclasses.replace(backbone, half=bf16)
+    return dataclasses.replace(backbone, half=bf16, lean=_can_be_lean(backbone))
+
+
+def _can_be_lean(backbone: Backbone) -> bool:
+    return isinstance(backbone.encoder, vit.ViT) and backbone.pooling == "cls"
 
 
 def _single(x: Tensor) -> Tensor:

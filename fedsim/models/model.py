@@ -85,12 +85,12 @@ class Model:
             features = self.features(inputs)
         return features if count == self._depth else found[0]
 
-    def upper_features(self, inputs: Tensors, states: Tensor, count: int) -> Tensor:
+    def upper_features(self, inputs: Tensors, states: Tensor, count: int, lean: bool = False) -> Tensor:
         """`features`, from what the first `count` blocks make of the batch; tokens of padding at the end may be among it."""
         if count == self._depth:
             return states
         with lower.entering(self.backbone.encoder, count, states[:, : self._tokens(inputs)]):
-            return self.features(inputs)
+            return self.features(inputs, lean=lean)
 
     @property
     def _depth(self) -> int:
@@ -100,29 +100,30 @@ class Model:
         """Tokens of a batch of texts that are computed; None for images, which are all of one size."""
         return None if self._transform is not None else self.backbone.used_tokens(inputs)
 
-    def features(self, inputs: Tensors, augment: torch.Generator | None = None) -> Tensor:
+    def features(self, inputs: Tensors, augment: torch.Generator | None = None, lean: bool = False) -> Tensor:
         """A raw batch on the device (`pixel_values` uint8, or `input_ids` and `attention_mask`) -> pooled features (b, D).
 
-        augment: generator of random augmentations in training, None otherwise. Raises ModelError if the batch does not fit.
+        augment: generator of random augmentations in training, None otherwise. lean: layers may leave out tokens on which no
+        feature depends, so nobody may look at what goes through them. Raises ModelError if the batch does not fit.
         """
         if self._transform is None:
             return self.backbone.text_features(inputs)
         if "pixel_values" not in inputs:
             raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
-        return self.backbone.image_features(self._transform(inputs["pixel_values"], augment))
+        return self.backbone.image_features(self._transform(inputs["pixel_values"], augment), lean)
 
     def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator]) -> Tensor:
         """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator."""
         if "attention_mask" in inputs:
             slots.tokens = _own_tokens(inputs["attention_mask"], len(slots.rows))
         if self._transform is None or self._transform.augment == "none":
-            return self.features(inputs)
+            return self.features(inputs, lean=True)
         parts = []
         for k, rows in enumerate(slots.rows):
             start = k * slots.width
             own = self._transform(inputs["pixel_values"][start : start + rows], augment[k])
             parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
-        return self.backbone.image_features(torch.cat(parts))
+        return self.backbone.image_features(torch.cat(parts), lean=True)
 
     def stacked_logits(self, features: Tensor, params: Tensors) -> Tensor:
         """`logits` of (K, b, D) with every client's own head, (K, b, C)."""

@@ -102,10 +102,13 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=layout.qkv_bias) for _ in range(3))
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, x_bLD: Tensor, mask: Tensor | None = None) -> Tensor:
-        b, length, _ = x_bLD.shape
+    def forward(self, x_bLD: Tensor, mask: Tensor | None = None, first: int | None = None) -> Tensor:
+        """(b, L, D) -> (b, L, D), or (b, first, D): what the first tokens get from all."""
+        asking_bLD = x_bLD if first is None else x_bLD[:, :first]
+        b, length, _ = asking_bLD.shape
         q_bhLe, k_bhLe, v_bhLe = (
-            layer(x_bLD).view(b, length, -1, self.head_dim).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+            layer(x).view(b, x.shape[1], -1, self.head_dim).transpose(1, 2)
+            for layer, x in ((self.q_proj, asking_bLD), (self.k_proj, x_bLD), (self.v_proj, x_bLD))
         )
         chosen = self.config._attn_implementation
         if chosen == SDPA:
@@ -140,8 +143,9 @@ class Block(nn.Module):
         self.layernorm_after = nn.LayerNorm(layout.hidden_size, eps=layout.layer_norm_eps)
         self.mlp = Mlp(layout)
 
-    def forward(self, x_bLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x_bLD = self.attention(self.layernorm_before(x_bLD), attention_mask) + x_bLD
+    def forward(self, x_bLD: Tensor, attention_mask: Tensor | None = None, first: int | None = None) -> Tensor:
+        kept_bLD = x_bLD if first is None else x_bLD[:, :first]
+        x_bLD = self.attention(self.layernorm_before(x_bLD), attention_mask, first) + kept_bLD
         out_bLD: Tensor = self.mlp(self.layernorm_after(x_bLD)) + x_bLD
         return out_bLD
 
@@ -158,11 +162,13 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList([Block(layout) for _ in range(layout.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(layout.hidden_size, eps=layout.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> Any:
-        """Normalised (b, C, H, W) -> an object with `last_hidden_state` (b, L, D)."""
+    def forward(self, pixel_values: Tensor, first: int | None = None) -> Any:
+        """Normalised (b, C, H, W) -> an object with `last_hidden_state` (b, L, D), or of the first tokens only: the last block
+        then computes no other."""
         x_bLD = self.embeddings(pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype))
-        for block in self.layers:
+        for block in self.layers[:-1]:
             x_bLD = block(x_bLD, None)
+        x_bLD = self.layers[-1](x_bLD, None) if first is None else self.layers[-1](x_bLD, None, first=first)
         return SimpleNamespace(last_hidden_state=self.layernorm(x_bLD))
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from fedsim.core.config import ModelConfig
+from fedsim.core import hardware
+from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import backbone, vit
 from fedsim.models.adapters import lora, prefix, vpt
@@ -132,3 +133,49 @@ def test_images_of_another_size_are_refused() -> None:
     assert encoder is not None
     with pytest.raises(ValueError, match="the backbone takes 28"):
         encoder(pixel_values=torch.zeros(1, 1, 32, 32))
+
+
+# ---------------------------------------------------------------- without tokens that nobody needs
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        lora.Adapter(targets="all-linear", rank=3),
+        prefix.Adapter(length=3),
+        vpt.Adapter(length=3),
+    ],
+    ids=["lora", "prefix", "vpt"],
+)
+def test_the_last_block_may_leave_out_what_the_class_token_does_not_need(adapter: Any) -> None:
+    """Features and gradients, in float64."""
+    encoder, _ = both(OMNIGLOT_VIT)
+    bones = Backbone(encoder.double(), 128, "image", "cls", lean=True)
+    draw = torch.Generator().manual_seed(5)
+    tensors = {
+        n: (0.1 * torch.randn(t.shape, generator=draw)).double().requires_grad_()
+        for n, t in adapter.init(bones, torch.Generator().manual_seed(0)).items()
+    }
+    x, found, seen = pixels(encoder, 4).double(), [], list[int]()
+    fc2 = encoder.get_submodule("layers.5.mlp.fc2")
+    for lean in (False, True):
+        hook = fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        with adapter.applied(bones, tensors):
+            features = bones.image_features(x, lean=lean)
+        hook.remove()
+        weight = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).view_as(features)
+        found.append((features, torch.autograd.grad((features * weight).sum(), list(tensors.values()))))
+    assert seen[0] >= 17 and seen[1] == 1
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+def test_lean_is_for_our_encoder_its_class_token_and_kernels_that_round_anew(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    embedded = backbone.load(ModelConfig())
+    if hardware.onednn_product() is not None:
+        assert backbone.prepared(embedded, RuntimeConfig(kernels="onednn"), cpu).lean
+    assert not backbone.prepared(backbone.load(ModelConfig()), RuntimeConfig(kernels="torch"), cpu).lean
+    mean = backbone.load(ModelConfig(pooling="mean"))
+    assert not backbone.prepared(mean, RuntimeConfig(kernels="auto"), cpu).lean
+    x = pixels(mean.encoder, 2)
+    assert torch.equal(mean.image_features(x, lean=True), mean.image_features(x))
