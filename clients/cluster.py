@@ -14,6 +14,7 @@ from fedsim.core.errors import PoolError
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_max_direct_call_object_size", str(1 << 20))  # updates of small modules go in the reply, not the store
 
 import ray
 

@@ -7,6 +7,7 @@ a copy; a round's parameters are put there once, not once per client. Nothing po
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,13 @@ from clients.cluster import last_line
 from clients.pools import _bundles
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
 
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
 START_S = 60.0  # that the workers are waited for; those that are later get their first message all the same
+INLINE = 1 << 16  # bytes up to which a broadcast travels in messages: the object store has a price per object
 NO_PLAN = RoundPlan()
+_numbers = itertools.count(1)
 
 
 class Pool(contracts.Pool):
@@ -47,6 +50,7 @@ class Pool(contracts.Pool):
         self._options = {"num_cpus": runtime.threads, "num_gpus": _gpus_per_worker(spec, self._size), "max_concurrency": 1}
         self._actor_class = ray.remote(_worker_class())
         self._actors = [self._new_actor() for _ in range(self._size)]
+        self._told = [0] * self._size  # the broadcast that each worker was sent last
         ray.wait([actor.pid.remote() for actor in self._actors], num_returns=self._size, timeout=START_S)  # load side by side
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
@@ -92,7 +96,10 @@ class Pool(contracts.Pool):
             while waiting and min(load) < IN_FLIGHT:
                 slot = load.index(min(load))
                 number = waiting.popleft()
-                ref = getattr(self._actors[slot], method).remote(*messages[number])
+                shared, *rest = messages[number]
+                content = None if self._told[slot] == shared.number else shared.content  # once per worker and round
+                self._told[slot] = shared.number
+                ref = getattr(self._actors[slot], method).remote(shared.number, content, *rest)
                 running[ref] = _Running(number, slot, self._actors[slot])
                 load[slot] += 1
             finished, _ = ray.wait(list(running), num_returns=1)
@@ -106,7 +113,7 @@ class Pool(contracts.Pool):
                     if deaths[task.number] > self._max_restarts:
                         raise PoolError(_death(describe(task.number), deaths[task.number], e)) from e
                     if self._actors[task.slot] is task.actor:  # the first of its messages to notice replaces it
-                        self._actors[task.slot] = self._new_actor()
+                        self._actors[task.slot], self._told[task.slot] = self._new_actor(), 0
                     waiting.appendleft(task.number)
                 except ray.exceptions.RayTaskError as e:
                     raise PoolError(f"a Ray worker failed on {describe(task.number)}: {last_line(e)}") from e
@@ -119,18 +126,28 @@ class _Running:
     actor: Any
 
 
+@dataclass(frozen=True)
+class _Broadcast:
+    """What all messages of a round share. content: a list around a reference, which Ray leaves to the worker to fetch, or around
+    the thing itself if it is small."""
+
+    number: int
+    content: list[Any]
+
+
 class _Broadcasts:
     """Puts each distinct (params, plan) into the object store once, as numpy arrays, which workers read without a copy."""
 
     def __init__(self) -> None:
-        self._refs: dict[tuple[int, int], list[Any]] = {}
+        self._known: dict[tuple[int, int], _Broadcast] = {}
 
-    def put(self, params: Tensors, plan: RoundPlan) -> list[Any]:
-        """A list around the reference: Ray then leaves it to the worker to fetch, which does so once per round."""
+    def put(self, params: Tensors, plan: RoundPlan) -> _Broadcast:
         key = (id(params), id(plan))
-        if key not in self._refs:
-            self._refs[key] = [ray.put((to_numpy(params), replace(plan, background={}), to_numpy(plan.background)))]
-        return self._refs[key]
+        if key not in self._known:
+            value = to_numpy(params), replace(plan, background={}), to_numpy(plan.background)
+            large = num_bytes(params) + num_bytes(plan.background) > INLINE
+            self._known[key] = _Broadcast(next(_numbers), [ray.put(value) if large else value])
+        return self._known[key]
 
 
 def _worker_class() -> type[Any]:
@@ -148,38 +165,40 @@ def _worker_class() -> type[Any]:
             spec = ray.get(spec_ref[0])
             torch.set_num_threads(spec.config.runtime.threads)
             self.worker = getattr(importlib.import_module(module), name)(spec)
-            self.broadcast: tuple[str, Any, Any] = ("", None, None)
+            self.broadcast: tuple[int, Any, Any] = (0, None, None)
 
         def pid(self) -> int:
             import os
 
             return os.getpid()
 
-        def train(self, shared: list[Any], start: int, jobs: list[Any]) -> Any:
+        def train(self, number: int, content: list[Any] | None, start: int, jobs: list[Any]) -> Any:
             from dataclasses import replace
 
             from clients.pools.ray import to_numpy, with_tensors
 
-            params, plan = self._fetch(shared[0])
+            params, plan = self._fetch(number, content)
             bundle = self.worker.train(start, [replace(job, params=params, plan=plan) for job in jobs])
             return with_tensors(bundle, to_numpy)
 
-        def evaluate(self, shared: list[Any], job: Any) -> Any:
+        def evaluate(self, number: int, content: list[Any] | None, job: Any) -> Any:
             from dataclasses import replace
 
-            params, _ = self._fetch(shared[0])
+            params, _ = self._fetch(number, content)
             return self.worker.evaluate(replace(job, params=params))
 
-        def _fetch(self, ref: Any) -> tuple[Any, Any]:
-            if self.broadcast[0] != ref.hex():
+        def _fetch(self, number: int, content: list[Any] | None) -> tuple[Any, Any]:
+            if self.broadcast[0] != number:
                 from dataclasses import replace
 
                 import ray
 
                 from clients.pools.ray import to_tensors
 
-                params, plan, background = ray.get(ref)
-                self.broadcast = (ref.hex(), to_tensors(params), replace(plan, background=to_tensors(background)))
+                assert content is not None, "messages arrive in the order in which they were sent"
+                value = ray.get(content[0]) if isinstance(content[0], ray.ObjectRef) else content[0]
+                params, plan, background = value
+                self.broadcast = (number, to_tensors(params), replace(plan, background=to_tensors(background)))
             return self.broadcast[1], self.broadcast[2]
 
     return FedsimWorker
