@@ -36,7 +36,7 @@ CASES = {  # registered, sampled, bytes of the parameters, rounds that are measu
     "1 000 of 1 000, 1.2 MB": (1_000, 1_000, 1_200_000, 5, 2),
 }
 SCALE = {"100 of 1 000, 4 KB": (1_000, 100, 4_000, 40, 0), "100 of 1 000 000, 4 KB": (1_000_000, 100, 4_000, 40, 0)}
-WARM_UP = 3
+WARM_UP, REPEATS = 3, 5
 
 
 class Echo(Worker):
@@ -169,9 +169,13 @@ def main() -> Iterator[str]:
                 f"{name}: Flower {found['flower']['seconds']:.3f} s, Ray {found['ray']['seconds']:.4f} s ({ratios['ray']:.0f}x), "
                 + (f"serial {found['serial']['seconds']:.4f} s ({ratios['serial']:.0f}x)")
             )
-        scale = {name: {pool: measured(pool, case, folder) for pool in ("serial", "ray")} for name, case in SCALE.items()}
-    (few, many) = scale.values()
-    growth = {pool: many[pool]["seconds"] / few[pool]["seconds"] for pool in ("serial", "ray")}
+        scale: dict[str, dict[str, list[float]]] = {name: {"serial": [], "ray": []} for name in SCALE}
+        for _ in range(REPEATS):  # in turns: processes differ more than their rounds do
+            for name, case in SCALE.items():
+                for pool, medians in scale[name].items():
+                    medians.append(measured(pool, case, folder)["seconds"])
+    few, many = scale.values()
+    growth = {pool: statistics.median(many[pool]) / statistics.median(few[pool]) for pool in ("serial", "ray")}
     yield f"a round at 1 000 000 registered over one at 1 000: serial {growth['serial']:.2f}, Ray {growth['ray']:.2f}"
     machine.write("engine", {"rounds": rows, "registered": {**scale, "growth": growth}})
 

@@ -45,7 +45,8 @@ COLUMNS = [
 
 def one(method: str, alpha: float, seed: int, output: str) -> dict[str, object]:
     """One run on one core, or the results of it if it is there already."""
-    overrides = [f"seed={seed}", "runtime.pool=serial"] + ([] if method == "joint" else [f"partition.alpha={alpha}"])
+    overrides = [f"seed={seed}", "runtime.pool=serial", "runtime.kernels=torch"]  # other kernels move last bits
+    overrides += [] if method == "joint" else [f"partition.alpha={alpha}"]
     config = load(CONFIGS / f"{method}.yaml", overrides)
     folder = Path(output) / f"{method}-{alpha}-{seed}-{config.identity()[:8]}"
     results = once(config, folder)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clients.pools._bundles import PER_WORKER, bundles
+from clients.pools._bundles import MANY, PER_WORKER, bundles
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, bytes_up
 from fedsim.core.sums import BLOCK, BlockSum
@@ -222,13 +222,14 @@ def test_longest_first(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("jobs", "workers", "size"), [(10, 2, 1), (39, 2, 1), (50, 2, BLOCK), (1000, 2, BLOCK), (3, 1, 1), (20, 1, BLOCK)]
+    ("jobs", "workers", "size"),
+    [(10, 2, 1), (39, 2, 1), (50, 2, BLOCK), (1000, 2, BLOCK), (3, 1, 1), (20, 1, BLOCK), (999, 50, 1), (1000, 512, BLOCK)],
 )
 def test_bundles_are_blocks_with_enough_for_every_worker(jobs: int, workers: int, size: int) -> None:
     cut = list(bundles(jobs_of(jobs, RoundPlan()), workers, fused=False))
     assert [job.client_id for _, some in cut for job in some] == list(range(jobs))
     assert {len(some) for _, some in cut[:-1]} <= {size} and all(start % size == 0 for start, _ in cut)
-    assert size == 1 or len(cut) >= PER_WORKER * workers
+    assert size == 1 or len(cut) >= min(PER_WORKER * workers, MANY // BLOCK)
 
 
 def test_who_is_fused_with_whom_knows_nothing_of_workers() -> None:
