@@ -38,6 +38,11 @@ class Lower:
     positions: IntArray
     order: IntArray
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that it holds, its key among the kept ones included."""
+        return self.states.nbytes + 2 * self.positions.nbytes + self.order.nbytes
+
     def features(self, model: Model, inputs: Tensors, positions: IntArray, lean: bool = False) -> Tensor:
         """`model.features` of the batch at these positions of the split, all of them in the shard."""
         rows = self.order[np.searchsorted(self.positions, positions, sorter=self.order)]
@@ -53,7 +58,7 @@ class Kept:
     """The shards that were used last, within a number of bytes."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit, self._size = limit, 0
         self._found: OrderedDict[Hashable, Lower] = OrderedDict()
 
     def get(self, key: Hashable) -> Lower | None:
@@ -65,8 +70,9 @@ class Kept:
     def put(self, key: Hashable, lower: Lower) -> None:
         """Keep a shard; those that were not used for the longest time make room."""
         self._found[key] = lower
-        while sum(one.states.nbytes for one in self._found.values()) > self.limit:
-            self._found.popitem(last=False)
+        self._size += lower.nbytes
+        while self._size > self.limit:
+            self._size -= self._found.popitem(last=False)[1].nbytes
 
 
 def lower(model: Model, samples: Samples, shard: IntArray, params: Tensors, runtime: RuntimeConfig) -> Lower | None:

@@ -12,6 +12,7 @@ import torch
 from clients import fused, local
 from clients.samples import Samples
 from fedsim.core import config as configs
+from fedsim.core import plugins
 from fedsim.core.contracts import Aggregator, IntArray, Lift, WorkSpec, is_additive, lift_statistics
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
@@ -86,11 +87,14 @@ class Worker:
         return total.result()
 
     def _lift(self, plan: RoundPlan) -> Lift | None:
-        """What is summed of an update; None for nothing, and for a rule that was given as a Python object."""
+        """What is summed of an update; None for nothing, for a rule that was given as a Python object, and for one whose file
+        was edited since the run began: the server, which has the rule, then sums."""
         section = self.spec.config.server.aggregator
         if plan.lift != "rule":
             return lift_statistics if plan.lift == "statistics" else None
         if self._rule is None and not configs.is_python_object(section):
+            if any(plugins.fingerprint(path) != known for path, known in self.spec.user_files):
+                return None
             self._rule = configs.build_aggregator(section)
         return self._rule.lift if self._rule is not None and is_additive(self._rule) else None
 

@@ -447,8 +447,8 @@ def _load_config(folder: Path) -> SimConfig:
     section = _read_status(folder)["rule_object"]
     try:
         if section is None:
-            return configs.load(path)
-        config = configs.load(path, ["server.aggregator=fedavg"])  # a place holder that loads
+            return configs.load(path, begun=True)
+        config = configs.load(path, ["server.aggregator=fedavg"], begun=True)  # a place holder that loads
     except FedsimError as e:
         raise RunDirError(f"{path} is damaged or was written by another version of fedsim: {e}") from e
     return dataclasses.replace(config, server=dataclasses.replace(config.server, aggregator=section))

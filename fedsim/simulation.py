@@ -153,7 +153,8 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
     dataset = configs.build("sources", config.data).load(backbone.tokenizer_name(config.model))
     manifest = manifests.make(config, dataset)
     sampling.num_sampled(manifest.num_clients, config.server.participation)
-    return manifest, manifests.work_spec(manifest, dataset, config)
+    files = tuple((path, plugins.fingerprint(path)) for path in config.user_files())
+    return manifest, dataclasses.replace(manifests.work_spec(manifest, dataset, config), user_files=files)
 
 
 def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:

@@ -17,9 +17,11 @@ MOST_OBSERVED = 64  # clients: their pairs grow with the square
 
 @dataclass(frozen=True)
 class Round:
-    """A round's updates in client-id order, and their sum where the plan said `lift` (then they hold little else)."""
+    """A round's updates in client-id order, those of the clients that are watched, and the sum of all where the plan said `lift`
+    (the updates hold little else then)."""
 
     updates: Sequence[ClientUpdate]
+    watched: Sequence[ClientUpdate]
     total: Tensors | None = None
 
 
@@ -64,10 +66,12 @@ class Gathering:
                 f"the last: {self.failures[-1]}"
             )
         updates = sorted(self._updates, key=lambda u: u.client_id)
+        chosen = set(self._plan.observed)
+        watched = [u for u in updates if u.client_id in chosen]
         if self._lift is None:
-            return Round(updates)
+            return Round(updates, watched)
         require_updates(updates)
-        return Round(updates, self._sum.result())
+        return Round(updates, watched, self._sum.result())
 
 
 def lift_of(plan: RoundPlan, rule: Aggregator) -> Lift | None:

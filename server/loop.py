@@ -66,7 +66,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     round, state = yield from run_clients(sim, state, replace(plan, lift="rule" if summed else ""))
 
     clock = time.perf_counter()
-    drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.updates)
+    drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
     aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round)
     calibrator = state.calibrator
     if sim.calibrator is not None:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from clients.worker import Worker
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, RunDirError
 from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunDirOpened, RunStarted, TaskDone
+from fedsim.core.messages import RoundPlan
 from fedsim.results import Results
-from fedsim.simulation import run
-from server import checkpoint, loop
+from fedsim.simulation import prepare_data, run
+from server import checkpoint, gather, loop
 from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, tiny
 
@@ -112,6 +114,47 @@ def test_fused_clients_learn_what_single_ones_learn(tmp_path: Path) -> None:
         found.append(final_state(run(config).path, config).params)  # type: ignore[arg-type]
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rule_that_is_not_summed_is_watched_within_the_same_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "MOST_OBSERVED", 2)
+    median = tmp_path / "median.py"
+    median.write_text(median_rule())
+    watched = run(tiny(f"server.aggregator.name={median}", "server.consolidator=none", output=tmp_path / "a"))
+    assert {row.clients for row in watched.drifts} == {2}
+    left_out = tiny(f"server.aggregator.name={median}", "server.consolidator=none", "server.drift=false", output=tmp_path / "b")
+    assert not run(left_out).drifts
+
+
+ODD_MEAN = """
+from dataclasses import dataclass
+from server.aggregators import fedavg
+
+@dataclass(frozen=True)
+class Aggregator(fedavg.Aggregator):
+    def combine(self, state, params, updates):
+        state, merged = super().combine(state, params, updates)
+        return state, {n: t + 1 for n, t in merged.items()}
+"""
+
+
+def test_a_combine_of_its_own_is_not_passed_by(tmp_path: Path) -> None:
+    """A rule that inherits from an additive one and does more than a sum."""
+    (tmp_path / "odd.py").write_text(ODD_MEAN)
+    short = ("server.consolidator=none", "server.rounds=1", "stream.tasks=1")
+    configs = [tiny(f"server.aggregator.name={name}", *short, output=tmp_path) for name in (tmp_path / "odd.py", "fedavg")]
+    odd, usual = (final_state(run(c).path, c).params for c in configs)  # type: ignore[arg-type]
+    for name, tensor in usual.items():
+        torch.testing.assert_close(odd[name], tensor + 1)
+
+
+def test_workers_do_not_sum_with_a_rule_that_was_edited_since(tmp_path: Path) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text(ODD_MEAN.split("    def combine")[0] + "    pass\n")
+    spec = prepare_data(tiny(f"server.aggregator.name={rule}"))[1]
+    assert Worker(spec)._lift(RoundPlan(lift="rule")) is not None
+    rule.write_text(rule.read_text() + "# edited\n")
+    assert Worker(spec)._lift(RoundPlan(lift="rule")) is None
 
 
 def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:

@@ -40,9 +40,18 @@ class Pool(contracts.Pool):
 
     def __init__(self, spec: contracts.WorkSpec) -> None:
         runtime = spec.config.runtime
-        self._owns_ray = not ray.is_initialized()
+        self._owns_ray, self._actors = not ray.is_initialized(), list[Any]()
         if self._owns_ray:
             cluster.start(runtime.address, 0 if runtime.workers == "auto" else runtime.workers * runtime.threads)
+        try:
+            self._start(spec)
+        except BaseException:  # Ctrl-C too: Ray must not be left behind in a session that goes on
+            self.close()
+            raise
+
+    def _start(self, spec: contracts.WorkSpec) -> None:
+        """Start the workers and wait until they have loaded, side by side."""
+        runtime = spec.config.runtime
         self._size = _num_workers(spec)
         self._max_restarts = runtime.max_restarts
         self._spec = spec
@@ -51,7 +60,7 @@ class Pool(contracts.Pool):
         self._actor_class = ray.remote(_worker_class())
         self._actors = [self._new_actor() for _ in range(self._size)]
         self._told = [0] * self._size  # the broadcast that each worker was sent last
-        ray.wait([actor.pid.remote() for actor in self._actors], num_returns=self._size, timeout=START_S)  # load side by side
+        ray.wait([actor.pid.remote() for actor in self._actors], num_returns=self._size, timeout=START_S)
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         shared = _Broadcasts()

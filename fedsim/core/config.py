@@ -261,21 +261,24 @@ PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapter
 SERVER_PLUGIN_KEYS = {"aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators"}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> SimConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
     """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
 
     Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
-    Raises ConfigError or PluginError, one line each.
+    begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
     """
-    return compose([{"name": Path(path).stem}, *read_layers(path), parse_overrides(overrides)])
+    return compose([{"name": Path(path).stem}, *read_layers(path), parse_overrides(overrides)], begun)
 
 
-def compose(layers: Iterable[Mapping[str, Any]]) -> SimConfig:
-    """Merge plain mappings, the later one winning, and check the whole."""
+def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConfig:
+    """Merge plain mappings, the later one winning, and check the whole. What this machine cannot do is replaced, with a warning,
+    unless a run was `begun` with it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)
     config = from_dict(merged)
+    if begun:
+        return config
     runtime = config.runtime
     if runtime.precision == "bf16" and not hardware.has_bf16(runtime.device):
         text = f"runtime.precision is bf16, which this machine's {runtime.device} does not speed up: fp32 is used instead"

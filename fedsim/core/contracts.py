@@ -75,7 +75,8 @@ class AdditiveAggregator(Aggregator):
 
     @property
     def additive(self) -> bool:
-        return True
+        """Not where a subclass has a `combine` of its own, which a sum would pass by."""
+        return type(self).combine is AdditiveAggregator.combine
 
     @abstractmethod
     def lift(self, update: ClientUpdate) -> Tensors:
@@ -270,7 +271,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Adapter(ABC):
-    """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix)."""
+    """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix).
+
+    lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
+    last block may leave out all tokens but that one.
+    """
+
+    lean: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
@@ -389,6 +396,7 @@ class WorkSpec(ShardLookup):
     train: ArraySplit
     test: ArraySplit
     task_classes: tuple[tuple[int, ...], ...]
+    user_files: tuple[tuple[str, str], ...] = ()  # path and fingerprint of the user's plug-in files when the run began
 
 
 # ---------------------------------------------------------------- trackers

@@ -238,6 +238,9 @@ def _split(partition: Partition, labels: IntArray, seed: int, task: int, name: s
 
 def _is_permutation(positions: IntArray, length: int) -> bool:
     """Whether every one of 0..length-1 is there once."""
+    if not np.array_equal(positions, whole := positions.astype(np.int64)):  # a user's partition may give 1.0, but not 1.5
+        return False
+    positions = whole
     if len(positions) != length or (length and (positions.min() < 0 or positions.max() >= length)):
         return False
     return bool((np.bincount(positions, minlength=length) == 1).all())

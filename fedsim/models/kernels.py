@@ -32,7 +32,7 @@ class FrozenLinear(nn.Linear):
 
     With `bf16`, products with W or W + s B A are of bfloat16, summed in float32; the weights themselves stay float32, since a
     small change that is added to a rounded weight would be lost. Inputs of another type than float32 go through torch's own
-    operations.
+    operations, and so does a layer whose weight or bias somebody put a trained tensor in the place of.
     """
 
     product: Product
@@ -41,7 +41,8 @@ class FrozenLinear(nn.Linear):
     low_rank: LowRank | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or not input.numel():
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if input.dtype != torch.float32 or not input.numel() or trained:
             return self._plain(input)
         function: Any
         if self.low_rank is None:

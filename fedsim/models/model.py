@@ -110,7 +110,7 @@ class Model:
             return self.backbone.text_features(inputs)
         if "pixel_values" not in inputs:
             raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
-        return self.backbone.image_features(self._transform(inputs["pixel_values"], augment), lean)
+        return self.backbone.image_features(self._transform(inputs["pixel_values"], augment), lean and self.adapter.lean)
 
     def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator]) -> Tensor:
         """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator."""
@@ -123,7 +123,7 @@ class Model:
             start = k * slots.width
             own = self._transform(inputs["pixel_values"][start : start + rows], augment[k])
             parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
-        return self.backbone.image_features(torch.cat(parts), lean=True)
+        return self.backbone.image_features(torch.cat(parts), self.adapter.lean)
 
     def stacked_logits(self, features: Tensor, params: Tensors) -> Tensor:
         """`logits` of (K, b, D) with every client's own head, (K, b, C)."""

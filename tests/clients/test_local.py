@@ -200,7 +200,7 @@ def test_what_was_not_used_longest_goes_first() -> None:
     def one() -> Lower:
         return Lower(1, torch.zeros(10), np.arange(10), np.arange(10))
 
-    store = Kept(limit=80)
+    store = Kept(limit=2 * one().nbytes)
     store.put("a", one())
     store.put("b", one())
     assert store.get("a")

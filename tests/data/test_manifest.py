@@ -204,8 +204,10 @@ def test_errors_of_the_partition_name_the_task(make_config: Make) -> None:
     [
         ("[np.arange(len(labels))] * self.clients", "is no disjoint cover"),
         ("[np.arange(len(labels))[k : -1 : self.clients] for k in range(self.clients)]", "is no disjoint cover"),
+        ("list(np.arange(len(labels)).reshape(3, -1) + 0.5)", "is no disjoint cover"),
         ("[np.arange(len(labels))]", "gave 1 shards for 3 clients"),
         ("[np.arange(len(labels)), np.arange(0), np.arange(0)]", "gave a client 0 samples, the floor is 1"),
+        ("[np.arange(len(labels)), np.array([]), np.array([])]", "gave a client 0 samples, the floor is 1"),
     ],
 )
 def test_a_users_partition_that_breaks_its_promise(make_config: Make, tmp_path: Path, body: str, message: str) -> None:

@@ -314,6 +314,7 @@ def test_bf16_falls_back_where_a_new_run_would_not_gain(monkeypatch: pytest.Monk
         fallen = configs.compose(layers)
     assert fallen.runtime.precision == "fp32"
     assert configs.from_dict(kept.to_dict()) == kept  # a run that was made elsewhere is what it was
+    assert configs.compose(layers, begun=True) == kept
     assert fallen.identity() != kept.identity()
 
 
@@ -331,3 +332,22 @@ def test_features_do_not_depend_on_what_prepared_the_backbone() -> None:
     config = tiny(runtime={"kernels": "torch"})
     backbone = backbones.load(config.model)
     assert backbones.prepared(backbone, config.runtime, torch.device("cpu")) is backbone
+
+
+@pytest.mark.parametrize("part", ["bias", "weight"])
+def test_what_an_adapter_trains_in_the_place_of_a_frozen_tensor_gets_its_gradient(part: str) -> None:
+    """BitFit, DoRA and the like put a tensor of their own in a layer; a plain linear layer is the oracle."""
+    frozen = layer()
+    x = torch.randn(3, frozen.in_features, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    plain = nn.Linear(frozen.in_features, frozen.out_features)
+    plain.load_state_dict(frozen.state_dict())
+    for linear in (frozen, plain):
+        base = getattr(linear, part).detach()
+        delta = torch.zeros_like(base, requires_grad=True)
+        del linear._parameters[part]
+        setattr(linear, part, base + delta)
+        linear(x).square().sum().backward()
+        gradients.append(delta.grad)
+    assert gradients[0] is not None and bool(gradients[0].any())
+    assert torch.equal(*gradients)

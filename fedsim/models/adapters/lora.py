@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class Adapter(contracts.Adapter):
     dropout: share of the inputs of A that is zeroed in training, the rest being scaled by 1 / (1 − dropout).
     """
 
+    lean: ClassVar[bool] = True
     targets: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8
     alpha: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from fedsim.core.messages import Tensors
 @dataclass(frozen=True)
 class Adapter(contracts.Adapter):
     """No tensors: linear probing of the frozen backbone."""
+
+    lean: ClassVar[bool] = True
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Adapter(contracts.Adapter):
     length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of keys and values.
     """
 
+    lean: ClassVar[bool] = True
     length: int = 10
     blocks: Any = "all"
     init_std: float = 0.02
