@@ -15,6 +15,7 @@ from fedsim.core.errors import PoolError
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_max_direct_call_object_size", str(1 << 20))  # updates of small modules go in the reply, not the store
+os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")  # Ray's second lets a round's sums pile up in the store
 
 import ray
 

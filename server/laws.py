@@ -21,7 +21,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import Aggregator, is_additive
+from fedsim.core.contracts import AdditiveAggregator, Aggregator
 from fedsim.core.errors import AggregationError, FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
@@ -368,8 +368,8 @@ def _weights(rule: Aggregator) -> None:
 
 
 def _additive(rule: Aggregator) -> None:
-    if not is_additive(rule):
-        return
+    if not isinstance(rule, AdditiveAggregator) or (type(rule).additive is not AdditiveAggregator.additive and not rule.additive):
+        return  # a `combine` of its own beside `lift` and `finish` must agree with them, so that is no way out
     for scene in scenes(rule):
         updates = scene.updates
         _, want = _merge(rule, scene, updates)
