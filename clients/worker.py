@@ -13,7 +13,7 @@ from clients import fused, local
 from clients.samples import Samples
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.contracts import Aggregator, IntArray, Lift, WorkSpec, is_additive, lift_statistics
+from fedsim.core.contracts import Aggregator, IntArray, WorkSpec, lift_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 from fedsim.core.sums import BlockSum
@@ -79,24 +79,22 @@ class Worker:
         return local.round_shard(self.spec.shard(job.task, job.client_id), self.spec.config, job)
 
     def _summed(self, results: Sequence[ClientUpdate | ClientFailed], plan: RoundPlan) -> Tensors | None:
-        lift, total = self._lift(plan), BlockSum()
+        lift, total = lift_of(plan, self._known_rule() if plan.lift == "rule" else None), BlockSum()
         if lift is None:
             return None
         for place, result in enumerate(results):
             total.add(place, 1, lift(result) if is_update(result) else None)
         return total.result()
 
-    def _lift(self, plan: RoundPlan) -> Lift | None:
-        """What is summed of an update; None for nothing, for a rule that was given as a Python object, and for one whose file
-        was edited since the run began: the server, which has the rule, then sums."""
+    def _known_rule(self) -> Aggregator | None:
+        """The run's rule; None if it was given as a Python object, or its file was edited since the run began: the server, which
+        has it, then sums."""
         section = self.spec.config.server.aggregator
-        if plan.lift != "rule":
-            return lift_statistics if plan.lift == "statistics" else None
         if self._rule is None and not configs.is_python_object(section):
             if any(plugins.fingerprint(path) != known for path, known in self.spec.user_files):
                 return None
             self._rule = configs.build_aggregator(section)
-        return self._rule.lift if self._rule is not None and is_additive(self._rule) else None
+        return self._rule
 
     def _merge(self, params: Tensors) -> Tensors:
         """Merge these tensors into the model, if they are not there yet; the tensors on the device."""

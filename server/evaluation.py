@@ -39,7 +39,7 @@ def slices(size: int, batch: int) -> list[tuple[int, int]]:
     """A task's test samples in equal slices of at most `batch`, and four at least where they are not too small: something for
     every worker in a task's first evaluation too. They do not depend on the number of workers."""
     count = max(-(-size // batch), min(4, size // SMALL))
-    return [(i * size // count, (i + 1) * size // count) for i in range(count)] if count else [(0, size)] if size else []
+    return [(i * size // count, (i + 1) * size // count) for i in range(count)]
 
 
 def seen_classes(task_classes: Sequence[Sequence[int]], task: int) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedsim.core.contracts import Aggregator, Lift, is_additive, lift_statistics, require_updates
+from fedsim.core.contracts import Aggregator, is_additive, lift_of, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors, num_bytes
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching
 
@@ -74,14 +74,6 @@ class Gathering:
         return Round(updates, watched, self._sum.result())
 
 
-def lift_of(plan: RoundPlan, rule: Aggregator) -> Lift | None:
-    """What is summed of an update, as the plan says it."""
-    if plan.lift == "rule":
-        assert is_additive(rule)
-        return rule.lift
-    return lift_statistics if plan.lift == "statistics" else None
-
-
 def merge(rule: Aggregator, state: State, params: Tensors, round: Round) -> tuple[State, Tensors]:
     """The rule's new state and parameters."""
     if round.total is None:
@@ -92,7 +84,7 @@ def merge(rule: Aggregator, state: State, params: Tensors, round: Round) -> tupl
 
 def observed(clients: Sequence[int], params: Tensors, plan: RoundPlan) -> tuple[int, ...]:
     """Clients to watch: all of them, or as many, evenly spaced, as `MOST_OBSERVED` and `OBSERVED_BYTES` allow (two at least)."""
-    sizes: Mapping[str, int] = {n: params[n].numel() * params[n].element_size() for n in matching(params, plan.train)}
-    most = max(2, min(MOST_OBSERVED, OBSERVED_BYTES // max(1, sum(sizes.values()))))
+    size = num_bytes({n: params[n] for n in matching(params, plan.train)})
+    most = max(2, min(MOST_OBSERVED, OBSERVED_BYTES // max(1, size)))
     count = min(most, len(clients))
     return tuple(clients[i * len(clients) // count] for i in range(count))

@@ -114,6 +114,13 @@ def require_updates(updates: Sequence[ClientUpdate]) -> None:
         raise AggregationError("nothing to merge: the clients of this round hold no samples")
 
 
+def lift_of(plan: RoundPlan, rule: Aggregator | None) -> Lift | None:
+    """What is summed of an update, as the plan says it; None for nothing, and for a rule that is not at hand or not additive."""
+    if plan.lift == "rule":
+        return rule.lift if rule is not None and is_additive(rule) else None
+    return lift_statistics if plan.lift == "statistics" else None
+
+
 @dataclass(frozen=True)
 class Consolidator(ABC):
     """Merges tasks at a task's end, and says which tensors are deployed for evaluation.

@@ -60,8 +60,9 @@ class Aggregator(contracts.AdditiveAggregator):
     def lift(self, update: ClientUpdate) -> Tensors:
         """`<rule>/<name>`: what each rule lifts from its own tensors."""
         lifted: dict[str, Tensor] = {}
+        deciders = {n: self._decider(n) for n in update.params}
         for k, rule in enumerate(self._additive_rules()):
-            own = {n: t for n, t in update.params.items() if self._decider(n) == k}
+            own = {n: t for n, t in update.params.items() if deciders[n] == k}
             lifted |= {f"{k}/{n}": t for n, t in rule.lift(replace(update, params=own)).items()}
         return lifted
 
