@@ -20,12 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from clients.worker import Worker
-from experiments.benchmarks import machine
-from fedsim.core.contracts import ArraySplit, WorkSpec
+from experiments.benchmarks import _idle, machine
+from experiments.benchmarks._idle import Idle
 from fedsim.core.messages import ClientJob, ClientUpdate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +37,8 @@ SCALE = {"100 of 1 000, 4 KB": (1_000, 100, 4_000, 40, 0), "100 of 1 000 000, 4 
 WARM_UP, REPEATS = 3, 5
 
 
-class Echo(Worker):
+class Echo(Idle):
     """A client that sends back what it got. No model, no data."""
-
-    def __init__(self, spec: WorkSpec) -> None:
-        self.__dict__.update({"spec": spec, "_rule": None, "_source": None, "_deployed": None})
 
     def train_client(self, job: ClientJob) -> ClientUpdate:
         return ClientUpdate(job.client_id, 1, dict(job.params))
@@ -60,9 +55,7 @@ def ours(pool: str, registered: int, sampled: int, size: int, rounds: int) -> li
     from clients.pools import serial
     from fedsim.core import config as configs
     from server import loop
-    from server.aggregators.fedavg import Aggregator as FedAvg
-    from server.consolidators.none import Consolidator
-    from server.state import ServerState, Simulation
+    from server.state import ServerState
 
     class OnRay(ray_pool.Pool):
         worker = "experiments.benchmarks.engine:Echo"
@@ -78,24 +71,9 @@ def ours(pool: str, registered: int, sampled: int, size: int, rounds: int) -> li
             "runtime": {"pool": pool, "workers": 2},
         }
     )
-    empty = ArraySplit({}, np.zeros(0, np.int64))
-    offsets, none = np.arange(registered + 1), np.zeros(0, np.int64)
-    spec = WorkSpec(registered, np.arange(registered), offsets, none, np.zeros(2, np.int64), config, empty, empty, ((0,),))
-    with (OnRay if pool == "ray" else InProcess)(spec) as workers:
+    with (OnRay if pool == "ray" else InProcess)(_idle.work(config, registered)) as workers:
         params = parameters(size)
-        sim = Simulation(
-            config=config,
-            pool=workers,
-            aggregator=FedAvg(),
-            consolidator=Consolidator(),
-            calibrator=None,
-            fresh_adapter=lambda task: {},
-            task_names=("task",),
-            task_classes=((0,),),
-            test_sizes=(0,),
-            shard_sizes=np.ones((1, registered), np.int64),
-            num_clients=registered,
-        )
+        sim = _idle.simulation(config, workers, registered)
         clocks = [time.perf_counter()]
         for step in loop.run(sim, ServerState(0, 0, params, {})):
             if isinstance(step, ServerState):

@@ -20,14 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from clients.worker import Worker
-from experiments.benchmarks import machine
+from experiments.benchmarks import _idle, machine
+from experiments.benchmarks._idle import Idle
 from fedsim.core import config as configs
-from fedsim.core.contracts import ArraySplit, WorkSpec
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
 from fedsim.core.tensors import matching
 
@@ -51,11 +49,8 @@ def parameters() -> dict[str, Tensor]:
     return out | {"head.weight": torch.randn(CLASSES, WIDTH), "head.bias": torch.zeros(CLASSES)}
 
 
-class Instant(Worker):
+class Instant(Idle):
     """A client that sends back what it got, and statistics of the right shapes."""
-
-    def __init__(self, spec: WorkSpec) -> None:
-        self.__dict__.update({"spec": spec, "_rule": None, "_source": None, "_deployed": None})
 
     def train_client(self, job: ClientJob) -> ClientUpdate:
         trained = {n: job.params[n] for n in matching(job.params, job.plan.train)}
@@ -95,7 +90,7 @@ def play(rule: str, sampled: int) -> dict[str, float]:
     """Most memory over the rounds, in MB, and seconds."""
     from clients.pools import ray as ray_pool
     from server import loop
-    from server.state import ServerState, Simulation
+    from server.state import ServerState
 
     class Pool(ray_pool.Pool):
         worker = "experiments.benchmarks.server_memory:Instant"
@@ -105,10 +100,6 @@ def play(rule: str, sampled: int) -> dict[str, float]:
     server = {"rounds": 2 if lorm else 1, "aggregator": rule, "consolidator": "regmean" if lorm else "none", "evaluate": "task"}
     partition = {"name": "iid", "clients": sampled}
     config = configs.from_dict({"server": server, "partition": partition, "runtime": {"pool": "ray", "workers": 2}})
-    empty, none = ArraySplit({}, np.zeros(0, np.int64)), np.zeros(0, np.int64)
-    spec = WorkSpec(
-        sampled, np.arange(sampled), np.arange(sampled + 1), none, np.zeros(2, np.int64), config, empty, empty, ((0,),)
-    )
     most, done = {"held": 0, "stored": 0}, threading.Event()
 
     def watch(what: str, look: Callable[[], int], every: float) -> None:
@@ -116,29 +107,16 @@ def play(rule: str, sampled: int) -> dict[str, float]:
             most[what] = max(most[what], look())
             time.sleep(every)
 
-    with Pool(spec) as pool:
+    with Pool(_idle.work(config, sampled)) as pool:
         params = parameters()
-        consolidator = configs.build("consolidators", config.server.consolidator)
-        sim = Simulation(
-            config=config,
-            pool=pool,
-            aggregator=configs.build_aggregator(config.server.aggregator),
-            consolidator=consolidator,
-            calibrator=None,
-            fresh_adapter=lambda task: {},
-            task_names=("task",),
-            task_classes=((0,),),
-            test_sizes=(0,),
-            shard_sizes=np.ones((1, sampled), np.int64),
-            num_clients=sampled,
-        )
+        sim = _idle.simulation(config, pool, sampled)
         stored()
         before, clock = held(), time.perf_counter()
         watchers = [threading.Thread(target=watch, args=a) for a in (("held", held, 0.01), ("stored", stored, 0.1))]
         for watcher in watchers:
             watcher.start()
         try:
-            for _ in loop.run(sim, ServerState(0, 0, params, consolidator.init())):
+            for _ in loop.run(sim, ServerState(0, 0, params, sim.consolidator.init())):
                 pass
         finally:
             seconds = time.perf_counter() - clock
