@@ -23,7 +23,7 @@ from clients import local, optim
 from clients.samples import Samples
 from fedsim.core import contracts, rng
 from fedsim.core.config import ClientConfig, SimConfig
-from fedsim.core.contracts import IntArray, Slots
+from fedsim.core.contracts import IntArray, Slots, TrainStep
 from fedsim.core.errors import ClientFailed, ModelError
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
 from fedsim.core.tensors import matching, require_finite
@@ -81,9 +81,10 @@ def train(
     first, results = jobs[0], dict[int, ClientUpdate | ClientFailed]()
     if any(job.params is not first.params or job.plan is not first.plan for job in jobs):
         raise ValueError("clients that train together start from the same tensors and have the same plan")
-    apart = obstacle(model) is not None or not matching(first.params, first.plan.train)
+    longer = local.repeated(config, first.plan)
+    apart = local.followed(first.plan) or obstacle(model) is not None or not matching(first.params, first.plan.train)
     working = [] if apart else [k for k in range(len(jobs)) if len(shards[k])]
-    steps = [num_steps(shards[k], config.client) for k in working]
+    steps = [num_steps(shards[k], longer.client) for k in working]
     queue = [[working[k] for k in part] for part in bundles(steps, _fitting.get(model, len(jobs)))]
     while queue:
         places = queue.pop(0)
@@ -91,7 +92,7 @@ def train(
             continue
         own_shards, own_jobs, short_of_memory = [shards[k] for k in places], [jobs[k] for k in places], False
         try:
-            updates = Bundle(model, samples, own_shards, classes, own_jobs, config, objectives).train()
+            updates = Bundle(model, samples, own_shards, classes, own_jobs, longer, objectives).train()
             results |= zip(places, updates, strict=True)
         except torch.OutOfMemoryError:
             short_of_memory = True  # acted upon below, where the error no longer holds on to what it ran out with
@@ -156,7 +157,7 @@ class Bundle:
             active = sum(s >= end for s in self.steps)
             leaves = self.flat.leaves(active)
             slots = Slots(0, (), dropout=dropout[:active])
-            with self.model.stacked(self.params | leaves, slots):
+            with local.beside(self.model, self.jobs[0].plan), self.model.stacked(self.params | leaves, slots):
                 for step in range(done, end):
                     losses_K = self._losses([next(b) for b in batches[:active]], slots, augment, leaves)
                     losses_KS[:active, step] = losses_K.detach()
@@ -183,13 +184,7 @@ class Bundle:
         inputs, labels = self.samples.batch(slots_ab)
         features = self.model.stacked_features(inputs, slots, augment)
         logits_abC = self.model.stacked_logits(features.view(len(positions), slots.width, -1), self.params | leaves)
-        terms_ab = masked_cross_entropies(logits_abC.flatten(0, 1), labels, self.classes).view(len(positions), -1)
-        if min(slots.rows) < slots.width:
-            rows_a1 = torch.tensor(slots.rows, device=terms_ab.device)[:, None]
-            counted_ab = torch.arange(slots.width, device=terms_ab.device) < rows_a1
-            losses_a = (torch.where(counted_ab, terms_ab, 0) / rows_a1).sum(dim=1)
-        else:
-            losses_a = terms_ab.mean(dim=1)
+        losses_a = self._cross_entropies(logits_abC, labels, slots)
         if not self.objectives:
             return losses_a
         start = {n: self.params[n] for n in self.trained}
@@ -198,9 +193,19 @@ class Bundle:
         extra = []
         for k, rows in enumerate(slots.rows):
             own = {n: parts[n][k] for n in self.trained}
-            told = [o.term(own, start, logits_abC[k, :rows], labels_ab[k, :rows]) for o in self.objectives]
-            extra.append(torch.stack(told).sum())
-        return losses_a + torch.stack(extra)
+            step = TrainStep(own, start, logits_abC[k, :rows], labels_ab[k, :rows], self.classes)
+            extra.append(torch.stack([objective.term(step) for objective in self.objectives]).sum())
+        return torch.stack(extra) if local.replaced(self.objectives) else losses_a + torch.stack(extra)
+
+    def _cross_entropies(self, logits_abC: Tensor, labels: Tensor, slots: Slots) -> Tensor:
+        """Each client's mean over its own samples, (a,)."""
+        clients, width, _ = logits_abC.shape
+        terms_ab = masked_cross_entropies(logits_abC.flatten(0, 1), labels, self.classes).view(clients, width)
+        if min(slots.rows) == width:
+            return terms_ab.mean(dim=1)
+        rows_a1 = torch.tensor(slots.rows, device=terms_ab.device)[:, None]
+        counted_ab = torch.arange(width, device=terms_ab.device) < rows_a1
+        return (torch.where(counted_ab, terms_ab, 0) / rows_a1).sum(dim=1)
 
     def _finished(self, k: int, losses_S: Tensor, updates_KP: Tensor, seconds: float) -> ClientUpdate | ClientFailed:
         start = time.perf_counter()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from clients.samples import Samples
 from fedsim.core import config as configs
 from fedsim.core import contracts, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import IntArray
+from fedsim.core.contracts import Follower, IntArray, TrainingStatistic, TrainStep
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite, stack_modules, with_prefix
@@ -52,6 +52,7 @@ def train(
     A client without samples sends back what it received, with `num_samples` 0.
     """
     start = time.perf_counter()
+    config = repeated(config, job.plan)
     local = {n: t.to(model.device) for n, t in job.params.items()}
     trained = matching(local, job.plan.train)
     for name in trained:
@@ -61,14 +62,17 @@ def train(
         with stage("training"):
             if trained or job.plan.statistics:
                 below = kept.lower(model, samples, shard, local, config.runtime)
+            followers = following(job.plan, local)
             if trained and len(shard):
-                metrics["loss"] = fit(model, samples, shard, classes, local, trained, job, config, objectives, below)
+                told = [follower for _, follower in followers]
+                metrics["loss"] = fit(model, samples, shard, classes, local, trained, job, config, objectives, told, below)
         local = {n: t.detach() for n, t in local.items()}
         with stage("update"):
             update = {n: local[n].cpu() for n in trained}
             require_finite(update, "trained tensor")
         with stage("statistics"):
-            statistics = collect(model, samples, shard, local, job.plan, config.runtime.eval_batch, below)
+            statistics = {f"{name}.{key}": t for name, follower in followers for key, t in follower.result().items()}
+            statistics |= collect(model, samples, shard, local, job.plan, config.runtime.eval_batch, below)
             require_finite(statistics, "statistic")
     except StageFailed as e:
         return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
@@ -86,11 +90,12 @@ def fit(
     job: ClientJob,
     config: SimConfig,
     objectives: Sequence[contracts.Objective],
+    followers: Sequence[Follower] = (),
     below: Lower | None = None,
 ) -> float:
     """Train `local[trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite.
 
-    below: what the frozen blocks make of the shard, if that is at hand.
+    followers: see every step; below: what the frozen blocks make of the shard, if that is at hand.
     """
     client, seed, address = config.client, config.seed, (job.client_id, job.task, job.round)
     order = rng.stream(seed, "batches", *address)
@@ -101,7 +106,7 @@ def fit(
     optimizer, schedule = optim.build(client, parameters, steps, fused=config.runtime.kernels == "onednn")
     start = {n: job.params[n].to(model.device) for n in trained} if objectives else {}
     losses: list[Tensor] = []
-    with model.applied(local, dropout):
+    with beside(model, job.plan), model.applied(local, dropout):
         for _ in range(client.epochs):
             for positions in batches(order.permutation(shard), client.batch_size):
                 inputs, labels = samples.batch(positions)
@@ -110,14 +115,20 @@ def fit(
                 else:
                     features = below.features(model, inputs, positions, lean=True)
                 logits = model.logits(features, local)
-                loss = masked_cross_entropy(logits, labels, classes)
-                for objective in objectives:
-                    loss = loss + objective.term({n: local[n] for n in trained}, start, logits, labels)
+                terms = [] if replaced(objectives) else [masked_cross_entropy(logits, labels, classes)]
+                if objectives:
+                    step = TrainStep({n: local[n] for n in trained}, start, logits, labels, classes)
+                    terms += [objective.term(step) for objective in objectives]
+                loss = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                for follower in followers:
+                    follower.before_step()
                 if client.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, client.clip_norm)
                 optimizer.step()
+                for follower in followers:
+                    follower.after_step()
                 if schedule is not None:
                     schedule.step()
                 losses.append(loss.detach())
@@ -147,11 +158,12 @@ def collect(
     """The statistics of a plan, named `<statistic>.<form>/<subject>`.
 
     One pass over the shard without augmentation through the client's model, and one through the blend of past tasks'
-    modules and the client's own, for the requests that want each.
+    modules and the client's own, for the requests that want each. A client that trained beside those modules has no other model.
     """
     out: dict[str, Tensor] = {}
+    passes = [r for r in plan.statistics if not isinstance(statistic_of(r), TrainingStatistic)]
     for blended in (False, True):
-        requests = [r for r in plan.statistics if r.blended == blended]
+        requests = [r for r in passes if (r.blended or plan.beside) == blended]
         if not requests:
             continue
         through = dict(local)
@@ -180,9 +192,8 @@ def one_pass(
         stack.enter_context(model.merged(through))
         collecting = []
         for request in requests:
-            statistic = configs.build("statistics", {"name": request.name, **request.options})
             subjects = matching(local, request.match)
-            collecting.append((request.name, stack.enter_context(statistic.collect(model, local, subjects))))
+            collecting.append((request.name, stack.enter_context(statistic_of(request).collect(model, local, subjects))))
         for positions in batches(shard, batch_size):
             inputs, labels = samples.batch(positions)
             features = model.features(inputs) if below is None else below.features(model, inputs, positions)
@@ -191,6 +202,42 @@ def one_pass(
         for name, accumulator in collecting:
             out |= {f"{name}.{key}": value for key, value in accumulator.result().items()}
     return out
+
+
+def statistic_of(request: StatisticRequest) -> contracts.Statistic:
+    """The plug-in that a request names."""
+    statistic: contracts.Statistic = configs.build("statistics", {"name": request.name, **request.options})
+    return statistic
+
+
+def following(plan: RoundPlan, local: Tensors) -> list[tuple[str, Follower]]:
+    """What follows the training, of the statistics that a plan asks for, with their names."""
+    asked = [(r, statistic_of(r)) for r in plan.statistics]
+    return [(r.name, s.follow(local, matching(local, r.match))) for r, s in asked if isinstance(s, TrainingStatistic)]
+
+
+def followed(plan: RoundPlan) -> bool:
+    """Whether a plan asks for statistics of the training itself."""
+    return any(isinstance(statistic_of(r), TrainingStatistic) for r in plan.statistics)
+
+
+def replaced(objectives: Sequence[contracts.Objective]) -> bool:
+    """Whether one of them stands in the place of the cross-entropy."""
+    return any(objective.replaces_cross_entropy for objective in objectives)
+
+
+def repeated(config: SimConfig, plan: RoundPlan) -> SimConfig:
+    """The config of a client that trains as many times `client.epochs` as its plan says."""
+    if plan.repeat == 1:
+        return config
+    return replace(config, client=replace(config.client, epochs=config.client.epochs * plan.repeat))
+
+
+def beside(model: Model, plan: RoundPlan) -> AbstractContextManager[None]:
+    """While open, the model has the modules of past tasks in it, if the plan says that clients train on top of them."""
+    if not plan.beside or not plan.background:
+        return nullcontext()
+    return model.merged({n: t.to(model.device) for n, t in plan.background.items()})
 
 
 def batches(positions: IntArray, size: int) -> Iterator[IntArray]:

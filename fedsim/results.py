@@ -11,6 +11,8 @@
     costs.json         bytes by direction and kind of object, seconds by phase, client rounds
     failures.json      clients that were skipped, if any
     checkpoint.pt      the whole state after the last round
+    vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself
+    unlearned/         what `fedsim unlearn` wrote
     tracking.json      the run's id to its trackers, if any; they may keep folders of their own here (tensorboard/, wandb/)
     accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
     status.json        running | finished, and the identity of the config
@@ -46,7 +48,7 @@ import fedsim
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
-from fedsim.core.events import ClassRow, DriftRow, Row
+from fedsim.core.events import ClassRow, DriftRow, Kept, Row
 from fedsim.core.files import remove_leftovers, storage_errors, write_atomic
 from server import metrics
 
@@ -323,6 +325,19 @@ class RunDir:
         write_atomic(self.path / "partition.csv", _csv_bytes(columns, manifest.holdings()), self._advice)
         self._write_json("environment.json", environment())
         self._write_status("running", manifest.hash)
+
+    def keep(self, kept: Kept) -> None:
+        """Write tensors that unlearning will ask for. A run that goes on writes those of its task again, to the same bits."""
+        from safetensors.torch import save
+
+        path = self.vectors(kept.task, kept.name)
+        with storage_errors(path.parent, self._advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({n: t.contiguous() for n, t in kept.tensors.items()}), self._advice)
+
+    def vectors(self, task: int, name: str) -> Path:
+        """The file of `events.Kept`."""
+        return self.path / "vectors" / f"task-{task}" / f"{name}.safetensors"
 
     def write_progress(self, results: Results) -> None:
         """Write what is known after a round. Raises StorageError when the disk is full."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from clients import optim
 from clients.worker import torch_threads
-from fedsim import tracking
+from fedsim import suitable, tracking
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec
 from fedsim.core.errors import ConfigError
-from fedsim.core.events import Event, RunDirOpened
+from fedsim.core.events import Event, Kept, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
@@ -65,6 +65,9 @@ def run(
         with _wired(parts) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
             for step in loop.run(sim, state):
+                if isinstance(step, Kept):
+                    run_dir.keep(step)
+                    continue
                 if isinstance(step, ServerState):
                     state = _keep(run_dir, step)
                 elif progress is not None:
@@ -114,7 +117,9 @@ def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
     rule = aggregator if aggregator is not None else configs.build_aggregator(config.server.aggregator)
     check(config)
+    suitable.require(config, rule)
     manifest, spec = prepare_data(config)
+    suitable.require_clients(config, manifest)
     with torch_threads(config.runtime.threads):  # the rules' arithmetic, too, has the same bits on every machine size
         model = models.build(config, len(manifest.class_order))
         return Prepared(config, rule, manifest, spec, model, first_state(config, model, rule))
@@ -166,8 +171,10 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> ServerStat
     """Where every run starts: a fresh adapter, and a head of zeros."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
-    begun = consolidator.start_task(consolidator.init(), params, {})  # rules that do not suit these tensors say so now
-    check_statistics(rule.plan(rule.init(begun), 0).statistics)
+    begun = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
+    state = rule.init(begun)
+    suitable.require_trained(config, consolidator, begun, [rule.plan(state, r) for r in range(min(config.server.rounds, 4))])
+    check_statistics(rule.plan(state, 0).statistics)
     return ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
 
 

@@ -1,7 +1,7 @@
 """Federated continual learning, from start to end. Read this file first.
 
     for every task of the stream:
-        begin it: the consolidator says with which parameters
+        begin it: the consolidator says with which parameters (from statistics, if it needs any)
         for every round:
             draw clients; the aggregator's plan says what they train and which statistics they send
             the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
@@ -19,15 +19,15 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from fedsim.core import rng
 from fedsim.core.errors import ClientFailed
-from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row, RunStarted, TaskDone
+from fedsim.core.events import ClientDone, ClientSkipped, Event, Kept, RoundDone, Row, RunStarted, TaskDone
 from fedsim.core.messages import ClientJob, RoundPlan, Tensors
 from fedsim.core.tensors import require_finite
-from server import gather, sampling
+from server import gather, heads, planning, sampling
 from server.drift import measure_drift
-from server.evaluation import accuracies, evaluate, seen_classes
+from server.evaluation import accuracies, evaluate
 from server.gather import Gathering, Round, merge
+from server.isolation import isolated_clients
 from server.ledger import add_traffic, mean_loss
 from server.state import ServerState, Simulation
 
@@ -38,7 +38,7 @@ def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
     yield RunStarted(len(sim.task_names), rounds, sim.num_clients)
     while state.task < len(sim.task_names):
         if state.round == 0:
-            state = begin_task(sim, state)
+            state = yield from begin_task(sim, state)
         while state.round < rounds:
             state = yield from play_round(sim, state)
             yield state
@@ -46,46 +46,37 @@ def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
         yield state
 
 
-def begin_task(sim: Simulation, state: ServerState) -> ServerState:
+def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Parameters and rule states that a task starts with."""
-    params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task))
+    opening = sim.consolidator.opening(state.consolidator, state.params)
+    total, state = yield from sums(sim, replace(state, holders=()), opening)
+    params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
-    return replace(state, params=params, aggregator=sim.aggregator.init(params), calibrator=calibrator, holders=())
+    state = replace(state, params=params, aggregator=sim.aggregator.init(params), calibrator=calibrator)
+    return (yield from isolated_clients(sim, state)) if sim.config.server.unlearning else state
 
 
 def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """One round: plan, run, combine, calibrate, evaluate."""
     start = time.perf_counter()
-    plan = sim.aggregator.plan(state.aggregator, state.round)
-    if sim.calibrator is not None:
-        plan = replace(plan, statistics=plan.statistics + sim.calibrator.plan(state.calibrator, state.round).statistics)
-    if any(request.blended for request in plan.statistics):
-        background, share = sim.consolidator.background(state.consolidator)
-        plan = replace(plan, background=background, share=share)
-    summed = sim.aggregator.additive and sim.calibrator is None  # a calibrator looks at every client's statistics
-    round, state = yield from run_clients(sim, state, replace(plan, lift="rule" if summed else ""))
+    repair = planning.repair_plan(sim, state)
+    round, state = yield from run_clients(sim, state, planning.round_plan(sim, state, repair))
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
     aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round)
     calibrator = state.calibrator
-    if sim.calibrator is not None:
-        seen = seen_classes(sim.task_classes, state.task)
-        draw = rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
-        calibrator, params = sim.calibrator.calibrate(calibrator, params, round.updates, state.task, seen, draw)
+    if repair is not None:
+        calibrator, params = heads.calibrate(sim, state, params, round.updates)
+    params = heads.old_rows_restored(sim, state, params)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
-    state = replace(
-        state,
-        aggregator=aggregator,
-        calibrator=calibrator,
-        params=params,
-        drifts=drifts,
-        seconds=state.spent("combine", time.perf_counter() - clock),
-    )
+    spent = state.spent("combine", time.perf_counter() - clock)
+    state = replace(state, aggregator=aggregator, calibrator=calibrator, params=params, drifts=drifts, seconds=spent)
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
-        rows, state = measure(sim, state, sim.consolidator.deployed(state.consolidator, params, finished=False), "round")
+        module = sim.aggregator.deployed(aggregator, params)
+        rows, state = measure(sim, state, sim.consolidator.deployed(state.consolidator, module, finished=False), "round")
     yield RoundDone(state.task, state.round, rows, mean_loss(round.updates), time.perf_counter() - start)
     return replace(state, round=state.round + 1)
 
@@ -93,14 +84,14 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
 def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Merge what was learned with what was known, and fill in the task's row of the accuracy matrix."""
     start = time.perf_counter()
-    total: Tensors = {}
-    plan = sim.consolidator.plan(state.consolidator, state.params)
-    if plan is not None:
-        round, state = yield from run_clients(sim, state, replace(plan, lift="statistics"))
-        total = round.total or {}
+    total, state = yield from sums(sim, state, sim.consolidator.plan(state.consolidator, state.params))
     clock = time.perf_counter()
-    consolidator = sim.consolidator.end_task(state.consolidator, state.params, total)
-    deployed = sim.consolidator.deployed(consolidator, state.params, finished=True)
+    module = sim.aggregator.deployed(state.aggregator, state.params)
+    consolidator = sim.consolidator.end_task(state.consolidator, module, total)
+    deployed = sim.consolidator.deployed(consolidator, module, finished=True)
+    if sim.config.server.unlearning:
+        yield Kept(state.task, "end", module)
+        yield Kept(state.task, "total", total)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
     rows, state = measure(sim, state, deployed, "task_end")
@@ -108,11 +99,20 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     return replace(state, task=state.task + 1, round=0)
 
 
+def sums(sim: Simulation, state: ServerState, plan: RoundPlan | None) -> Generator[Event, None, tuple[Tensors, ServerState]]:
+    """What a consolidator asks for between two tasks, summed over the clients that are drawn; nothing for no plan."""
+    if plan is None:
+        return {}, state
+    round, state = yield from run_clients(sim, state, replace(plan, train=(), lift="statistics"))
+    return round.total or {}, state
+
+
 def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generator[Event, None, tuple[Round, ServerState]]:
     """Run a plan on the clients that are drawn; what came back, and the state with memories and traffic."""
     clock = time.perf_counter()
-    clients = sampling.draw(sim.config.seed, state.task, state.round, sim.num_clients, sim.config.server.participation)
-    if sim.config.server.drift:
+    server = sim.config.server
+    clients = sampling.draw(sim.config.seed, state.task, state.round, sim.num_clients, server.participation, server.without)
+    if server.drift:
         plan = replace(plan, observed=gather.observed(clients, state.params, plan))
     order = sampling.longest_first(clients, sim.shard_sizes[state.task])
     jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in order]
@@ -120,7 +120,7 @@ def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generat
     for bundle in sim.pool.train(jobs):
         for result in gathering.add(bundle):
             if isinstance(result, ClientFailed):
-                if sim.config.server.on_client_failure == "fail":
+                if server.on_client_failure == "fail":
                     raise result
                 yield ClientSkipped(result)
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)

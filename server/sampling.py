@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -22,13 +22,24 @@ def num_sampled(num_clients: int, participation: float) -> int:
     return count
 
 
-def draw(seed: int, task: int, round: int, num_clients: int, participation: float) -> list[int]:
-    """Client ids of a round, ascending: drawn afresh every round, uniformly without replacement."""
+def draw(seed: int, task: int, round: int, num_clients: int, participation: float, without: Collection[int] = ()) -> list[int]:
+    """Client ids of a round, ascending: drawn afresh every round, uniformly without replacement; those who never take part
+    (`without`) are left out of what was drawn, so that all others take part when they would have anyway.
+
+    Raises ConfigError when that leaves nobody.
+    """
     count = num_sampled(num_clients, participation)
     if count == num_clients:
-        return list(range(num_clients))
-    drawn = rng.stream(seed, "participants", task, round).choice(num_clients, count, replace=False, shuffle=False)
-    return sorted(int(c) for c in drawn)
+        drawn = list(range(num_clients))
+    else:
+        chosen = rng.stream(seed, "participants", task, round).choice(num_clients, count, replace=False, shuffle=False)
+        drawn = sorted(int(c) for c in chosen)
+    left = [c for c in drawn if c not in without]
+    if not left:
+        raise ConfigError(
+            f"task {task}, round {round}: server.without leaves nobody of the clients that were drawn: raise server.participation"
+        )
+    return left
 
 
 def longest_first(clients: Sequence[int], sizes: IntArray) -> list[int]:

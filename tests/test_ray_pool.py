@@ -94,7 +94,7 @@ def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> N
     deadly.write_text(
         "from dataclasses import dataclass\nimport os\nfrom fedsim.core import contracts\n"
         "@dataclass(frozen=True)\nclass Objective(contracts.Objective):\n"
-        "    def term(self, params, start, logits, labels):\n        os._exit(1)\n"
+        "    def term(self, step):\n        os._exit(1)\n"
     )
     config = tiny(
         "runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"objectives": [str(deadly)]}

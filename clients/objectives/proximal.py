@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
-from fedsim.core.messages import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Objective(contracts.Objective):
         if not self.mu >= 0:
             raise ConfigError(f"mu must not be negative, got {self.mu}")
 
-    def term(self, params: Tensors, start: Tensors, logits: Tensor, labels: Tensor) -> Tensor:
+    def term(self, step: contracts.TrainStep) -> Tensor:
         """A scalar; zero at the first step of a round."""
-        squares = [(w - start[name].detach()).square().sum() for name, w in params.items()]
-        return self.mu / 2 * torch.stack(squares).sum() if squares else logits.new_zeros(())
+        squares = [(w - step.start[name].detach()).square().sum() for name, w in step.params.items()]
+        return self.mu / 2 * torch.stack(squares).sum() if squares else step.logits.new_zeros(())

@@ -259,7 +259,10 @@ def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
     requests = [
         {"name": s.name, "match": list(s.match), "options": _to_json(s.options), "blended": s.blended} for s in plan.statistics
     ]
-    return ConfigRecord({"train": list(plan.train), "statistics": json.dumps(requests), "share": float(plan.share)})
+    globs, share = list(plan.train), float(plan.share)
+    return ConfigRecord(
+        {"train": globs, "statistics": json.dumps(requests), "share": share, "beside": plan.beside, "repeat": plan.repeat}
+    )
 
 
 def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
@@ -270,7 +273,8 @@ def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
         StatisticRequest(r["name"], tuple(r["match"]), _from_json(r["options"]), r["blended"])
         for r in json.loads(str(config["statistics"]))
     )
-    return RoundPlan(tuple(str(glob) for glob in train), tuple(requests), background, share)
+    globs, repeat = tuple(str(glob) for glob in train), _int(config["repeat"])
+    return RoundPlan(globs, tuple(requests), background, share, beside=bool(config["beside"]), repeat=repeat)
 
 
 def _to_json(value: Any) -> Any:

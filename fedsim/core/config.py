@@ -140,6 +140,9 @@ class ServerConfig:
     on_client_failure: fail | skip (a round in which nobody is left is an error either way).
     evaluate: round (every task seen, after every round) | task (only at the end of a task).
     drift: measure how far clients drift apart; some of their updates then travel beside the sums (at most 64 MB a round).
+    without: ids of clients that never take part, e.g. what unlearning is compared with.
+    unlearning: keep, for every client and task, what the client becomes by itself, so that `fedsim unlearn` can remove it later.
+        Every client then trains once more per task, for as many epochs as the task's rounds have together.
     """
 
     rounds: int = 3
@@ -150,6 +153,8 @@ class ServerConfig:
     on_client_failure: str = "fail"
     evaluate: str = "round"
     drift: bool = True
+    without: list[int] = field(default_factory=list)
+    unlearning: bool = False
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
@@ -226,6 +231,8 @@ class SimConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "must not be negative", self.seed)
+        if self.stream.online and self.server.unlearning:
+            raise ConfigError("server.unlearning and stream.online exclude each other: clients train once more by themselves")
         if self.stream.online and self.client.epochs != 1:
             raise ConfigError(f"client.epochs must be 1 with stream.online (every sample is seen once), got {self.client.epochs}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +39,14 @@ class Aggregator(ABC):
 
     exempt: law of the contract suite (`server/laws.py`) -> why this rule cannot keep it.
     examples: options under which the suite holds this rule against the laws.
+    one_round: it takes what clients train in a single round per task; more rounds are refused.
+    sources: what it deploys has a leading axis of sources, one per client, in place of one merged model (see `Adapter.sources`).
     """
 
     exempt: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    one_round: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
 
     @property
     def additive(self) -> bool:
@@ -63,6 +67,11 @@ class Aggregator(ABC):
 
         Raises AggregationError when there are no updates.
         """
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """What is evaluated, and what the consolidator is handed at a task's end: the parameters themselves, unless a rule keeps
+        more than they hold."""
+        return params
 
 
 @dataclass(frozen=True)
@@ -126,18 +135,38 @@ class Consolidator(ABC):
     """Merges tasks at a task's end, and says which tensors are deployed for evaluation.
 
     Works on `adapter.*`; the head is one for all classes and goes on.
+
+    frozen: globs of tensors that no client trains, whatever the aggregator asks for.
+    beside: clients train their module on top of those of past tasks (`background`), not on the bare backbone.
+    freezes_heads: the head's rows of old tasks' classes stay as they are, bit for bit.
+    sources: takes tensors with a leading axis of sources (see `Aggregator.sources`), and no others.
     """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    beside: ClassVar[bool] = False
+    freezes_heads: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
 
     def init(self) -> State:
         """State before the first task."""
         return {}
 
+    def opening(self, state: State, params: Tensors) -> RoundPlan | None:
+        """A statistics pass at a task's start, over clients drawn as for its first round, through the model that the last task
+        ended with; None if none is needed."""
+        return None
+
     @abstractmethod
-    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
-        """Parameters that a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients."""
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
+        """Parameters that a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients; `total`: the
+        statistics of `opening` and `num_samples`, summed over the clients, float64 (empty if there was no such pass).
+
+        Raises ConfigError for tensors that it does not suit; it is called with no total once before any training.
+        """
 
     def background(self, state: State) -> tuple[Tensors, float]:
-        """Modules of past tasks (already weighted) and the weight of the current one, for blended statistics."""
+        """Modules of past tasks (already weighted) and the weight of the current one, for blended statistics and for training
+        beside them."""
         return {}, 1.0
 
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
@@ -153,16 +182,32 @@ class Consolidator(ABC):
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         """Tensors that evaluation uses: during a task (`finished` False) and after `end_task` (True)."""
 
+    def without(self, state: State, clients: Collection[int], tasks: Collection[int]) -> State | None:
+        """The state as if these clients had not taken part in these tasks, exactly; None if they cannot be told apart in it."""
+        return None
+
 
 @dataclass(frozen=True)
 class Calibrator(ABC):
-    """Repairs the head after a round from statistics that clients sent."""
+    """Repairs the head after a round from statistics that clients sent.
+
+    least: samples of a class that one client must hold, so that the class can be told of at all. A stream with a class that
+    nobody holds so many of is refused before any training.
+    """
+
+    least: ClassVar[int] = 0
+
+    @property
+    def rewrites_old_rows(self) -> bool:
+        """Whether it changes the head's rows of classes of past tasks."""
+        return True
 
     def init(self) -> State:
         return {}
 
-    def plan(self, state: State, round: int) -> RoundPlan:
-        """Statistics that are asked for on top of the aggregator's; `train` is ignored."""
+    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
+        """Statistics that are asked for on top of the aggregator's (`train` is ignored); None: nothing is done in this round.
+        `last`: it is the task's last round."""
         return RoundPlan(train=())
 
     @abstractmethod
@@ -171,11 +216,12 @@ class Calibrator(ABC):
         state: State,
         params: Tensors,
         updates: Sequence[ClientUpdate],
-        task: int,
+        classes: Sequence[int],
         seen: Sequence[int],
         generator: torch.Generator,
     ) -> tuple[State, Tensors]:
-        """New state and parameters, of which only `head.*` may differ."""
+        """New state and parameters, of which only `head.*` may differ. `classes`: head rows of the current task; `seen`: of all
+        tasks so far, ascending."""
 
 
 # ---------------------------------------------------------------- data
@@ -282,9 +328,12 @@ class Adapter(ABC):
 
     lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
     last block may leave out all tokens but that one.
+    sources: with tensors that have a leading axis of sources, `applied` and `merged` give features (b, S, D), one per source,
+    each the same bits whatever the others are. `head.weight` (S, C, D) then makes one prediction of them (`head.logits`).
     """
 
     lean: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
@@ -319,13 +368,32 @@ class ModelLike(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainStep:
+    """What an objective sees of a training step.
+
+    params: tensors being trained; start: the same, as received; logits (b, C) over all classes, unmasked; labels (b,), head rows;
+    classes: head rows of the current task.
+    """
+
+    params: Tensors
+    start: Tensors
+    logits: Tensor
+    labels: Tensor
+    classes: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Objective(ABC):
-    """An extra loss term of local training."""
+    """An extra loss term of local training.
+
+    replaces_cross_entropy: it stands in the place of the cross-entropy, which is left out.
+    """
+
+    replaces_cross_entropy: ClassVar[bool] = False
 
     @abstractmethod
-    def term(self, params: Tensors, start: Tensors, logits: Tensor, labels: Tensor) -> Tensor:
-        """A scalar that is added to the cross-entropy. `params`: tensors being trained; `start`: the same, as received;
-        `logits` (b, C) over all classes, unmasked; `labels` (b,)."""
+    def term(self, step: TrainStep) -> Tensor:
+        """A scalar that is added to the loss."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +404,35 @@ class Statistic(ABC):
     def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
         """Open for one pass over the client's samples. `params` are the client's own tensors; `subjects` the parameter
         names that the request matched."""
+
+
+@dataclass(frozen=True)
+class TrainingStatistic(Statistic):
+    """A statistic of the training itself: it sees every step, and no pass over the samples is made for it."""
+
+    @abstractmethod
+    def follow(self, params: Tensors, subjects: Sequence[str]) -> Follower:
+        """Before the first step. `params` are the client's own tensors, which training changes in place. `subjects` that are not
+        trained in this round have no gradient."""
+
+    def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
+        raise ConfigError(
+            f"statistic {type(self).__module__} follows the training: there is none to follow in a pass over samples"
+        )
+
+
+class Follower(Protocol):
+    """Sees every step of a client's training."""
+
+    def before_step(self) -> None:
+        """The gradients are there (`.grad` of the tensors), not clipped yet."""
+
+    def after_step(self) -> None:
+        """The optimizer has changed the tensors."""
+
+    def result(self) -> dict[str, Tensor]:
+        """Named `<form>/<subject>`; float32 on the CPU. Also asked for where a client holds nothing and took no step."""
+        ...
 
 
 class Accumulator(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedsim.core.errors import ClientFailed
+from fedsim.core.messages import Tensors
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,23 @@ class TaskDone:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Tensors that a run keeps beside its results, where `server.unlearning` asks for it.
+
+    name: "start" and "end" (the parameters a task starts and ends with), "total" (what the consolidator was handed at its end),
+    "client-<id>" (what a client became by itself, from the task's start).
+    """
+
+    task: int
+    name: str
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
 class ClientSkipped:
     """A client that failed and that the round went on without."""
 
     failure: ClientFailed
 
 
-Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped
+Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped | Kept

@@ -42,6 +42,8 @@ class RoundPlan:
     train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
     statistics: what is computed after training.
     background: modules of past tasks, already weighted; `share` is the weight of the client's own module beside them.
+    beside: the module is trained on top of the background, which stays as it is.
+    repeat: times `client.epochs` that is trained.
     lift: what is summed where the clients run, so that sums travel instead of updates: "rule" (what the aggregator lifts from
     an update), "statistics" (the statistics as they are), "" nothing. The loop says so, not a rule.
     observed: clients whose trained tensors come back one by one all the same, for those who watch.
@@ -51,6 +53,8 @@ class RoundPlan:
     statistics: tuple[StatisticRequest, ...] = ()
     background: Tensors = field(default_factory=dict)
     share: float = 1.0
+    beside: bool = False
+    repeat: int = 1
     lift: str = ""
     observed: tuple[int, ...] = ()
 

@@ -82,6 +82,16 @@ class Aggregator(contracts.AdditiveAggregator):
             outcomes.append(rule.combine(inner, {n: params[n] for n in own}, sent))
         return _side_by_side(state, params, outcomes)
 
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """What each rule deploys in the place of its own tensors."""
+        out = dict(params)
+        for (_, rule), own, inner in zip(self.groups, state["names"], state["states"], strict=True):
+            mine = {n: params[n] for n in own}
+            shown = rule.deployed(inner, mine)
+            if shown is not mine:
+                out = {n: t for n, t in out.items() if n not in mine} | dict(shown)
+        return out if any(out.get(n) is not t for n, t in params.items()) else params
+
     def _decider(self, name: str) -> int | None:
         """Which rule merges a tensor."""
         return next((k for k, (glob, _) in enumerate(self.groups) if matching([name], [glob])), None)

@@ -23,7 +23,7 @@ class Consolidator(contracts.Consolidator):
     def init(self) -> State:
         return {"past": []}
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
         return {**params, **fresh}
 
     def background(self, state: State) -> tuple[Tensors, float]:

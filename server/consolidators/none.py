@@ -12,7 +12,7 @@ from fedsim.core.messages import State, Tensors
 class Consolidator(contracts.Consolidator):
     """A task starts from where the last one ended, and what is trained is deployed. Keeps no state, asks for nothing."""
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
         missing = {name: t for name, t in fresh.items() if name not in params}
         return {**params, **missing} if missing else params
 

@@ -44,7 +44,7 @@ class Consolidator(contracts.Consolidator):
     def init(self) -> State:
         return {"past": [], "grams": []}
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
         merged = {**params, **fresh}
         pairs = {p + factor for p in lora_layers(merged) for factor in (LORA_A, LORA_B)}
         other = [n for n in with_prefix(merged, "adapter.") if n not in pairs]

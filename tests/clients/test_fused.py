@@ -229,8 +229,8 @@ class _Explodes(contracts.Objective):
 
     labels: int
 
-    def term(self, params: Any, start: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.sum() * (float("inf") if len(labels) == self.labels % 16 else 0.0)
+    def term(self, step: contracts.TrainStep) -> Tensor:
+        return step.logits.sum() * (float("inf") if len(step.labels) == self.labels % 16 else 0.0)
 
 
 def test_statistics_come_with_the_updates() -> None:
@@ -313,10 +313,10 @@ def test_whatever_goes_wrong_together_is_found_client_by_client(monkeypatch: pyt
 class _Refuses(contracts.Objective):
     """Raises for the client that has a batch of five."""
 
-    def term(self, params: Any, start: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        if len(labels) == 5:
+    def term(self, step: contracts.TrainStep) -> Tensor:
+        if len(step.labels) == 5:
             raise ValueError("five samples are too few")
-        return logits.new_zeros(())
+        return step.logits.new_zeros(())
 
 
 @pytest.mark.parametrize(

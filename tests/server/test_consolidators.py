@@ -70,7 +70,7 @@ def play(rule: Consolidator, tasks: list[int]) -> tuple[State, Module]:
     """State and parameters after these tasks; every task trains its own module."""
     state, params = rule.init(), {"head.weight": draw(4, 3, address="head")}
     for task in tasks:
-        params = {**rule.start_task(state, params, module(99)), **module(task)}
+        params = {**rule.start_task(state, params, module(99), {}), **module(task)}
         state = rule.end_task(state, params, total_of(rule, state, params, task))
     return state, params
 
@@ -118,7 +118,7 @@ def test_equal_modules_stay_whatever_their_grams() -> None:
     rule = RegMean(decay=0.5)
     state, params = rule.init(), {}
     for task in range(T):
-        params = {**rule.start_task(state, params, module(99)), **module(0)}
+        params = {**rule.start_task(state, params, module(99), {}), **module(0)}
         state = rule.end_task(state, params, total_of(rule, state, params, task))
     torch.testing.assert_close(delta(rule.deployed(state, params, finished=True)), delta(module(0)), rtol=0, atol=1e-10)
 
@@ -137,7 +137,7 @@ def test_inputs_that_no_task_has_get_no_residual() -> None:
 @pytest.mark.parametrize("rule", [Mean(), RegMean()])
 def test_mean_of_modules_during_a_task(rule: Consolidator) -> None:
     state, params = play(rule, [0, 1])
-    params = {**rule.start_task(state, params, module(99)), **module(2)}
+    params = {**rule.start_task(state, params, module(99), {}), **module(2)}
     got = rule.deployed(state, params, finished=False)
     torch.testing.assert_close(delta(got), sum(delta(module(t)) for t in range(3)) / 3)
     assert torch.equal(got["head.weight"], params["head.weight"])
@@ -183,19 +183,19 @@ def test_regmean_hands_the_blend_to_its_statistics_pass() -> None:
 def test_tasks_start_from_a_fresh_module_and_the_head_goes_on() -> None:
     params = {"head.weight": torch.ones(2, 2), **module(0)}
     for rule in (Mean(), RegMean()):
-        started = rule.start_task(rule.init(), params, module(1))
+        started = rule.start_task(rule.init(), params, module(1), {})
         assert torch.equal(started[A], module(1)[A])
         assert torch.equal(started["head.weight"], params["head.weight"])
 
 
 def test_none_goes_on_with_one_module() -> None:
     rule, params = NoMerge(), {"head.weight": torch.ones(2, 2), **module(0)}
-    assert rule.start_task(rule.init(), params, module(1)) is params
+    assert rule.start_task(rule.init(), params, module(1), {}) is params
     assert rule.deployed(rule.init(), params, finished=False) is params
     assert rule.deployed(rule.init(), params, finished=True) is params
     assert rule.plan(rule.init(), params) is None
     assert rule.background(rule.init()) == ({}, 1.0)
-    first = rule.start_task(rule.init(), {"head.weight": torch.ones(2, 2)}, module(1))
+    first = rule.start_task(rule.init(), {"head.weight": torch.ones(2, 2)}, module(1), {})
     assert torch.equal(first[A], module(1)[A])
 
 
@@ -219,7 +219,7 @@ def test_float32_modules_are_deployed_as_float32(name: str) -> None:
     state, params = rule.init(), {"head.weight": torch.zeros(2, 2)}
     for task in range(2):
         fresh = {n: t.float() for n, t in module(task).items()}
-        params = {**rule.start_task(state, params, fresh), **fresh}
+        params = {**rule.start_task(state, params, fresh, {}), **fresh}
         state = rule.end_task(state, params, total_of(rule, state, params, task))
         for finished in (False, True):
             assert {t.dtype for t in rule.deployed(state, params, finished).values()} == {torch.float32}
@@ -230,9 +230,9 @@ def test_regmean_refuses_adapters_without_lora_pairs() -> None:
     with pytest.raises(
         ConfigError, match=r"consolidator regmean .* 'adapter\.0\.keys' is none: use adapter: lora, or consolidator: mean"
     ):
-        rule.start_task(rule.init(), {}, {"adapter.0.keys": torch.zeros(2, 2)})
+        rule.start_task(rule.init(), {}, {"adapter.0.keys": torch.zeros(2, 2)}, {})
     with pytest.raises(ConfigError, match="and there are none"):
-        rule.start_task(rule.init(), {"head.weight": torch.zeros(2, 2)}, {})
+        rule.start_task(rule.init(), {"head.weight": torch.zeros(2, 2)}, {}, {})
 
 
 def test_regmean_without_statistics() -> None:

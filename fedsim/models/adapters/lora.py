@@ -87,7 +87,7 @@ class Adapter(contracts.Adapter):
     ) -> Callable[[], Removable]:
         """What puts the low-rank path of these tensors beside a layer: into its own product, or by a hook."""
         a_rd, b_mr = tensors[name + LORA_A], tensors[name + LORA_B]
-        if isinstance(layer, FrozenLinear) and dropout is None:
+        if isinstance(layer, FrozenLinear) and layer.low_rank is None and dropout is None:
             return partial(layer.beside, a_rd, b_mr, self.scale)
         return partial(layer.register_forward_hook, _adding(a_rd, b_mr, self.scale, self.dropout, dropout))
 

@@ -1,0 +1,37 @@
+"""What every client would have become alone: the task vectors that unlearning subtracts (see `fedsim.unlearning`).
+
+At a task's start each client also trains by itself, from where the task starts, for as many epochs as the task's rounds have
+together. What it becomes is never merged into anything; the run keeps it on the client's behalf.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import replace
+
+from fedsim.core.errors import ClientFailed
+from fedsim.core.events import ClientSkipped, Event, Kept
+from fedsim.core.messages import ClientJob
+from server import sampling
+from server.planning import isolated_plan
+from server.state import ServerState, Simulation
+
+
+def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
+    """One event per client with samples of this task, and the state with the time that it took."""
+    clock = time.perf_counter()
+    plan, sizes = isolated_plan(sim, state), sim.shard_sizes[state.task]
+    excluded = set(sim.config.server.without)
+    clients = [c for c in range(sim.num_clients) if sizes[c] and c not in excluded]
+    yield Kept(state.task, "start", state.params)
+    jobs = [ClientJob(c, state.task, 0, state.params, plan) for c in sampling.longest_first(clients, sizes)]
+    for bundle in sim.pool.train(jobs):
+        for result in bundle.results:
+            if isinstance(result, ClientFailed):
+                if sim.config.server.on_client_failure == "fail":
+                    raise result
+                yield ClientSkipped(result)
+            else:
+                yield Kept(state.task, f"client-{result.client_id}", result.params)
+    return replace(state, seconds=state.spent("isolated", time.perf_counter() - clock))

@@ -1,0 +1,48 @@
+"""What clients are asked to do: the aggregator's wishes, the calibrator's and the consolidator's as one plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedsim.core.contracts import Consolidator
+from fedsim.core.messages import RoundPlan, Tensors
+from fedsim.core.tensors import matching
+from server.state import ServerState, Simulation
+
+
+def round_plan(sim: Simulation, state: ServerState, repair: RoundPlan | None) -> RoundPlan:
+    """Of a round of training. `repair`: what the calibrator asks for in it, None if it does nothing."""
+    plan = sim.aggregator.plan(state.aggregator, state.round)
+    if repair is not None:  # a calibrator looks at every client's statistics, so nothing is summed on the way
+        plan = replace(plan, statistics=plan.statistics + repair.statistics)
+    summed = sim.aggregator.additive and repair is None
+    return _on_past_modules(sim, state, replace(plan, lift="rule" if summed else ""))
+
+
+def repair_plan(sim: Simulation, state: ServerState) -> RoundPlan | None:
+    """What the calibrator (if any) asks for in this round; None: it does nothing."""
+    if sim.calibrator is None:
+        return None
+    return sim.calibrator.plan(state.calibrator, state.round, last=state.round == sim.config.server.rounds - 1)
+
+
+def isolated_plan(sim: Simulation, state: ServerState) -> RoundPlan:
+    """Train everything on one's own, for as many epochs as the task's rounds have together."""
+    return _on_past_modules(sim, state, RoundPlan(repeat=sim.config.server.rounds))
+
+
+def trained(consolidator: Consolidator, params: Tensors, plan: RoundPlan) -> list[str]:
+    """Names of the tensors that a plan trains."""
+    frozen = set(matching(params, consolidator.frozen))
+    return [n for n in matching(params, plan.train) if n not in frozen]
+
+
+def _on_past_modules(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:
+    """With the modules of past tasks, if clients train beside them or look through them, and without what is frozen."""
+    rule, kept = sim.consolidator, state.consolidator
+    if rule.frozen:
+        plan = replace(plan, train=tuple(trained(rule, state.params, plan)))
+    if rule.beside or any(request.blended for request in plan.statistics):
+        background, share = rule.background(kept)
+        plan = replace(plan, background=background, share=share, beside=rule.beside)
+    return plan
