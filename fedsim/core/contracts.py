@@ -330,9 +330,11 @@ class Adapter(ABC):
     last block may leave out all tokens but that one.
     sources: with tensors that have a leading axis of sources, `applied` and `merged` give features (b, S, D), one per source,
     each the same bits whatever the others are. `head.weight` (S, C, D) then makes one prediction of them (`head.logits`).
+    affine: features are affine in the tensors, so that modules of clients and tasks add up.
     """
 
     lean: ClassVar[bool] = False
+    affine: ClassVar[bool] = False
     sources: ClassVar[bool] = False
 
     @abstractmethod

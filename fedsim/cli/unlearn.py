@@ -1,0 +1,109 @@
+"""fedsim unlearn: remove clients from a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.cli.printing import console, line_printer, new_table
+
+if TYPE_CHECKING:
+    from fedsim.unlearning import FinishedRun, Measured, Removed
+
+FIRST_ORDER = (
+    "The adapter is not linear in its tensors, so that subtracting a client's vector is a first-order heuristic: what it removes "
+    "depends on α, and it may remove from others. With tangents (adapter tangent) vectors add up."
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `fedsim unlearn` takes."""
+    command.add_argument("run", metavar="RUN", help="run directory of a finished run (with server.unlearning: true)")
+    command.add_argument("--client", type=int, action="append", required=True, metavar="ID", help="whom to remove (repeatable)")
+    command.add_argument(
+        "--task", type=int, action="append", metavar="T", help="of which task only (default: of all; repeatable)"
+    )
+    command.add_argument("--how", choices=("drop", "recompose", "subtract"), help="default: the first that is possible")
+    command.add_argument("--alpha", type=float, nargs="+", metavar="A", help="coefficients to try (default: share of samples)")
+    command.add_argument("--renormalise", action="store_true", help="divide by what is left: exact if the model is their mean")
+    command.add_argument("--verify", action="store_true", help="retrain without the clients from the same seed, and compare")
+    command.add_argument("--output", metavar="DIR", help="default: RUN/unlearned/<clients and tasks>")
+
+
+def run(args: argparse.Namespace) -> int:
+    """fedsim unlearn: write the model without the clients, and what it knows, beside what it knew before."""
+    from fedsim import unlearning
+    from fedsim.core.errors import ConfigError
+
+    if args.renormalise and args.alpha:
+        raise ConfigError("--renormalise and --alpha exclude each other: renormalising goes with the shares of samples")
+    if args.verify and args.task:
+        raise ConfigError("--verify retrains without the clients in every task: leave out --task")
+    found = unlearning.FinishedRun(args.run)
+    clients = sorted(set(args.client))
+    alphas: list[float | None] = args.alpha or [None]
+    ways = [unlearning.remove(found, clients, args.task, args.how, alpha, args.renormalise) for alpha in alphas]
+    out = Path(args.output or found.dir.path / "unlearned" / _folder(clients, args.task)).absolute()
+    rows = [unlearning.measure(found, "before", found.deployed, clients)]
+    rows += [unlearning.measure(found, removed.name, removed.deployed, clients) for removed in ways]
+    if args.verify:
+        again = unlearning.retrained(found, clients, out / "retrained")
+        rows.append(unlearning.measure(found, "retrained without", again, clients))
+    _write(out, found, clients, args.task, ways, rows)
+    _show(found, clients, ways, rows, out)
+    return 0
+
+
+def _folder(clients: list[int], tasks: list[int] | None) -> str:
+    of_tasks = f"-task-{'-'.join(map(str, sorted(set(tasks))))}" if tasks else ""
+    return f"client-{'-'.join(map(str, clients))}{of_tasks}"
+
+
+def _write(
+    out: Path, found: FinishedRun, clients: list[int], tasks: list[int] | None, ways: list[Removed], rows: list[Measured]
+) -> None:
+    """The deployed tensors of the first way, and the table."""
+    from dataclasses import asdict
+
+    from safetensors.torch import save
+
+    from fedsim.core.files import storage_errors, write_atomic
+
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "deployed.safetensors", save({n: t.contiguous() for n, t in ways[0].deployed.items()}))
+    told: dict[str, Any] = {
+        "run": str(found.dir.path),
+        "clients": clients,
+        "tasks": tasks,
+        "how": ways[0].way,
+        "alpha": [w.alpha for w in ways],
+        "renormalised": ways[0].renormalised,
+        "affine": found.affine,
+        "rows": [asdict(r) for r in rows],
+    }
+    write_atomic(out / "unlearned.json", json.dumps(told, indent=2).encode())
+
+
+def _show(found: FinishedRun, clients: list[int], ways: list[Removed], rows: list[Measured], out: Path) -> None:
+    screen = console()
+    table = new_table(f"{found.dir.path.name} without client {', '.join(map(str, clients))}")
+    table.add_column("model")
+    for column in ("forgotten", "retained", "test", "membership AUC"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        numbers = [f"{value:.1f}" for value in (row.forgotten, row.retained, row.test)]
+        table.add_row(row.name, *numbers, f"{row.membership_auc:.3f}")
+    screen.print(table)
+    print_line = line_printer(screen)
+    print_line(
+        "forgotten, retained: percent right on the training samples of who was removed, and of all others; test: final average"
+    )
+    print_line(
+        "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
+    )
+    if ways[0].way == "subtract" and not found.affine:
+        print_line(FIRST_ORDER)
+    print_line(f"written to {out}")

@@ -1,0 +1,251 @@
+"""Removing clients from a finished run: exact where it can be, and beside a run without them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from fedsim import unlearning
+from fedsim.cli import main
+from fedsim.core.errors import ConfigError, RunDirError
+from fedsim.core.messages import Tensors
+from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
+from fedsim.simulation import run
+from fedsim.unlearning import FinishedRun, membership_auc, remove
+from tests.tiny import tiny
+
+KEEP = "server.unlearning=true"
+PROMPTS = ("adapter={name: prefix, length: 2}",)
+ONE_ROUND = ("server.rounds=1", "server.aggregator=fedavg")
+
+
+def finished(path: Path, *overrides: str) -> FinishedRun:
+    config = tiny("partition.min_samples=3", *overrides, output=path)
+    results = run(config)
+    assert results.path is not None
+    return FinishedRun(results.path)
+
+
+def effect(params: Tensors) -> dict[str, Tensor]:
+    """What tensors do: the product of a LoRA pair, all others as they are."""
+    out = {n: t.double() for n, t in params.items() if not n.endswith((LORA_A, LORA_B))}
+    return out | {p: params[p + LORA_B].double() @ params[p + LORA_A].double() for p in lora_layers(params)}
+
+
+def require_close(a: Tensors, b: Tensors, atol: float = 1e-6) -> None:
+    a, b = effect(a), effect(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("consolidator", ["none", "mean"])
+@pytest.mark.parametrize("rule", ["fedavg", "fairavg"])
+def test_recomposing_a_run_of_one_round_is_never_having_had_the_client(rule: str, consolidator: str, tmp_path: Path) -> None:
+    """The isolated vectors are the updates of the only round, so merging those who remain gives the run without the client."""
+    same = (
+        f"server.aggregator={rule}",
+        "server.rounds=1",
+        f"server.consolidator={consolidator}",
+        "adapter={name: prefix, length: 2}",
+    )
+    found = finished(tmp_path / "with", KEEP, *same)
+    without = finished(tmp_path / "without", "server.without=[1]", *same)
+    if consolidator == "none":  # later tasks' clients start from what the client left in the prompts
+        found = finished(tmp_path / "one", KEEP, *same, "stream.tasks=1", "data.classes=3")
+        without = finished(tmp_path / "one_without", "server.without=[1]", *same, "stream.tasks=1", "data.classes=3")
+    removed = remove(found, [1])
+    assert removed.way == "recompose"
+    require_close(removed.deployed, without.deployed)
+    with pytest.raises(AssertionError):  # the client did something
+        require_close(found.deployed, without.deployed, atol=1e-4)
+
+
+def test_recomposing_lora_modules_that_start_anew(tmp_path: Path) -> None:
+    same = (*ONE_ROUND, "server.consolidator=mean")
+    found, without = finished(tmp_path / "with", KEEP, *same), finished(tmp_path / "without", "server.without=[2]", *same)
+    removed = remove(found, [2])
+    assert removed.way == "recompose"
+    require_close(removed.deployed, without.deployed)
+    with pytest.raises(ConfigError, match=r"recompose is not possible.*one round per task"):
+        remove(finished(tmp_path / "rounds", KEEP, "server.aggregator=fedavg", "server.consolidator=mean"), [2], way="recompose")
+
+
+@pytest.mark.parametrize("consolidator", ["none", "mean"])
+def test_renormalised_subtraction_is_exact_for_a_mean_of_vectors(consolidator: str, tmp_path: Path) -> None:
+    """τ = Σ p_i τ_i in one round of FedAvg, so (τ − p_k τ_k) / (1 − p_k) is the mean of the others."""
+    same = (*ONE_ROUND, f"server.consolidator={consolidator}", *PROMPTS)
+    found = finished(tmp_path / "with", KEEP, *same)
+    subtracted = remove(found, [0], way="subtract", renormalise=True).deployed
+    if consolidator == "mean":
+        require_close(subtracted, remove(found, [0], way="recompose").deployed)
+        return
+    want = {n: t.double() for n, t in found.vectors(0, "start").items()}
+    for task in found.tasks:  # what remains of every task, one upon the other
+        shares, start = found.shares(task), found.vectors(task, "start")
+        for client in (1, 2):
+            own = found.vectors(task, f"client-{client}")
+            want = {n: t + shares[client] / (1 - shares[0]) * (own[n].double() - start[n]) for n, t in want.items()}
+    require_close(subtracted, want)
+
+
+@pytest.mark.parametrize("rule", ["lorm", "fedavg"])
+@pytest.mark.parametrize("consolidator", ["none", "mean", "regmean"])
+def test_subtracting_nothing_changes_nothing(rule: str, consolidator: str, tmp_path: Path) -> None:
+    """The replay of the consolidators from what the run kept ends where the run ended."""
+    found = finished(tmp_path, KEEP, f"server.aggregator={rule}", f"server.consolidator={consolidator}")
+    require_close(remove(found, [0], way="subtract", alpha=0.0).deployed, found.deployed)
+
+
+@pytest.mark.parametrize("consolidator", ["none", "mean"])
+def test_subtraction_by_hand(consolidator: str, tmp_path: Path) -> None:
+    """One LoRA layer and the head: end − Σ_t α_t (own − start), products for the pair; halved over two tasks by the mean."""
+    found = finished(tmp_path, KEEP, "server.aggregator=fedavg", f"server.consolidator={consolidator}")
+    alpha, layer = 0.3, lora_layers(found.state.params)[0]
+    removed = effect(remove(found, [1], way="subtract", alpha=alpha).deployed)
+    changes = []
+    for task in found.tasks:
+        start, own = found.vectors(task, "start"), found.vectors(task, "client-1")
+        changes.append({n: t - effect(start)[n] for n, t in effect({**start, **own}).items()})
+    share = 1.0 if consolidator == "none" else 0.5
+    want = effect(found.deployed)[layer] - share * alpha * (changes[0][layer] + changes[1][layer])
+    torch.testing.assert_close(removed[layer], want, atol=1e-6, rtol=1e-5)
+    head = effect(found.deployed)["head.weight"] - alpha * (changes[0]["head.weight"] + changes[1]["head.weight"])
+    torch.testing.assert_close(removed["head.weight"], head, atol=1e-6, rtol=1e-5)
+
+
+def test_subtracting_and_adding_back_restores(tmp_path: Path) -> None:
+    """What α takes away, −α of the same vectors gives back: the two changes cancel."""
+    found = finished(tmp_path, KEEP, "server.aggregator=fedavg", "server.consolidator=none")
+    minus, plus = (effect(remove(found, [1], way="subtract", alpha=a).deployed) for a in (0.4, -0.4))
+    whole = effect(found.deployed)
+    for name in whole:
+        torch.testing.assert_close((minus[name] + plus[name]) / 2, whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_one_task_only(tmp_path: Path) -> None:
+    """The head's rows of the other task stay, those of this one move."""
+    found = finished(tmp_path, KEEP, "server.aggregator=fedavg", "server.consolidator=none")
+    head = remove(found, [0], tasks=[1], way="subtract").deployed["head.weight"]
+    assert torch.equal(head[:3], found.deployed["head.weight"][:3])
+    assert not torch.allclose(head[3:], found.deployed["head.weight"][3:])
+
+
+def test_vectors_are_the_same_from_every_pool_and_after_a_stop(tmp_path: Path) -> None:
+    same = (KEEP, "server.aggregator=fedavg")
+    serial = finished(tmp_path / "serial", *same)
+    ray = finished(tmp_path / "ray", *same, "runtime.pool=ray", "runtime.workers=2")
+    stopped = tiny("partition.min_samples=3", *same, output=tmp_path / "stopped")
+
+    class Stop(Exception): ...
+
+    def stop(event: object) -> None:
+        if type(event).__name__ == "RoundDone" and getattr(event, "task", 0) == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(stopped, output=tmp_path / "stopped" / "run", progress=stop)
+    run(resume=tmp_path / "stopped" / "run")
+    again = FinishedRun(tmp_path / "stopped" / "run")
+    for task in serial.tasks:
+        for name in ("start", "end", "total", "client-0", "client-1", "client-2"):
+            first = serial.vectors(task, name)
+            for other in (ray, again):
+                second = other.vectors(task, name)
+                assert first.keys() == second.keys()
+                assert all(torch.equal(first[n], second[n]) for n in first), name
+
+
+def test_a_run_that_keeps_vectors_gives_the_numbers_of_one_that_does_not(tmp_path: Path) -> None:
+    a, b = (run(tiny(*keep, output=tmp_path / str(len(keep)))) for keep in ([], [KEEP]))
+    np.testing.assert_array_equal(a.accuracy, b.accuracy)
+    assert a.costs["bytes"] == b.costs["bytes"]
+
+
+def test_what_cannot_be_removed_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = finished(tmp_path / "kept", KEEP, *ONE_ROUND, "server.without=[2]")
+    plain = finished(tmp_path / "plain", *ONE_ROUND)
+    for clients, run_dir, what in (
+        ([7], found, "there is no client 7"),
+        ([2], found, "client 2 never took part"),
+        ([0, 1], found, "nobody else took part in task 0"),
+        ([], found, "no client to remove"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            remove(run_dir, clients)
+    with pytest.raises(ConfigError, match="there is no task 5"):
+        remove(found, [0], tasks=[5])
+    with pytest.raises(ConfigError, match="drop is not possible"):
+        remove(found, [0], way="drop")
+    with pytest.raises(RunDirError, match=r"kept no vectors of its clients.*server\.unlearning=true"):
+        remove(plain, [0])
+    assert main(["unlearn", str(plain.dir.path), "--client", "0"]) == 2
+    assert main(["unlearn", str(tmp_path / "nowhere"), "--client", "0"]) == 2
+    assert main(["unlearn", str(found.dir.path), "--client", "0", "--verify", "--task", "0"]) == 2
+    found.dir.vectors(0, "client-1").write_bytes(b"cut")
+    with pytest.raises(RunDirError, match="damaged"):
+        remove(found, [0])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("fedsim: error: ") for line in lines)
+    with pytest.raises(ConfigError, match=r"server\.unlearning and stream\.online"):
+        tiny(KEEP, "stream.online=true")
+    with pytest.raises(ConfigError, match=r"server\.without names client 3"):
+        run(tiny("server.without=[3]", output=tmp_path / "wrong"))
+    with pytest.raises(ConfigError, match="nobody is left to train"):
+        run(tiny("server.without=[0, 1, 2]", output=tmp_path / "wrong"))
+
+
+def test_the_command_verifies_against_retraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = finished(tmp_path / "runs", KEEP, *ONE_ROUND, "server.consolidator=mean", *PROMPTS)
+    assert main(["unlearn", str(found.dir.path), "--client", "1", "--verify"]) == 0
+    printed = capsys.readouterr().out
+    out = found.dir.path / "unlearned" / "client-1"
+    told = json.loads((out / "unlearned.json").read_text())
+    names = [row["name"] for row in told["rows"]]
+    assert names == ["before", "unlearned (recompose)", "retrained without"]
+    assert all(name in printed for name in names)
+    _, unlearned, retrained = (list(row.values())[1:] for row in told["rows"])
+    np.testing.assert_allclose(unlearned, retrained, atol=1e-6)  # recomposing is exact here
+    assert (out / "deployed.safetensors").is_file()
+    assert main(["unlearn", str(found.dir.path), "--client", "1", "--alpha", "0.1", "1.0"]) == 0
+    assert "α = 1.0" in capsys.readouterr().out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=20),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=20),
+)
+def test_membership_auc_is_scikit_learns_with_balanced_classes(
+    members: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> None:
+    (classes_m, losses_m), (classes_o, losses_o) = (np.array(part).T for part in (members, others))
+    got = membership_auc(losses_m.astype(float), classes_m, losses_o.astype(float), classes_o)
+    known = np.isin(classes_m, classes_o)
+    if not known.any():
+        assert np.isnan(got)
+        return
+    weight_o = np.array([(classes_m == c).sum() / (classes_o == c).sum() for c in classes_o])
+    labels = np.concatenate([np.ones(known.sum()), np.zeros(len(classes_o))])
+    scores = -np.concatenate([losses_m[known], losses_o])
+    weights = np.concatenate([np.ones(known.sum()), weight_o])
+    assert got == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights))
+
+
+def test_a_memorised_client_is_told_apart_and_a_forgotten_one_less_so(tmp_path: Path) -> None:
+    """Many epochs on few random samples: training losses are small, and retraining without the client raises them."""
+    found = finished(tmp_path, KEEP, *ONE_ROUND, "server.consolidator=mean", "client.epochs=20")
+    before = unlearning.measure(found, "before", found.deployed, [0])
+    after = unlearning.measure(found, "after", remove(found, [0]).deployed, [0])
+    assert after.forgotten <= before.forgotten
+    assert after.membership_auc <= before.membership_auc
