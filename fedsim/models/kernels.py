@@ -119,6 +119,14 @@ def mergeable(layer: nn.Linear) -> bool:
     return bool(layer.__dict__["fine"])
 
 
+def product_with(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`x Wᵀ` of a frozen layer without its bias, in the layer's own form; gradients flow to x alone."""
+    if isinstance(layer, FrozenLinear) and x.dtype == torch.float32 and x.numel():
+        out: Tensor = _Frozen.apply(x, layer._factor(), None, layer.product, layer.bf16)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(x, layer.weight.detach().to(x.dtype))
+
+
 def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b` in torch's own form."""
     return F.linear(x, weight, bias)

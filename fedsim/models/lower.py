@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fedsim.core.errors import ModelError
 from fedsim.models import inject
 
+FINAL = "layernorm."  # what tokens of a plain ViT pass after its last block
+
 
 def untouched(encoder: nn.Module, tensors: Sequence[str]) -> int:
     """How many blocks, from the first on, lie below all modules that these adapter tensors belong to; 0 if that cannot be told.
@@ -24,9 +26,11 @@ def untouched(encoder: nn.Module, tensors: Sequence[str]) -> int:
         names = list(inject.blocks(encoder))
     except ModelError:
         return 0
+    above = getattr(encoder.config, "model_type", None) == "vit"
     first = len(names)
     for tensor in tensors:
-        place = next((i for i, name in enumerate(names) if tensor.startswith(f"{name}.")), 0)
+        elsewhere = len(names) - 1 if above and tensor.startswith(FINAL) else 0
+        place = next((i for i, name in enumerate(names) if tensor.startswith(f"{name}.")), elsewhere)
         first = min(first, place)
     return first
 
