@@ -70,6 +70,27 @@ def test_recomposing_a_run_of_one_round_is_never_having_had_the_client(rule: str
         require_close(found.deployed, without.deployed, atol=1e-4)
 
 
+def test_tangents_are_composed_by_client_and_task(tmp_path: Path) -> None:
+    """TMC: the deployed module is the mean over clients and tasks of what each sent; one that is taken out leaves no trace."""
+    same = (
+        "adapter={name: tangent, rank: 2}",
+        "client.objectives=[{name: square}]",
+        "server.aggregator=fairavg",
+        "server.rounds=1",
+    )
+    found = finished(tmp_path / "with", KEEP, *same, "server.consolidator=mean")
+    without = finished(tmp_path / "without", "server.without=[1]", *same, "server.consolidator=mean")
+    assert found.affine
+    for run_dir, clients in ((found, (0, 1, 2)), (found, (0, 2))):
+        sent = [run_dir.vectors(t, f"client-{c}") for t in run_dir.tasks for c in clients]
+        mean = {n: torch.stack([s[n].double() for s in sent]).mean(0).float() for n in sent[0] if n.startswith("adapter.")}
+        deployed = run_dir.deployed if 1 in clients else remove(run_dir, [1]).deployed
+        require_close({n: deployed[n] for n in mean}, mean)
+    removed = remove(found, [1])
+    assert removed.way == "recompose"
+    require_close(removed.deployed, without.deployed)
+
+
 def test_recomposing_lora_modules_that_start_anew(tmp_path: Path) -> None:
     same = (*ONE_ROUND, "server.consolidator=mean")
     found, without = finished(tmp_path / "with", KEEP, *same), finished(tmp_path / "without", "server.without=[2]", *same)

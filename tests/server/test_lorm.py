@@ -1,4 +1,5 @@
-"""LoRM against brute-force least squares in float64 (oracles O1 to O5 of the method's sheet).
+"""LoRM against brute-force least squares in float64 (oracles O1 to O5 of the method's sheet), and against the
+reference's equations over a whole stream.
 
 The systems are stacked row by row and handed to numpy: with the decayed Gram Ĝ = α G + (1 − α) diag(G), a client's rows are
 √α·x for every input x and √(1 − α)·√g_j·e_j for every feature j, since the sum of their outer products is Ĝ.
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.tensors import upper_triangle
+from fedsim.core.tensors import matching, stack_modules, upper_triangle
 from server.aggregators.lorm import Aggregator as Lorm
+from server.consolidators.regmean import Consolidator as RegMean
 
 K, O, I, R, C, D = 4, 5, 7, 3, 6, 4  # noqa: E741
 A, B = "adapter.layer.lora_A", "adapter.layer.lora_B"
@@ -344,3 +346,184 @@ def test_a_missing_statistic_names_client_and_tensor() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Lorm(**options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- a whole stream against the reference's equations
+#
+# Two layers with a tanh between them and a head, so that a Gram depends on the module that the statistics pass runs through. What
+# clients train is made up, the same for both sides; all the rest (phases, blended passes, merges, the end of a task, the next
+# task's beginning) each side does its own way: numpy with dense d×d Grams and running sums as the reference's code has them, and
+# the rule and the consolidator from what their plans ask for.
+
+LAYERS = {"adapter.one": (6, 5), "adapter.two": (5, D)}  # inputs, outputs
+TASKS, ROUNDS, RANK = 2, 3, 2
+
+
+def made_up(*shape: int, address: str) -> np.ndarray:
+    array: np.ndarray = draw(*shape, address=f"stream {address}").numpy()
+    return array
+
+
+def shard(task: int, k: int) -> np.ndarray:
+    """Inputs of client k in a task; clients hold different numbers of them."""
+    return made_up(14 + 3 * k, 6, address=f"x {task} {k}") + 0.2 * k
+
+
+def step(task: int, round: int, k: int, name: str, like: np.ndarray) -> np.ndarray:
+    """What a client's training adds to a tensor; of the head only to rows of the task's classes."""
+    change = 0.4 * made_up(*like.shape, address=f"step {task} {round} {k} {name}")
+    if name.startswith("head"):
+        own = C // TASKS
+        change[: task * own] = change[(task + 1) * own :] = 0
+    return change
+
+
+def frozen(layer: str) -> np.ndarray:
+    return 0.5 * made_up(*LAYERS[layer][::-1], address=f"W0 {layer}")
+
+
+def fresh_a(task: int, layer: str) -> np.ndarray:
+    return made_up(RANK, LAYERS[layer][0], address=f"A {task} {layer}")
+
+
+Trace = list[dict[str, np.ndarray]]
+
+
+def reference_stream(decay: float, head_decay: float, phases: str) -> Trace:
+    """Every layer's B A and the head after every round, and every layer's Δ after every task."""
+
+    def forward(x: np.ndarray, delta: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        hidden = np.tanh(x @ (frozen("adapter.one") + delta["adapter.one"]).T)
+        return {"adapter.one": x, "adapter.two": hidden}, hidden @ (frozen("adapter.two") + delta["adapter.two"]).T
+
+    def gram(x: np.ndarray, alpha: float) -> np.ndarray:
+        full: np.ndarray = x.T @ x
+        return np.where(np.eye(len(full)) == 1, full, alpha * full)
+
+    trace: Trace = []
+    head, bias = made_up(C, D, address="H"), made_up(C, address="b")
+    old_mean = {p: np.zeros(LAYERS[p][::-1]) for p in LAYERS}
+    a, b = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    running_p = {p: np.zeros((outputs, inputs)) for p, (inputs, outputs) in LAYERS.items()}
+    running_q = {p: np.zeros((inputs, inputs)) for p, (inputs, _) in LAYERS.items()}
+    for t in range(TASKS):
+        if t > 0:
+            old_mean = {p: (old_mean[p] * (t - 1) + b[p] @ a[p]) / t for p in LAYERS}
+        a = {p: fresh_a(t, p) for p in LAYERS}
+        b = {p: np.zeros((LAYERS[p][1], RANK)) for p in LAYERS}
+        for r in range(ROUNDS):
+            phase = phases[r]
+            weighted_grams: dict[str, list[np.ndarray]] = {p: [] for p in (*LAYERS, "head")}
+            grams: dict[str, list[np.ndarray]] = {p: [] for p in (*LAYERS, "head")}
+            biases, sizes = [], []
+            for k in range(K):
+                x = shard(t, k)
+                a_i = {p: a[p] + (step(t, r, k, p + ".lora_A", a[p]) if phase == "A" else 0) for p in LAYERS}
+                b_i = {p: b[p] + (step(t, r, k, p + ".lora_B", b[p]) if phase == "B" else 0) for p in LAYERS}
+                head_i = head + step(t, r, k, "head.weight", head)
+                biases.append(bias + step(t, r, k, "head.bias", bias))
+                sizes.append(len(x))
+                inputs, features = forward(x, {p: (t * old_mean[p] + b_i[p] @ a_i[p]) / (t + 1) for p in LAYERS})
+                for p in LAYERS:
+                    g = gram(inputs[p], decay)
+                    grams[p].append(g)
+                    weighted_grams[p].append(b_i[p] @ a[p] @ g if phase == "B" else a_i[p] @ g)
+                grams["head"].append(gram(features, head_decay))
+                weighted_grams["head"].append(head_i @ grams["head"][-1])
+            for p in LAYERS:
+                if phase == "B":
+                    b[p] = sum(weighted_grams[p]) @ a[p].T @ np.linalg.pinv(a[p] @ sum(grams[p]) @ a[p].T)
+                else:
+                    a[p] = sum(weighted_grams[p]) @ np.linalg.pinv(sum(grams[p]))
+            head = sum(weighted_grams["head"]) @ np.linalg.inv(sum(grams["head"]))
+            bias = sum(n * own for n, own in zip(sizes, biases, strict=True)) / sum(sizes)
+            trace.append({p: b[p] @ a[p] for p in LAYERS} | {"head.weight": head, "head.bias": bias})
+        delta = {p: b[p] @ a[p] for p in LAYERS}
+        passes = [forward(shard(t, k), {p: (t * old_mean[p] + delta[p]) / (t + 1) for p in LAYERS})[0] for k in range(K)]
+        for p in LAYERS:
+            g = sum(gram(inputs[p], decay) for inputs in passes)
+            running_p[p], running_q[p] = running_p[p] + delta[p] @ g, running_q[p] + g
+            if t > 0:
+                delta[p] = running_p[p] @ np.linalg.pinv(running_q[p])
+        trace.append(delta)
+    return trace
+
+
+def measured(plan: RoundPlan, own: Tensors, x: Tensor) -> dict[str, Tensor]:
+    """The statistics that a plan asks for, float64, from a pass through the background and the client's own module."""
+    module = {n: t for n, t in own.items() if n.startswith("adapter.")}
+    through = stack_modules([plan.background, module], [1.0, plan.share]) if plan.background else module
+    inputs, hidden = {}, x
+    for p in LAYERS:
+        inputs[p] = hidden
+        out = hidden @ torch.from_numpy(frozen(p)).T + hidden @ through[p + ".lora_A"].T @ through[p + ".lora_B"].T
+        hidden = torch.tanh(out) if p == "adapter.one" else out
+    statistics = {}
+    for request in plan.statistics:
+        form, decay = request.options["form"], request.options["decay"]
+        assert request.blended
+        for name in matching(own, request.match):
+            layer = name.rpartition(".")[0]
+            gram = decayed(hidden if name == "head.weight" else inputs[layer], decay)
+            if form == "diagonal":
+                value = gram.diagonal()
+            elif form == "full":
+                value = upper_triangle(gram)
+            else:
+                value = own[layer + ".lora_A"] @ gram
+                value = value if form == "cross" else value @ own[layer + ".lora_A"].T
+            statistics[f"gram.{form}/{name}"] = value
+    return statistics
+
+
+def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
+    trace: Trace = []
+    kept = consolidator.init()
+    params: Tensors = {
+        "head.weight": torch.from_numpy(made_up(C, D, address="H")),
+        "head.bias": torch.from_numpy(made_up(C, address="b")),
+    }
+    for t in range(TASKS):
+        fresh = {p + ".lora_A": torch.from_numpy(fresh_a(t, p)) for p in LAYERS}
+        fresh |= {p + ".lora_B": torch.zeros(LAYERS[p][1], RANK, dtype=torch.float64) for p in LAYERS}
+        params = consolidator.start_task(kept, params, fresh, {})
+        state = rule.init(params)
+        background, share = consolidator.background(kept)
+        for r in range(ROUNDS):
+            plan = replace(rule.plan(state, r), background=background, share=share)
+            updates = []
+            for k in range(K):
+                x = torch.from_numpy(shard(t, k))
+                trained = {
+                    n: params[n] + torch.from_numpy(step(t, r, k, n, params[n].numpy())) for n in matching(params, plan.train)
+                }
+                updates.append(ClientUpdate(k, len(x), trained, measured(plan, {**params, **trained}, x)))
+            state, params = rule.combine(state, params, updates)
+            trace.append(products(params) | {n: t.numpy() for n, t in params.items() if n.startswith("head")})
+        ending = consolidator.plan(kept, params)
+        assert ending is not None
+        assert ending.train == ()
+        sent = [measured(ending, params, torch.from_numpy(shard(t, k))) for k in range(K)]
+        kept = consolidator.end_task(kept, params, {n: torch.stack([s[n] for s in sent]).sum(0) for n in sent[0]})
+        trace.append(products(consolidator.deployed(kept, params, finished=True)))
+    return trace
+
+
+def products(params: Tensors) -> dict[str, np.ndarray]:
+    return {p: (params[p + ".lora_B"] @ params[p + ".lora_A"]).numpy() for p in LAYERS}
+
+
+@pytest.mark.parametrize("gram", ["projected", "full"])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("train", "start", "phases"), [("alternate", "B", "BAB"), ("alternate", "A", "ABA"), ("B", "B", "BBB")])
+def test_a_stream_of_two_tasks_is_the_references(train: str, start: str, phases: str, decay: float, gram: str) -> None:
+    """The head's decay too is each of 0, 0.5 and 1 once."""
+    head_decay = {0.0: 0.5, 0.5: 1.0, 1.0: 0.0}[decay]
+    rule = Lorm(train=train, start=start, decay=decay, head_decay=head_decay, gram=gram)
+    got, want = our_stream(rule, RegMean(decay=decay)), reference_stream(decay, head_decay, phases)
+    assert len(got) == len(want) == TASKS * (ROUNDS + 1)
+    for mine, reference in zip(got, want, strict=True):
+        assert mine.keys() == reference.keys()
+        for name in reference:
+            np.testing.assert_allclose(mine[name], reference[name], rtol=0, atol=1e-9)
+    assert all(np.abs(want[-1][p]).max() > 0.1 for p in LAYERS)
