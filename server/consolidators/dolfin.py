@@ -18,6 +18,7 @@ from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, stack_modules, with_prefix
 from server import gpm
+from server.consolidators.regmean import require_pairs
 from server.gpm import Memory
 
 GRAM = "gram.full/"
@@ -90,7 +91,8 @@ class Consolidator(contracts.Consolidator):
 
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
         started = {**params, **fresh}
-        _require_pairs(started)
+        require_pairs(started, "dolfin designs")
+        _require_rank(started)
         for first, layers in self._groups(started).items():
             memory = _memory(state, first, started[first + LORA_A])
             for p in layers:
@@ -183,17 +185,9 @@ def _sent(total: Tensors, layer: str) -> Tensor:
     return from_upper_triangle(total[key])
 
 
-def _require_pairs(params: Tensors) -> None:
-    """Raise ConfigError unless the adapter is LoRA pairs, of a rank that the layers have room for."""
-    layers = lora_layers(params)
-    pairs = {p + factor for p in layers for factor in (LORA_A, LORA_B)}
-    other = [n for n in with_prefix(params, "adapter.") if n not in pairs]
-    if other or not pairs:
-        what = f"'{other[0]}' is none" if other else "there are none"
-        raise ConfigError(
-            f"consolidator dolfin designs pairs of LoRA factors and {what}: use adapter: lora, or consolidator: mean"
-        )
-    for p in layers:
+def _require_rank(params: Tensors) -> None:
+    """Raise ConfigError unless the layers have room for the rank."""
+    for p in lora_layers(params):
         rank, inputs = params[p + LORA_A].shape
         if rank > inputs:
             raise ConfigError(

@@ -46,13 +46,7 @@ class Consolidator(contracts.Consolidator):
 
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
         merged = {**params, **fresh}
-        pairs = {p + factor for p in lora_layers(merged) for factor in (LORA_A, LORA_B)}
-        other = [n for n in with_prefix(merged, "adapter.") if n not in pairs]
-        if other or not pairs:
-            what = f"'{other[0]}' is none" if other else "there are none"
-            raise ConfigError(
-                f"consolidator regmean merges pairs of LoRA factors and {what}: use adapter: lora, or consolidator: mean"
-            )
+        require_pairs(merged, "regmean merges")
         return merged
 
     def background(self, state: State) -> tuple[Tensors, float]:
@@ -89,6 +83,15 @@ class Consolidator(contracts.Consolidator):
             return solve_energies(product, total, torch.zeros_like(product)).to(dtype)
         product = torch.cat([a.double() @ from_upper_triangle(g) for a, g in zip(factors, grams, strict=True)])
         return solve_gram(product, from_upper_triangle(total), precision=dtype).to(dtype)
+
+
+def require_pairs(params: Tensors, who: str) -> None:
+    """Raise ConfigError unless the adapter is made of LoRA pairs. who: "regmean merges"."""
+    pairs = {p + factor for p in lora_layers(params) for factor in (LORA_A, LORA_B)}
+    other = [n for n in with_prefix(params, "adapter.") if n not in pairs]
+    if other or not pairs:
+        what = f"'{other[0]}' is none" if other else "there are none"
+        raise ConfigError(f"consolidator {who} pairs of LoRA factors and {what}: use adapter: lora, or consolidator: mean")
 
 
 def _sent(total: Tensors, key: str) -> Tensor:

@@ -31,6 +31,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dropout": {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.3},
     "prefix": {"name": "prefix", "length": 3},
     "vpt": {"name": "vpt", "length": 3, "blocks": [1]},
+    "apt": {"name": "apt", "memory": 3},
     "tangent": {"name": "tangent", "rank": 2, "targets": "all-linear", "alpha": 3.0, "full_blocks": 1},
     "none": {"name": "none"},
 }
@@ -131,6 +132,7 @@ CASES: dict[str, Callable[[], Work]] = {
     "lora with dropout": lambda: work(adapter="dropout"),
     "prefix": lambda: work(adapter="prefix"),
     "vpt": lambda: work(adapter="vpt"),
+    "apt": lambda: work(adapter="apt"),
     "tangent": lambda: work(adapter="tangent"),
     "tangent, square": lambda: work("client.objectives=[{name: square, kappa: 5.0}]", adapter="tangent"),
     "none": lambda: work(adapter="none"),
