@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test check format clean help
+.PHONY: run test check format docs clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
@@ -24,6 +24,9 @@ check: $(VENV)/.installed-dev  ## lint, format, types, import arrows
 format: $(VENV)/.installed-dev  ## put the code into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-test  ## write docs/methods.md: all methods, and what goes with what
+	$(BIN)/fedsim list --markdown > docs/methods.md
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,3 +1,3 @@
 """fedsim: a simulator for federated continual learning with parameter-efficient modules."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

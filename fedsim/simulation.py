@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,14 +90,14 @@ def once(config: SimConfig, path: Path) -> Results:
     return Results.load(path) if found.finished else run(config, resume=path)
 
 
-def first_round(config: SimConfig) -> Results:
-    """Play the first round and keep nothing: what a round costs. The rows are its evaluation."""
+def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
+    """Play a run, or its first rounds only, and keep nothing: what a round costs, or whether it works. No run directory."""
     start = time.perf_counter()
     parts = prepare(config)
     with _wired(parts) as sim:
         state = dataclasses.replace(parts.state, seconds={"start_up": time.perf_counter() - start})
-        steps = loop.run(sim, state)
-        state = next(step for step in steps if isinstance(step, ServerState))
+        states = (step for step in loop.run(sim, state) if isinstance(step, ServerState))
+        *_, state = itertools.islice(states, rounds)
     holdings = tuple(Holding(*h) for h in parts.manifest.holdings())
     return dataclasses.replace(_results(parts.config, state, parts.manifest.hash), holdings=holdings)
 

@@ -194,18 +194,32 @@ def _gram(options: Mapping[str, Any], client: Client, params: Tensors, subject: 
 def _class_moments(options: Mapping[str, Any], client: Client, params: Tensors, subject: str) -> dict[str, Tensor]:
     if subject != "head.weight":
         raise LawBroken(f"the plan asks for class_moments of '{subject}': the only subject is 'head.weight'")
-    rows = [client.features_ND[client.labels_N == c] for c in range(CLASSES)]
-    none = torch.zeros(FEATURES, dtype=torch.float64)
-    count = torch.tensor([float(len(r)) for r in rows], dtype=torch.float64)
-    variance = torch.stack([r.var(0) if len(r) > 1 else none for r in rows])
-    if options.get("form", "full") == "scalar":
-        return {"count": count, "spread": variance.mean(1)}
-    return {"count": count, "mean": torch.stack([r.mean(0) if len(r) else none for r in rows]), "variance": variance}
+    of_class = [client.features_ND[client.labels_N == c] for c in range(CLASSES)]
+    count = torch.tensor([float(len(rows)) for rows in of_class], dtype=torch.float64)
+    form, held = options.get("form", "full"), [rows for rows in of_class if len(rows)]
+    if form == "scalar":
+        spread = [float(rows.var(0).mean()) if len(rows) > 1 else 0.0 for rows in of_class]
+        return {"count": count, "spread": torch.tensor(spread, dtype=torch.float64)}
+    mean = torch.stack([rows.mean(0) for rows in held])
+    if form == "covariance":
+        return {"count": count, "mean": mean, form: torch.stack([upper_triangle(rows.T.cov()) for rows in held if len(rows) > 1])}
+    return {
+        "count": count,
+        "mean": mean,
+        "variance": torch.stack([rows.var(0, correction=min(1, len(rows) - 1)) for rows in held]),
+    }
+
+
+def _path_integral(options: Mapping[str, Any], client: Client, params: Tensors, subject: str) -> dict[str, Tensor]:
+    """No step is taken here: numbers that differ by client, layer and factor and grow with the samples, as the real ones do."""
+    x = client.inputs_NI.get(subject.removesuffix(LORA_A).removesuffix(LORA_B), client.features_ND)
+    return {options.get("form", "movement"): x.double().abs().sum() * params[subject].double().abs().mean()}
 
 
 STATISTICS: Mapping[str, Callable[[Mapping[str, Any], Client, Tensors, str], dict[str, Tensor]]] = {
     "gram": _gram,
     "class_moments": _class_moments,
+    "path_integral": _path_integral,
 }
 
 

@@ -1,6 +1,6 @@
-"""Count, mean and variance of the features of every class, for rules and calibrators that look at the head class by class.
+"""Count, mean and (co)variance of the features of every class, for rules and calibrators that look at the head class by class.
 
-Shapes: N samples of a batch, C classes, D features.
+Shapes: N samples of a batch, C classes, H classes that this client holds, P of them with 2 samples or more, D features.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.messages import Tensors
+from fedsim.core.tensors import upper_triangle
 
 SUBJECT = "head.weight"
-FORMS = ("full", "scalar")
+FORMS = ("full", "scalar", "covariance")
 
 
 @dataclass(frozen=True)
 class Statistic(contracts.Statistic):
-    """Moments of the features f(x), class by class: n_c, μ_c = mean, σ²_c = Σ (f − μ_c)² / (n_c − 1) per feature.
+    """Moments of the features f(x), class by class: n_c, μ_c = mean, Σ_c = Σ (f − μ_c)(f − μ_c)ᵀ / (n_c − 1), σ²_c = diag Σ_c.
 
-    form full: `count/head.weight` (C,), `mean/head.weight` (C, D), `variance/head.weight` (C, D).
-    form scalar: `count/head.weight` (C,), `spread/head.weight` (C,), v_c = mean over the D features of σ²_c.
-    Zero for classes without samples; variance and spread are zero with fewer than 2 samples. Batches are merged by the
-    update of Chan, Golub & LeVeque (1979) in float64, so that features far from zero lose no digits; float32 on the CPU.
+    All forms send `count/head.weight` (C,). What follows has rows only for classes that it is known of, in ascending order, and
+    the count says which: classes that a client does not hold cost no bytes.
+        full         `mean/head.weight` (H, D) and `variance/head.weight` (H, D), for the H classes with n_c ≥ 1;
+                     the variance of a single sample is zero
+        covariance   `mean/head.weight` (H, D) as above, and `covariance/head.weight` (P, D(D+1)/2), upper triangles of Σ_c
+                     (see `fedsim.core.tensors`), for the P classes with n_c ≥ 2
+        scalar       `spread/head.weight` (C,), v_c = mean over the D features of σ²_c, zero with fewer than 2 samples
+    With rows = count > 0, `full_CD[rows] = mean` puts a row where its class is.
+
+    Batches are merged by the update of Chan, Golub & LeVeque (1979) in float64, so that features far from zero lose no digits;
+    float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds.
     """
 
     form: str = "full"
@@ -37,18 +45,19 @@ class Statistic(contracts.Statistic):
             raise ConfigError(f"form '{self.form}' is unknown.{did_you_mean(self.form, FORMS)} Choose from: {', '.join(FORMS)}.")
 
     @contextmanager
-    def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[_Moments]:
+    def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[contracts.Accumulator]:
         """Raises ConfigError for subjects other than `head.weight`."""
         wrong = [s for s in subjects if s != SUBJECT]
         if wrong:
             raise ConfigError(
                 f"class_moments describes the inputs of '{SUBJECT}', not of '{wrong[0]}': request it with match ('{SUBJECT}',)"
             )
-        yield _Moments(self.form, model.num_classes, params[SUBJECT].shape[1])
+        moments = _Moments(self.form, model.num_classes, params[SUBJECT].shape[1])
+        yield _Covariances(moments) if self.form == "covariance" else moments
 
 
 class _Moments:
-    """n_c, μ_c and Σ (f − μ_c)², batch by batch."""
+    """n_c, μ_c and Σ (f − μ_c)² of every feature, batch by batch."""
 
     def __init__(self, form: str, num_classes: int, width: int) -> None:
         self.form = form
@@ -71,8 +80,40 @@ class _Moments:
     def result(self) -> dict[str, Tensor]:
         # One sample has squares of exactly zero, so the clamp gives zero there.
         variance_CD = self.squares_CD / (self.count_C - 1).clamp_min(1)[:, None]
+        held = self.count_C > 0
         if self.form == "scalar":
-            named = {"count": self.count_C, "spread": variance_CD.mean(1)}
-        else:
-            named = {"count": self.count_C, "mean": self.mean_CD, "variance": variance_CD}
-        return {f"{form}/{SUBJECT}": t.float() for form, t in named.items()}
+            return _named(count=self.count_C, spread=variance_CD.mean(1))
+        return _named(count=self.count_C, mean=self.mean_CD[held], variance=variance_CD[held])
+
+
+class _Covariances:
+    """Beside them Σ (f − μ_c)(f − μ_c)ᵀ of the classes that come up."""
+
+    def __init__(self, moments: _Moments) -> None:
+        self.moments = moments
+        self.products: dict[int, Tensor] = {}  # class -> (D, D)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        x_ND, labels = features.detach().cpu().double(), labels.cpu()
+        for c in sorted(set(labels.tolist())):
+            rows_ND = x_ND[labels == c]
+            mean_D, before, new = rows_ND.mean(0), float(self.moments.count_C[c]), len(rows_ND)
+            centred_ND, shift_D = rows_ND - mean_D, mean_D - self.moments.mean_CD[c]
+            product_DD = centred_ND.T @ centred_ND
+            if before:
+                product_DD += self.products[c].addr(shift_D, shift_D, alpha=before * new / (before + new))
+            self.products[c] = product_DD
+        self.moments.update(x_ND, labels)
+
+    def result(self) -> dict[str, Tensor]:
+        count_C, mean_CD = self.moments.count_C, self.moments.mean_CD
+        told = [c for c in sorted(self.products) if count_C[c] >= 2]
+        width = mean_CD.shape[1]
+        covariance_PT = torch.empty(len(told), width * (width + 1) // 2)
+        for row, c in enumerate(told):
+            covariance_PT[row] = upper_triangle(self.products[c] / (count_C[c] - 1))
+        return _named(count=count_C, mean=mean_CD[count_C > 0], covariance=covariance_PT)
+
+
+def _named(**forms: Tensor) -> dict[str, Tensor]:
+    return {f"{form}/{SUBJECT}": t.float() for form, t in forms.items()}

@@ -16,12 +16,18 @@ from fedsim.core.errors import ConfigError, did_you_mean
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim list` takes."""
     command.add_argument("kind", nargs="?", metavar="KIND", help="aggregators, adapters, partitions, … (default: all)")
+    command.add_argument("--markdown", action="store_true", help="all methods as one page, and what goes with what (a minute)")
 
 
 def run(args: argparse.Namespace) -> int:
     """fedsim list: every plug-in of a kind, its summary and its options."""
     from fedsim.core import plugins
 
+    if args.markdown:
+        from fedsim import matrix
+
+        sys.stdout.write(matrix.page())
+        return 0
     if args.kind is not None and args.kind not in plugins.KINDS:
         raise ConfigError(f"unknown kind '{args.kind}'.{did_you_mean(args.kind, plugins.KINDS)}")
     kinds = [*plugins.KINDS] if args.kind is None else [args.kind]

@@ -189,13 +189,13 @@ class Consolidator(ABC):
 
 @dataclass(frozen=True)
 class Calibrator(ABC):
-    """Repairs the head after a round from statistics that clients sent.
+    """Repairs the head after a round from statistics that clients sent."""
 
-    least: samples of a class that one client must hold, so that the class can be told of at all. A stream with a class that
-    nobody holds so many of is refused before any training.
-    """
-
-    least: ClassVar[int] = 0
+    @property
+    def least(self) -> int:
+        """Samples of a class that one client must hold, so that the class can be told of at all. A stream with a class that
+        nobody holds so many of is refused before any training."""
+        return 0
 
     @property
     def rewrites_old_rows(self) -> bool:

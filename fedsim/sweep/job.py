@@ -36,7 +36,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round took: the results of `simulation.first_round`, and the most memory that the process has held, in bytes."""
+    """What one round took: the results of `simulation.rehearse`, and the most memory that the process has held, in bytes."""
 
     results: Results
     peak_bytes: int
@@ -82,7 +82,7 @@ def note_failure(folder: Path, entry: Entry, error: str, attempt: int, details: 
 def measure(config: SimConfig) -> Cost | str:
     """Play one round; or the error, in one line."""
     try:
-        results = simulation.first_round(config)
+        results = simulation.rehearse(config, rounds=1)
     except Exception as e:
         return one_line(e)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from clients.objectives.proximal import Objective as Proximal
 from clients.statistics.class_moments import Statistic as ClassMoments
 from clients.statistics.gram import Statistic as Gram
 from fedsim.core import contracts
+from fedsim.core.contracts import TrainStep
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
@@ -187,6 +189,10 @@ class OneLayer:
         return self.linear
 
 
+class _Wide(OneLayer):
+    num_classes = 100
+
+
 def test_half_precision_inputs_do_not_overflow() -> None:
     one, x = OneLayer(), torch.full((4, 3), 300.0, dtype=torch.float16)
     params = {"adapter.x.lora_A": torch.ones(1, 3), "adapter.x.lora_B": torch.ones(2, 1)}
@@ -261,14 +267,53 @@ def test_moments_of_every_class(model: TinyVit, params: Tensors, dense: Mapping[
     assert set(full) == {"count/head.weight", "mean/head.weight", "variance/head.weight"}
     assert set(scalar) == {"count/head.weight", "spread/head.weight"}
     assert full["count/head.weight"].tolist() == scalar["count/head.weight"].tolist() == [5, 4, 3, 0, 1]
-    for c in range(CLASSES):
-        rows = dense["head"][c == LABELS]
-        mean = rows.mean(0) if len(rows) else torch.zeros(12, dtype=torch.float64)
-        variance = rows.var(0) if len(rows) > 1 else torch.zeros(12, dtype=torch.float64)
-        torch.testing.assert_close(full["mean/head.weight"][c].double(), mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(full["variance/head.weight"][c].double(), variance, rtol=1e-5, atol=1e-6)
+    held = [0, 1, 2, 4]
+    assert full["mean/head.weight"].shape == full["variance/head.weight"].shape == (len(held), 12)
+    for row, c in enumerate(held):
+        features = dense["head"][c == LABELS]
+        variance = features.var(0) if len(features) > 1 else torch.zeros(12, dtype=torch.float64)
+        torch.testing.assert_close(full["mean/head.weight"][row].double(), features.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(full["variance/head.weight"][row].double(), variance, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(scalar["spread/head.weight"][c].double(), variance.mean(), rtol=1e-5, atol=1e-6)
-    assert full["variance/head.weight"][4].tolist() == [0.0] * 12
+    assert full["variance/head.weight"][3].tolist() == [0.0] * 12
+    assert scalar["spread/head.weight"][3] == 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 13])
+def test_covariances_are_numpys(model: TinyVit, params: Tensors, dense: Mapping[str, Tensor], batch: int) -> None:
+    """Of classes with two samples or more; count and mean as in the form full."""
+    got = measure(ClassMoments("covariance"), model, params, ["head.weight"], batch)
+    full = measure(ClassMoments("full"), model, params, ["head.weight"], batch)
+    assert set(got) == {"count/head.weight", "mean/head.weight", "covariance/head.weight"}
+    assert torch.equal(got["count/head.weight"], full["count/head.weight"])
+    assert torch.equal(got["mean/head.weight"], full["mean/head.weight"])
+    assert got["covariance/head.weight"].shape == (3, 78)
+    for row, c in enumerate([0, 1, 2]):
+        want = torch.from_numpy(np.cov(dense["head"][c == LABELS].numpy(), rowvar=False))
+        covariance = from_upper_triangle(got["covariance/head.weight"][row])
+        close(covariance, want)
+        torch.testing.assert_close(covariance.diagonal(), full["variance/head.weight"][row], rtol=1e-5, atol=1e-7)
+
+
+def test_classes_that_a_client_does_not_hold_cost_no_bytes() -> None:
+    """100 classes of 768 features, of which this client holds two: a dense table of covariances would be 118 MB."""
+    x, wide = torch.randn(3, 768, generator=torch_stream(8, "wide")), {"head.weight": torch.zeros(100, 768)}
+    sizes = {}
+    for form in ("full", "covariance", "scalar"):
+        with ClassMoments(form).collect(_Wide(), wide, ["head.weight"]) as accumulator:
+            accumulator.update(x, torch.tensor([70, 3, 70]))
+            sizes[form] = {name: tuple(t.shape) for name, t in accumulator.result().items()}
+    count, mean = {"count/head.weight": (100,)}, {"mean/head.weight": (2, 768)}
+    assert sizes["full"] == {**count, **mean, "variance/head.weight": (2, 768)}
+    assert sizes["covariance"] == {**count, **mean, "covariance/head.weight": (1, 768 * 769 // 2)}
+    assert sizes["scalar"] == {**count, "spread/head.weight": (100,)}
+
+
+@pytest.mark.parametrize(("form", "last"), [("full", ("variance", (0, 2))), ("covariance", ("covariance", (0, 3)))])
+def test_moments_of_a_client_without_samples(form: str, last: tuple[str, tuple[int, ...]]) -> None:
+    with ClassMoments(form).collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
+        shapes = {name: tuple(t.shape) for name, t in accumulator.result().items()}
+    assert shapes == {"count/head.weight": (2,), "mean/head.weight": (0, 2), f"{last[0]}/head.weight": last[1]}
 
 
 def test_features_far_from_zero_keep_their_variance() -> None:
@@ -279,16 +324,22 @@ def test_features_far_from_zero_keep_their_variance() -> None:
         for rows in torch.arange(4000).split(3):
             accumulator.update(x[rows], labels[rows])
     assert float(accumulator.result()["spread/head.weight"][0]) == pytest.approx(float(x.var(0).mean()), rel=1e-6)
+    with ClassMoments("covariance").collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
+        for rows in torch.arange(4000).split(3):
+            accumulator.update(x[rows], labels[rows])
+    got = from_upper_triangle(accumulator.result()["covariance/head.weight"][0]).double()
+    torch.testing.assert_close(got, x.T.cov(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["full", "covariance"])
 @settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(0, 20), max_size=4), seed=st.integers(0, 100))
-def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int) -> None:
+def test_moments_do_not_depend_on_the_batches(form: str, cuts: list[int], seed: int) -> None:
     generator = torch_stream(9, "cuts", seed)
     x, labels = torch.randn(20, 2, generator=generator), torch.randint(0, 2, (20,), generator=generator)
     outs = []
     for bounds in ([0, 20], sorted([0, 20, *cuts])):
-        with ClassMoments().collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
+        with ClassMoments(form).collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
             for a, b in itertools.pairwise(bounds):
                 accumulator.update(x[a:b], labels[a:b])
         outs.append(accumulator.result())
@@ -306,23 +357,27 @@ def test_moments_of_the_wrong_subject(model: TinyVit, params: Tensors) -> None:
 # ---------------------------------------------------------------- the proximal term
 
 
+def step(params: Tensors, start: Tensors) -> TrainStep:
+    return TrainStep(params, start, torch.zeros(1, 2), torch.zeros(1), (0, 1))
+
+
 def test_proximal_term_and_its_gradient_by_hand() -> None:
     """μ/2 Σ (w − w_g)² = 0.5 · (4 + 1 + 9) = 7 and μ (w − w_g) with μ = 1."""
     params = {"a": torch.tensor([3.0, 0.0], requires_grad=True), "b": torch.tensor([[5.0]], requires_grad=True)}
     start = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0]])}
-    term = Proximal(mu=1.0).term(params, start, torch.zeros(1, 2), torch.zeros(1))
+    term = Proximal(mu=1.0).term(step(params, start))
     term.backward()  # type: ignore[no-untyped-call]
     assert term.item() == 7.0
     assert params["a"].grad is not None
     assert params["a"].grad.tolist() == [2.0, -1.0]
     assert params["b"].grad is not None
     assert params["b"].grad.tolist() == [[3.0]]
-    assert Proximal(mu=0.5).term(params, start, torch.zeros(1, 2), torch.zeros(1)).item() == 3.5
+    assert Proximal(mu=0.5).term(step(params, start)).item() == 3.5
 
 
 def test_proximal_term_starts_at_zero_and_takes_no_negative_weight() -> None:
     same = {"a": torch.ones(3)}
-    assert Proximal().term(same, same, torch.zeros(1, 2), torch.zeros(1)).item() == 0.0
-    assert Proximal().term({}, {}, torch.zeros(1, 2), torch.zeros(1)).item() == 0.0
+    assert Proximal().term(step(same, same)).item() == 0.0
+    assert Proximal().term(step({}, {})).item() == 0.0
     with pytest.raises(ConfigError, match="mu must not be negative"):
         Proximal(mu=-1.0)

@@ -199,7 +199,7 @@ def test_plan_that_trains_nothing_there_is() -> None:
 def test_statistic_that_the_suite_cannot_make_up() -> None:
     asks = RoundPlan(statistics=(StatisticRequest("fisher"),))
     assert (
-        "asks for the statistic 'fisher', which the law suite cannot make up (it knows gram, class_moments)"
+        "asks for the statistic 'fisher', which the law suite cannot make up (it knows gram, class_moments, path_integral)"
         in broken(Rule(fedavg, asks))["plan"]
     )
 
@@ -304,7 +304,7 @@ REQUESTS = [
         ("*.lora_B", "cross"),
     )
     for decay in (0.0, 0.5, 1.0)
-] + [StatisticRequest("class_moments", ("head.weight",), {"form": form}) for form in ("full", "scalar")]
+] + [StatisticRequest("class_moments", ("head.weight",), {"form": form}) for form in ("full", "scalar", "covariance")]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: "-".join(map(str, (r.match[0], *r.options.values()))))

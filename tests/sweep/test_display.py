@@ -88,7 +88,7 @@ def test_bytes_of_an_estimate_are_those_of_the_run(tmp_path: Path) -> None:
     """FedAvg sends the same in every round, so one round tells the bytes of the whole run."""
     plan = plan_of(tmp_path, set={"server": {"aggregator": "fedavg", "consolidator": "none"}})
     (run,) = plan.runs
-    of_round = simulation.first_round(run.config)
+    of_round = simulation.rehearse(run.config, rounds=1)
     assert {r.task for r in of_round.rows} == {0}
     one = estimate.of_run(run, Cost(of_round, 10**9))
     whole = simulation.run(run.config, output=tmp_path / "whole")

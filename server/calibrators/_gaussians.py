@@ -1,0 +1,285 @@
+"""Gaussians of class features on the server, and retraining of the head on features that are drawn from them.
+
+What the calibrators of this folder share. A class is known by a mixture of Gaussians: one for each client that told of it, or a
+single one for all of them (`pool`). The state holds, for every class (a row of the head) that somebody told of,
+
+    {row: {"count": (M,), "mean": (M, D), "variance": (M, D)}}      or "covariance": (M, D(D+1)/2), upper triangles
+
+as the clients sent it. It stays from round to round and from task to task; only classes of the current task are replaced.
+
+Shapes: M Gaussians, K classes that are trained on, D features, n features drawn, b of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.tensors import from_upper_triangle, upper_triangle
+
+WEIGHT, BIAS = "head.weight", "head.bias"
+SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
+    "diagonal": ("full", "variance"),
+    "full": ("covariance", "covariance"),
+}
+RIDGES = 8  # tried: from float32's rounding of the mean variance, ten times larger each, up to the mean variance itself
+
+
+@dataclass(frozen=True)
+class GaussianCalibrator(contracts.Calibrator):
+    """Trains rows of the head by SGD on features drawn from class Gaussians; a calibrator says which rows, and which Gaussians.
+
+        every epoch anew: samples_per_class · K draws of   c ~ uniform,   i ~ n_ic / Σ_j n_jc,   x ~ N(μ_ic, f Σ_ic)
+        every batch:      z = W_K x + b_K,   z̃ = z / ‖z‖₂ / temperature,   (W_K, b_K) ← SGD on the cross-entropy of z̃ and c
+
+    Logits of the K classes alone enter the norm and the softmax, so that no other row has a gradient; a class that nobody told
+    of is none of them. Both draws are made for every sample by itself, which has the distribution of the reference's counts per
+    class and component followed by a shuffle. Arithmetic is in the head's own type (float32 in a run); a full covariance is
+    factored in float64 by Cholesky, with a ridge where it has fewer samples than features.
+    """
+
+    covariance: str = "diagonal"
+    samples_per_class: int = 256
+    epochs: int = 5
+    batch_size: int = 256
+    normalise: bool = True
+    temperature: float = 0.1
+    lr: float = 0.01
+    momentum: float = 0.9
+    schedule: str = "cosine"
+
+    @property
+    def least(self) -> int:
+        """One sample has no spread of its own, but counts where Gaussians are pooled."""
+        return 1 if self.pools else 2
+
+    def __post_init__(self) -> None:
+        require_choice("covariance", self.covariance, tuple(SENT))
+        require_choice("schedule", self.schedule, ("cosine", "constant"))
+        for name, value, least in (
+            ("samples_per_class", self.samples_per_class, 1),
+            ("epochs", self.epochs, 0),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name, number in (("temperature", self.temperature), ("lr", self.lr)):
+            if not 0 < number < math.inf:
+                raise ConfigError(f"{name} must be a number above 0, got {number}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    @abstractmethod
+    def pools(self) -> bool:
+        """Whether a class is known by one Gaussian, pooled over its clients."""
+
+    @property
+    @abstractmethod
+    def inflation(self) -> float:
+        """f, by which covariances are multiplied when features are drawn."""
+
+    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
+        request = StatisticRequest("class_moments", (WEIGHT,), {"form": SENT[self.covariance][0]})
+        return RoundPlan(train=(), statistics=(request,))
+
+    def calibrate(
+        self,
+        state: State,
+        params: Tensors,
+        updates: Sequence[ClientUpdate],
+        classes: Sequence[int],
+        seen: Sequence[int],
+        generator: torch.Generator,
+    ) -> tuple[State, Tensors]:
+        """Raises AggregationError for an update without the statistics, and for what is no covariance."""
+        known = {**state, **gather(updates, classes, SENT[self.covariance][1], self.pools)}
+        rows = [c for c in (seen if self.rewrites_old_rows else classes) if c in known]
+        if not rows or not self.epochs:
+            return known, params
+        out = dict(params)
+        at_K = torch.tensor(rows)
+        mixture = Mixture.of([known[c] for c in rows], self.inflation, params[WEIGHT].dtype)
+        weight_KD, bias_K = self._retrain(params[WEIGHT][at_K], params[BIAS][at_K], mixture, generator)
+        out[WEIGHT] = params[WEIGHT].index_copy(0, at_K, weight_KD)
+        out[BIAS] = params[BIAS].index_copy(0, at_K, bias_K)
+        return known, out
+
+    def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """SGD with momentum as torch.optim has it, on copies; the gradient of a linear map needs no autograd."""
+        velocity_KD, velocity_K = torch.zeros_like(weight_KD), torch.zeros_like(bias_K)
+        temperature = self.temperature if self.normalise else None
+        for epoch in range(self.epochs):
+            lr = self.lr * (0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs) if self.schedule == "cosine" else 1.0)
+            x_nD, place_n = mixture.draw(self.samples_per_class * len(bias_K), generator)
+            for x_bD, place_b in zip(*(torch.split(t, self.batch_size) for t in (x_nD, place_n)), strict=True):
+                gradient_KD, gradient_K = head_gradient(weight_KD, bias_K, x_bD, place_b, temperature)
+                weight_KD.sub_(velocity_KD.mul_(self.momentum).add_(gradient_KD), alpha=lr)
+                bias_K.sub_(velocity_K.mul_(self.momentum).add_(gradient_K), alpha=lr)
+        return weight_KD, bias_K
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is not among the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} '{value}' is unknown.{did_you_mean(value, choices)} Choose from: {', '.join(choices)}.")
+
+
+# ---------------------------------------------------------------- what clients told
+
+
+def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str, pools: bool) -> dict[int, dict[str, Tensor]]:
+    """The Gaussians of those of `classes` that somebody told of. `second`: variance | covariance.
+
+    A client that holds a single sample of a class has no Gaussian of its own; it counts where Gaussians are pooled.
+    """
+    told: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {c: [] for c in classes}
+    for update in updates:
+        count_C, mean_HD, spread = (_sent(update, form) for form in ("count", "mean", second))
+        mean_row = {c: row for row, c in enumerate((count_C > 0).nonzero().flatten().tolist())}
+        spread_row = {c: row for row, c in enumerate((count_C > 1).nonzero().flatten().tolist())}
+        if second == "variance":
+            spread_row = mean_row  # that of a single sample is sent, as zeros
+        for c in classes:
+            if count_C[c] >= (1 if pools else 2):
+                own = spread[spread_row[c]] if c in spread_row else spread.new_zeros(spread.shape[1])
+                told[c].append((count_C[c], mean_HD[mean_row[c]], own))
+    out = {}
+    for c, gaussians in told.items():
+        if not gaussians:
+            continue
+        count_M, mean_MD, spread_M = (torch.stack(column) for column in zip(*gaussians, strict=True))
+        if pools:
+            if float(count_M.sum()) < 2:
+                continue
+            count_M, mean_MD, spread_M = (t.to(mean_MD.dtype) for t in pooled(count_M, mean_MD, spread_M))
+        out[c] = {"count": count_M, "mean": mean_MD, second: spread_M}
+    return out
+
+
+def pooled(count_M: Tensor, mean_MD: Tensor, spread_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of the concatenated data, as one Gaussian, float64: n = Σ n_i, μ = Σ n_i μ_i / n, and
+    Σ = [Σ (n_i − 1) Σ_i + Σ n_i (μ_i − μ)(μ_i − μ)ᵀ] / (n − 1).
+
+    spread_M: variances (M, D), or upper triangles of covariances (M, D(D+1)/2).
+    """
+    n_M, mean_MD, spread_M = count_M.double(), mean_MD.double(), spread_M.double()
+    n = n_M.sum()
+    mean_D = n_M @ mean_MD / n
+    shift_MD = mean_MD - mean_D
+    if spread_M.shape == mean_MD.shape:
+        between = n_M @ shift_MD.square()
+    else:
+        between = upper_triangle(shift_MD.T @ (n_M[:, None] * shift_MD))
+    spread = ((n_M - 1) @ spread_M + between) / (n - 1)
+    return n[None], mean_D[None], spread[None]
+
+
+def _sent(update: ClientUpdate, form: str) -> Tensor:
+    key = f"class_moments.{form}/{WEIGHT}"
+    if key not in update.statistics:
+        raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of the calibrator must reach the clients")
+    return update.statistics[key]
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The Gaussians of K classes side by side: classes have equal weight, those of one class weigh as their counts.
+
+    place_M: which of the K classes; deviation_MD: √(f σ²) of every feature, or factor_MDD: √f L with L Lᵀ = Σ.
+    """
+
+    weight_M: Tensor
+    place_M: Tensor
+    mean_MD: Tensor
+    deviation_MD: Tensor | None = None
+    factor_MDD: Tensor | None = None
+
+    @classmethod
+    def of(cls, known: Sequence[Mapping[str, Tensor]], inflation: float, dtype: torch.dtype) -> Mixture:
+        """Raises AggregationError for what is no covariance."""
+        weight_M = torch.cat([one["count"].double() / one["count"].double().sum() for one in known])
+        place_M = torch.cat([torch.full((len(one["count"]),), place) for place, one in enumerate(known)])
+        mean_MD = torch.cat([one["mean"] for one in known]).to(dtype)
+        if "variance" in known[0]:
+            variance_MD = torch.cat([one["variance"] for one in known]).double()
+            return cls(weight_M, place_M, mean_MD, deviation_MD=(inflation * variance_MD).sqrt().to(dtype))
+        factor_MDD = mean_MD.new_empty(*mean_MD.shape, mean_MD.shape[1])
+        for row, triangle in enumerate(triangle for one in known for triangle in one["covariance"]):
+            factor_MDD[row] = math.sqrt(inflation) * cholesky(triangle)
+        return cls(weight_M, place_M, mean_MD, factor_MDD=factor_MDD)
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n features (n, D) in random order, and which of the K classes each is of, (n,)."""
+        component_n = torch.multinomial(self.weight_M, n, replacement=True, generator=generator)
+        x_nD = torch.randn(n, self.mean_MD.shape[1], dtype=self.mean_MD.dtype, generator=generator)
+        if self.deviation_MD is not None:
+            x_nD.mul_(self.deviation_MD[component_n])
+        if self.factor_MDD is not None:
+            sizes = component_n.bincount(minlength=len(self.weight_M)).tolist()
+            for factor_DD, at in zip(self.factor_MDD, torch.split(component_n.argsort(stable=True), sizes), strict=True):
+                x_nD[at] = x_nD[at] @ factor_DD.T
+        return x_nD.add_(self.mean_MD[component_n]), self.place_M[component_n]
+
+
+def cholesky(triangle: Tensor) -> Tensor:
+    """L with L Lᵀ = Σ, float64, from Σ's upper triangle.
+
+    Where Σ is singular (fewer samples than features, or rounding on the wire) a ridge is added to its diagonal: the smallest
+    that will do of 1.2e-7, 1.2e-6, … times the mean variance. Raises AggregationError when none does.
+    """
+    covariance_DD = from_upper_triangle(triangle.double())
+    mean_variance = float(covariance_DD.diagonal().mean())
+    if mean_variance == 0:
+        return torch.zeros_like(covariance_DD)
+    failed: Tensor
+    factor_DD: Tensor
+    factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD)
+    for power in range(RIDGES):
+        if not int(failed):
+            return factor_DD
+        ridge = mean_variance * torch.finfo(torch.float32).eps * 10.0**power
+        factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD + ridge * torch.eye(len(covariance_DD), dtype=torch.float64))
+    if int(failed):
+        raise AggregationError("a covariance that clients sent has large negative eigenvalues: it is none")
+    return factor_DD
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def head_gradient(
+    weight_KD: Tensor, bias_K: Tensor, x_bD: Tensor, place_b: Tensor, temperature: float | None
+) -> tuple[Tensor, Tensor]:
+    """∂/∂(W, b) of the batch's mean cross-entropy, logits z = W x + b being taken as z / ‖z‖ / temperature (None: as they are).
+
+    A sample whose logits are all zero (a head that nothing trained yet) has no direction: its logits are divided by 1, where
+    the reference's ‖z‖ + 1e-12 would make the step 1e12 times as long.
+    """
+    z_bK = torch.addmm(bias_K, x_bD, weight_KD.T)
+    norm_b1 = None
+    if temperature is not None:
+        norm_b1 = torch.linalg.vector_norm(z_bK, dim=1, keepdim=True)
+        norm_b1.masked_fill_(norm_b1 == 0, 1.0)
+        z_bK.div_(norm_b1)
+        error_bK = (z_bK / temperature).softmax(1)
+    else:
+        error_bK = z_bK.softmax(1)
+    error_bK[torch.arange(len(place_b)), place_b] -= 1
+    error_bK.div_(len(place_b))
+    if norm_b1 is not None and temperature is not None:
+        # The part along z goes: the loss does not see how long z is.
+        along_b1 = (error_bK * z_bK).sum(1, keepdim=True)
+        error_bK.addcmul_(z_bK, along_b1, value=-1).div_(norm_b1 * temperature)
+    return error_bK.T @ x_bD, error_bK.sum(0)
