@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,11 +83,11 @@ class Mix:
 
 
 def mixes() -> list[Mix]:
-    """Every adapter with every aggregator, consolidator and calibrator; objectives take turns."""
+    """Every adapter with every aggregator, consolidator and calibrator; objectives take turns, along every one of the four."""
     adapters, objectives, aggregators, consolidators, calibrators = (plugins.names(kind) for kind in KINDS)
-    turns = itertools.cycle([NONE, *objectives])
-    found = itertools.product(adapters, aggregators, consolidators, [NONE, *calibrators])
-    return [Mix(*names, objective=next(turns)) for names in found]
+    turns, parts = [NONE, *objectives], (adapters, aggregators, consolidators, [NONE, *calibrators])
+    places = itertools.product(*(range(len(names)) for names in parts))
+    return [Mix(*(names[k] for names, k in zip(parts, at, strict=True)), turns[sum(at) % len(turns)]) for at in places]
 
 
 def page() -> str:
@@ -106,7 +107,7 @@ def _presets() -> Iterator[str]:
     """What the configs are made of."""
     if not PRESETS.is_dir():
         return
-    yield from ("## Presets", "", "`fedsim run configs/<name>.yaml`. They differ from `quickstart.yaml` in nothing else.", "")
+    yield from ("## Presets", "", "`fedsim run configs/<name>.yaml`", "")
     yield "| preset | adapter | aggregator | consolidator | calibrator | objectives | what it is |"
     yield "|---|---|---|---|---|---|---|"
     for path in sorted(PRESETS.glob("*.yaml")):
@@ -121,9 +122,9 @@ def _presets() -> Iterator[str]:
 
 
 def _comment(path: Path) -> str:
-    """The comment on top of a YAML, on one line."""
+    """The first sentence of the comment on top of a YAML."""
     told = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    return " ".join(line.lstrip("# ").rstrip() for line in told).replace("|", "\\|")
+    return re.split(r"(?<=\.) ", " ".join(line.lstrip("# ").rstrip() for line in told))[0].replace("|", "\\|")
 
 
 def _plugins() -> Iterator[str]:
@@ -151,7 +152,7 @@ def _tables() -> Iterator[str]:
         "## What goes with what", "",
         f"Of {len(verdicts)} mixes of adapter, aggregator, consolidator and calibrator, {running} run; a test runs each of them",
         "on a small stream, with every objective in turn. The others are refused before any training, with the reason. A pair",
-        "is marked ✓ if there are other parts with which it runs, else with a number: the reason that is given most often.", "",
+        "is marked ✓ if there are other parts with which it runs, else with a number: the reason that is given.", "",
     )  # fmt: skip
     reasons: dict[str, int] = {}
     for rows, columns in (
@@ -170,10 +171,13 @@ def _table(verdicts: Mapping[Mix, str | None], rows: str, columns: str, reasons:
         cells = []
         for column in names[1]:
             told = [v for m, v in verdicts.items() if getattr(m, rows) == row and getattr(m, columns) == column]
-            cells.append("✓" if None in told else str(reasons.setdefault(_most(told), len(reasons) + 1)))
+            why = _reason([v for v in told if v is not None], row, column)
+            cells.append("✓" if None in told else str(reasons.setdefault(why, len(reasons) + 1)))
         yield f"| {row} | {' | '.join(cells)} |"
     yield ""
 
 
-def _most(told: Sequence[str | None]) -> str:
-    return Counter(str(t) for t in told).most_common(1)[0][0]
+def _reason(told: Sequence[str], *names: str) -> str:
+    """Of what was said, that which names most of these parts, and of that what was said most often."""
+    counts = Counter(re.sub(r"adapter\.layers[\w.]*", "adapter.…", reason) for reason in told)
+    return max(counts, key=lambda reason: (sum(name in reason for name in names), counts[reason]), default="")
