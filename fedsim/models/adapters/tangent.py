@@ -68,7 +68,7 @@ class Adapter(contracts.Adapter):
             raise ConfigError(f"full_blocks must not be negative, got {self.full_blocks}")
         if not names and not self.full_blocks:
             raise ConfigError(
-                "nothing to train: targets is empty and full_blocks is 0 (the adapter 'none' trains the head alone)"
+                "targets is empty and full_blocks is 0: there is nothing to train (the adapter 'none' trains the head alone)"
             )
         if self.projection_seed < 0:
             raise ConfigError(f"projection_seed must not be negative, got {self.projection_seed}")

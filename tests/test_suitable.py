@@ -1,0 +1,85 @@
+"""Parts that do not suit each other are refused before training, in one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsim.core.errors import ConfigError
+from fedsim.simulation import prepare, rehearse
+from server import sampling
+from tests.tiny import tiny
+
+COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([*COLLECT, "server.rounds=2"], r"server\.rounds is 2, but aggregator collect takes one round.*client\.epochs"),
+        ([*COLLECT, "adapter=vpt"], r"collect composes clients at inference, which adapter vpt cannot: use adapter: apt"),
+        ([*COLLECT, "server.consolidator=none"], "collect hands on one module per client, which consolidator none cannot keep"),
+        ([*COLLECT, "server.calibrator=ccvr"], "no common one for calibrator ccvr to repair"),
+        ([*COLLECT, "server.aggregator=fedavg"], "compose composes .* but aggregator fedavg merges it"),
+        (
+            ["server.aggregator=[{match: 'head.*', name: fedavg}, {match: '*', name: collect}]"],
+            "collect keeps every client's tensors by themselves, so it cannot be one of a list",
+        ),
+        (["server.consolidator=dolfin"], r"lorm trains \*\.lora_A, head\.\* in round 1 .* dolfin freezes adapter\.\*\.lora_A"),
+        (
+            ["server.aggregator=fedavg", "server.consolidator=dolfin", "server.calibrator=hgp"],
+            "hgp trains the head's rows of old tasks, which consolidator dolfin keeps as they are",
+        ),
+        (["client.objectives=[square, {name: square, kappa: 3}]"], "square and square both stand in the place of"),
+        (["adapter=prefix"], "merges pairs of LoRA factors and 'adapter.layers.0.prefix_key' is none"),
+        (["server.without=[5]"], r"server\.without names client 5, but there are clients 0 to 2"),
+    ],
+)
+def test_refused_before_training(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as refused:
+        prepare(tiny(*overrides))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_class_that_nobody_holds_enough_of_is_refused_with_a_calibrator() -> None:
+    """12 samples of a class over 12 clients: every client has one, which has no spread; pooled they have one."""
+    spread = ("partition={name: iid, clients: 12, min_samples: 1}", "server.aggregator=fedavg", "server.consolidator=none")
+    held = prepare(tiny(*spread)).manifest.histograms
+    lacking = sum(int((task.max(axis=0) < 2).sum()) for task in held)
+    if not lacking:
+        spread = ("partition={name: iid, clients: 36, min_samples: 1}", *spread[1:])
+    with pytest.raises(ConfigError, match=r"hgp needs a client with at least 2 samples of every class, but of [1-6] of 6 classes"):
+        prepare(tiny(*spread, "server.calibrator=hgp"))
+    prepare(tiny(*spread, "server.calibrator=ccvr"))  # pools
+
+
+def test_a_calibrator_of_the_current_task_goes_with_frozen_heads() -> None:
+    found = rehearse(tiny("server.aggregator=fedavg", "server.consolidator=dolfin", "server.calibrator=ccvr"))
+    assert np.isfinite(found.accuracy[1]).all()
+
+
+def test_without_leaves_all_others_when_they_would_have_taken_part() -> None:
+    for task, round in ((0, 0), (0, 1), (3, 2)):
+        drawn = sampling.draw(7, task, round, 20, 0.3)
+        assert sampling.draw(7, task, round, 20, 0.3, without=[drawn[1], 99]) == [c for c in drawn if c != drawn[1]]
+    with pytest.raises(ConfigError, match=r"task 0, round 0: server\.without leaves nobody"):
+        sampling.draw(7, 0, 0, 20, 0.05, without=sampling.draw(7, 0, 0, 20, 0.05))
+
+
+def test_a_client_that_is_left_out_is_nowhere_in_the_run(tmp_path: Path) -> None:
+    from tests.test_unlearning import finished
+
+    found = finished(tmp_path, "server.without=[1]", "server.unlearning=true", "server.aggregator=fedavg")
+    assert not found.dir.vectors(0, "client-1").exists()
+    assert found.dir.vectors(0, "client-0").is_file()
+    assert all(1 not in found.participants(task) for task in found.tasks)
+
+
+def test_a_rehearsal_plays_the_whole_run_or_its_first_rounds_and_keeps_nothing(tmp_path: Path) -> None:
+    config = tiny(output=tmp_path)
+    whole, first = rehearse(config), rehearse(config, rounds=1)
+    assert whole.accuracy.shape == (2, 2)
+    assert {(r.task, r.round) for r in first.rows} == {(0, 0)}
+    assert not list(tmp_path.iterdir())
