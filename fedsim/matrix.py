@@ -86,8 +86,8 @@ def mixes() -> list[Mix]:
     """Every adapter with every aggregator, consolidator and calibrator; objectives take turns, along every one of the four."""
     adapters, objectives, aggregators, consolidators, calibrators = (plugins.names(kind) for kind in KINDS)
     turns, parts = [NONE, *objectives], (adapters, aggregators, consolidators, [NONE, *calibrators])
-    places = itertools.product(*(range(len(names)) for names in parts))
-    return [Mix(*(names[k] for names, k in zip(parts, at, strict=True)), turns[sum(at) % len(turns)]) for at in places]
+    found = itertools.product(*(enumerate(names) for names in parts))
+    return [Mix(a, g, s, r, turns[(i + j + k + n) % len(turns)]) for (i, a), (j, g), (k, s), (n, r) in found]
 
 
 def page() -> str:

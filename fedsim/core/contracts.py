@@ -123,6 +123,13 @@ def require_updates(updates: Sequence[ClientUpdate]) -> None:
         raise AggregationError("nothing to merge: the clients of this round hold no samples")
 
 
+def sent(update: ClientUpdate, key: str) -> Tensor:
+    """A statistic that a plan asked for. Raises AggregationError when the client did not send it."""
+    if key not in update.statistics:
+        raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")
+    return update.statistics[key]
+
+
 def lift_of(plan: RoundPlan, rule: Aggregator | None) -> Lift | None:
     """What is summed of an update, as the plan says it; None for nothing, and for a rule that is not at hand or not additive."""
     if plan.lift == "rule":

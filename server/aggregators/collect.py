@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 
 WEIGHT = "head.weight"
@@ -102,7 +102,4 @@ class Aggregator(contracts.Aggregator):
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    key = f"class_moments.{form}/{WEIGHT}"
-    if key not in update.statistics:
-        raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")
-    return update.statistics[key]
+    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}")

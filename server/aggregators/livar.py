@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, stack_modules, sum_in_order, weighted
@@ -139,10 +139,7 @@ class Aggregator(contracts.Aggregator):
     def _signals(self, update: ClientUpdate, layers: Sequence[str]) -> Tensor:
         """s^A and s^B of every layer, (2, L)."""
         keys = [f"path_integral.{self.signal}/{p}{factor}" for factor in (LORA_A, LORA_B) for p in layers]
-        for key in keys:
-            if key not in update.statistics:
-                raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")
-        return torch.stack([update.statistics[key].double() for key in keys]).view(2, len(layers))
+        return torch.stack([contracts.sent(update, key).double() for key in keys]).view(2, len(layers))
 
 
 def layer_weights(signal_a_KL: Tensor, signal_b_KL: Tensor, shares_K: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import sum_in_order, weighted
 
@@ -114,13 +114,8 @@ class Moments:
 
 def received_moments(update: ClientUpdate) -> Moments:
     """What a client sent of its classes. Raises AggregationError when that is missing."""
-    sent = []
-    for form in ("count", "mean", "variance"):
-        key = f"class_moments.{form}/{WEIGHT}"
-        if key not in update.statistics:
-            raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")
-        sent.append(update.statistics[key].double())
-    count_C, mean_HD, variance_HD = sent
+    keys = [f"class_moments.{form}/{WEIGHT}" for form in ("count", "mean", "variance")]
+    count_C, mean_HD, variance_HD = (contracts.sent(update, key).double() for key in keys)
     classes_H = count_C.nonzero()[:, 0]
     return Moments(classes_H, count_C[classes_H], mean_HD, variance_HD.sum(dim=1))
 

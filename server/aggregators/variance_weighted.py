@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import weighted
 
@@ -59,10 +59,8 @@ def lift_rows(update: ClientUpdate) -> dict[str, Tensor]:
 
     Raises AggregationError when the client sent no spreads.
     """
-    if SPREAD not in update.statistics:
-        raise AggregationError(f"client {update.client_id} sent no '{SPREAD}': the plan of this rule must reach the clients")
     n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-    spread_C = update.statistics[SPREAD].double()
+    spread_C = contracts.sent(update, SPREAD).double()
     out = {name: weighted(t, n) for name, t in update.params.items()} | {
         "num_samples": n,
         SPREAD: spread_C,

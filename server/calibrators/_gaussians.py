@@ -184,10 +184,7 @@ def pooled(count_M: Tensor, mean_MD: Tensor, spread_M: Tensor) -> tuple[Tensor, 
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    key = f"class_moments.{form}/{WEIGHT}"
-    if key not in update.statistics:
-        raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of the calibrator must reach the clients")
-    return update.statistics[key]
+    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}")
 
 
 # ---------------------------------------------------------------- drawing
