@@ -18,6 +18,7 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from fedsim.data.manifest import Manifest
+from server import sampling
 
 
 def require(config: SimConfig, rule: Aggregator) -> None:
@@ -63,20 +64,31 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
         raise ConfigError(f"server.without names client {wrong[0]}, but there are clients 0 to {manifest.num_clients - 1}")
     if len(set(config.server.without)) == manifest.num_clients:
         raise ConfigError("server.without names all clients: nobody is left to train")
+    require_somebody(config, manifest)
     if config.server.calibrator is None:
         return
     calibrator: contracts.Calibrator = configs.build("calibrators", config.server.calibrator)
     part = np.setdiff1d(np.arange(manifest.num_clients), config.server.without)
-    most = np.zeros(len(manifest.class_order), dtype=np.int64)
+    told = np.zeros(len(manifest.class_order), dtype=np.bool_)
     for classes, held_KC in zip(manifest.task_classes, manifest.histograms, strict=True):
-        most[list(classes)] = np.maximum(most[list(classes)], held_KC[part].max(axis=0))
-    lacking = np.flatnonzero(most < calibrator.least)
+        told[list(classes)] |= calibrator.can_be_told(held_KC[part])
+    lacking = np.flatnonzero(~told)
     if len(lacking):
         raise ConfigError(
-            f"server.calibrator {config.server.calibrator['name']} needs a client with at least {calibrator.least} samples of "
-            f"every class, but of {len(lacking)} of {len(most)} classes (head row {lacking[0]} first) nobody holds so many: "
-            "use fewer partition.clients, a larger partition.alpha or more data"
+            f"server.calibrator {config.server.calibrator['name']} draws features of every class from what clients tell of it, "
+            f"but of {len(lacking)} of {len(told)} classes (head row {lacking[0]} first) nobody holds enough samples: use fewer "
+            "partition.clients, a larger partition.alpha or more data"
         )
+
+
+def require_somebody(config: SimConfig, manifest: Manifest) -> None:
+    """Raise ConfigError if there is a round in which nobody is left of the clients that are drawn."""
+    server = config.server
+    if not server.without:
+        return
+    for task in range(len(manifest.task_names)):
+        for round in range(server.rounds):
+            sampling.draw(config.seed, task, round, manifest.num_clients, server.participation, server.without)
 
 
 def rule_name(config: SimConfig) -> str:
@@ -111,6 +123,11 @@ def _require_sources(config: SimConfig, rule: Aggregator, consolidator: Consolid
         raise ConfigError(
             f"aggregator {rule_name(config)} hands on one module per client, which consolidator {name} cannot keep: "
             "use consolidator: compose"
+        )
+    if config.server.unlearning:
+        raise ConfigError(
+            f"server.unlearning keeps what clients become by themselves, which aggregator {rule_name(config)} does anyway: leave "
+            "it out, fedsim unlearn needs nothing else"
         )
     if config.server.calibrator is not None:
         raise ConfigError(

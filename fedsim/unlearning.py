@@ -2,8 +2,8 @@
 
 Three ways, of which the first that is possible is taken unless one is asked for:
     drop       the model is composed of what clients learned by themselves, and theirs are left out: exact;
-    recompose  a run of one round per task, whose module starts anew in every task: the run's own rule merges the task vectors of
-               those who remain: exact, as long as clients leave the head's rows of old tasks alone (as the cross-entropy does);
+    recompose  in a run of one round per task, in which no task starts from what the client left in the one before: the run's own
+               rule merges the task vectors of those who remain: exact, up to rounding (see `not_exact`);
     subtract   their task vectors are subtracted: task arithmetic, an approximation ("SATA", arXiv 2510.13606; the abstract is all
                that was at hand, so the choice of coefficients is ours).
 The last two need the vectors that a run with `server.unlearning: true` keeps: what each client became by itself from a task's
@@ -16,6 +16,7 @@ LoRA pairs are subtracted as products, −α B A, by stacking along the rank; ev
 Where the adapter's features are affine in its tensors (`Adapter.affine`: tangents), vectors of clients add up and subtraction
 removes what the client added and nothing else, for a fixed head; elsewhere it is a first-order heuristic, and α matters.
 The statistics that a consolidator merged at a task's end are sums over clients: they keep the forgotten client's part.
+Vectors stay with the clients in a deployment, so they count in no bytes of a run; who is forgotten uploads one per task.
 """
 
 # N samples, C classes, T tasks
@@ -23,6 +24,7 @@ The statistics that a consolidator merged at a task's end are sums over clients:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +37,18 @@ from torch import Tensor
 from clients.local import batches
 from clients.samples import Samples
 from clients.worker import torch_threads
-from fedsim import simulation
+from fedsim import simulation, suitable
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Adapter, ArraySplit, Consolidator, IntArray
 from fedsim.core.errors import ConfigError, RunDirError
-from fedsim.core.messages import ClientUpdate, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, stack_modules
+from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.core.tensors import LORA_A, LORA_B, require_finite, stack_modules
 from fedsim.models.head import predict
 from fedsim.results import RunDir
 from fedsim.simulation import Prepared
 from server import checkpoint, planning, sampling
+from server.isolation import ALONE
 from server.state import ServerState
 
 WAYS = ("drop", "recompose", "subtract")
@@ -66,7 +69,8 @@ class Removed:
         """As a table calls it."""
         if self.way != "subtract":
             return f"unlearned ({self.way})"
-        return f"unlearned (subtract{', renormalised' if self.renormalised else ''}, α = {self.alpha or 'share of samples'})"
+        alpha = "share of samples" if self.alpha is None else f"{self.alpha:g}"
+        return f"unlearned (subtract{', renormalised' if self.renormalised else ''}, α = {alpha})"
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,14 @@ class FinishedRun:
         module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
         return self.consolidator.deployed(self.state.consolidator, module, finished=True)
 
-    def participants(self, task: int, rounds: int | None = None) -> list[int]:
-        """Clients with samples that were drawn in a task (in its first `rounds`)."""
-        server, sizes = self.config.server, self.parts.manifest.sizes[task]
-        drawn: set[int] = set()
-        for round in range(server.rounds if rounds is None else rounds):
-            draw = sampling.draw(
-                self.config.seed, task, round, self.parts.manifest.num_clients, server.participation, server.without
-            )
-            drawn.update(draw)
-        return [c for c in sorted(drawn) if sizes[c]]
+    def participants(self, task: int) -> list[int]:
+        """Clients with samples that took part in a round of the task and did not fail in it."""
+        server, manifest, found = self.config.server, self.parts.manifest, set[int]()
+        failed = {(f.round, f.client_id) for f in self.state.failures if f.task == task and not f.stage.startswith(ALONE)}
+        for round in range(server.rounds):
+            drawn = sampling.draw(self.config.seed, task, round, manifest.num_clients, server.participation, server.without)
+            found.update(c for c in drawn if (round, c) not in failed)
+        return [c for c in sorted(found) if manifest.sizes[task][c]]
 
     def shares(self, task: int) -> dict[int, float]:
         """p_k = n_k / Σ n over the clients that took part in the task."""
@@ -130,6 +132,9 @@ class FinishedRun:
         from safetensors.torch import load_file
 
         path = self.dir.vectors(task, name)
+        alone = [f for f in self.state.failures if f.task == task and f.stage.startswith(ALONE)]
+        if not path.is_file() and name in {f"client-{f.client_id}" for f in alone}:
+            raise RunDirError(f"{name} failed when it trained by itself in task {task}, so {self.dir.path} has no vector of it")
         if not path.is_file():
             why = "a file is missing" if self.config.server.unlearning else "it was not told to"
             raise RunDirError(
@@ -158,18 +163,17 @@ def remove(
     """
     chosen = list(run.tasks) if tasks is None else sorted(set(tasks))
     require_took_part(run, clients, chosen)
-    possible = _possible(run, alpha, renormalise)
-    if possible == ["drop"] and (alpha is not None or renormalise):
-        raise ConfigError(f"{run.dir.path} is composed of its clients: they are left out as a whole, without a coefficient")
-    if way is not None and way not in possible:
-        raise ConfigError(f"--how {way} is not possible for {run.dir.path}: {_why_not(run, way, possible)}")
-    way = way or possible[0]
+    if alpha is not None and not math.isfinite(alpha):
+        raise ConfigError(f"--alpha must be a finite number, got {alpha}")
+    given = "--alpha" if alpha is not None else "--renormalise" if renormalise else None
+    way = _way(run, way, given)
     with torch_threads(run.config.runtime.threads):
         if way == "drop":
             state = run.consolidator.without(run.state.consolidator, clients, chosen)
             assert state is not None
             return Removed(run.consolidator.deployed(state, run.state.params, finished=True), way)
         deployed = _replayed(run, set(clients), set(chosen), way, alpha, renormalise)
+        require_finite(deployed, "without the clients,")
         return Removed(deployed, way, alpha, renormalise)
 
 
@@ -190,17 +194,21 @@ def require_took_part(run: FinishedRun, clients: Collection[int], tasks: Sequenc
                 "learned; there is nothing to remove"
             )
     for task in tasks:
-        if set(run.participants(task)) <= set(clients):
+        if not run.consolidator.sources and set(run.participants(task)) <= set(clients):
             raise ConfigError(f"nobody else took part in task {task}: without client {min(clients)} there is no model of it")
 
 
-def measure(run: FinishedRun, name: str, deployed: Tensors, clients: Collection[int]) -> Measured:
-    """One model on the data of those who are forgotten, of those who remain, and on test samples."""
-    spec, manifest = run.parts.spec, run.parts.manifest
-    everyone = range(manifest.num_clients)
-    shards = {c: np.concatenate([spec.shard(t, c) for t in run.tasks]) for c in everyone if c not in run.config.server.without}
-    gone = np.concatenate([shards[c] for c in sorted(clients)])
-    kept = np.concatenate([s for c, s in shards.items() if c not in clients])
+def measure(
+    run: FinishedRun, name: str, deployed: Tensors, clients: Collection[int], tasks: Collection[int] | None = None
+) -> Measured:
+    """One model on what the clients held in the tasks that are forgotten (None: in all), on all else that was trained on, and on
+    test samples."""
+    spec, chosen = run.parts.spec, set(run.tasks if tasks is None else tasks)
+    shards: dict[bool, list[IntArray]] = {True: [], False: []}
+    for task in run.tasks:
+        for client in run.participants(task):
+            shards[client in clients and task in chosen].append(spec.shard(task, client))
+    gone, kept = np.concatenate(shards[True]), np.concatenate(shards[False])
     right_gone, loss_gone = _judged(run, deployed, spec.train, gone)
     right_kept, _ = _judged(run, deployed, spec.train, kept)
     tests = [_judged(run, deployed, spec.test, spec.test_of(t)) for t in run.tasks]
@@ -214,12 +222,22 @@ def measure(run: FinishedRun, name: str, deployed: Tensors, clients: Collection[
 
 def retrained(run: FinishedRun, clients: Collection[int], path: Path) -> Tensors:
     """What a run without the clients deploys, from the same seed; it is kept in `path`, and gone on with if it was stopped."""
-    server = dataclasses.replace(
-        run.config.server, without=sorted({*run.config.server.without, *clients}), unlearning=False, evaluate="task", drift=False
-    )
-    config = dataclasses.replace(run.config, server=server, trackers=[])
-    simulation.once(config, path)
+    simulation.once(_without(run, clients), path)
     return FinishedRun(path).deployed
+
+
+def require_retrainable(run: FinishedRun, clients: Collection[int]) -> None:
+    """Raise ConfigError if a run without the clients cannot be made."""
+    try:
+        suitable.require_clients(_without(run, clients), run.parts.manifest)
+    except ConfigError as e:
+        raise ConfigError(f"without the clients there is nothing to compare with, leave out --verify: {e}") from e
+
+
+def _without(run: FinishedRun, clients: Collection[int]) -> SimConfig:
+    without = sorted({*run.config.server.without, *clients})
+    server = dataclasses.replace(run.config.server, without=without, unlearning=False, evaluate="task", drift=False)
+    return dataclasses.replace(run.config, server=server, trackers=[])
 
 
 def membership_auc(
@@ -252,70 +270,94 @@ def membership_auc(
 # ---------------------------------------------------------------- inner workings
 
 
-def _possible(run: FinishedRun, alpha: float | None, renormalise: bool) -> list[str]:
-    """The ways that are possible, the best first. Coefficients are for subtraction only."""
+def _way(run: FinishedRun, asked: str | None, given: str | None) -> str:
+    """What was asked for, or the best that is possible. `given`: an option that is for subtraction only."""
     if run.consolidator.sources:
-        return ["drop"]
-    if alpha is not None or renormalise:
-        return ["subtract"]
-    return ["recompose", "subtract"] if _recomposable(run) else ["subtract"]
+        if given or asked not in (None, "drop"):
+            raise ConfigError(
+                f"{run.dir.path} is composed of its clients: they are left out as a whole, leave out {given or '--how'}"
+            )
+        return "drop"
+    if asked == "drop":
+        raise ConfigError(f"--how drop is not possible for {run.dir.path}: its model is merged, not composed of its clients")
+    if given:
+        if asked == "recompose":
+            raise ConfigError(f"{given} is for --how subtract: recomposing has no coefficients")
+        return "subtract"
+    why = None if asked == "subtract" else not_exact(run)
+    if asked == "recompose" and why:
+        raise ConfigError(f"--how recompose is not possible for {run.dir.path}: {why}")
+    return asked or ("subtract" if why else "recompose")
 
 
-def _recomposable(run: FinishedRun) -> bool:
-    """Whether the task vectors are the updates that the rule merged, and merged nothing else than they."""
-    server, rule = run.config.server, run.parts.rule
-    params = run.parts.state.params
-    plan = rule.plan(rule.init(params), 0)
-    goes_on = run.consolidator.start_task(run.consolidator.init(), params, {}, {})
-    anew = len(run.tasks) == 1 or not _carries(run.consolidator, params, goes_on)
-    return server.rounds == 1 and not plan.statistics and server.calibrator is None and anew
+def not_exact(run: FinishedRun) -> str | None:
+    """Why merging the task vectors of those who remain is not what a run without the others would have given; None if it is.
+
+    It is where the vectors are the very updates that the rule merged, nothing else went into the model, and what clients of a
+    task start from, as far as they look at it, does not depend on who took part before.
+    """
+    server, rule, consolidator = run.config.server, run.parts.rule, run.consolidator
+    if server.rounds != 1:
+        return "it takes one round per task: in a second one clients start from what the others did in the first"
+    start = run.vectors(0, "start")
+    plan = rule.plan(rule.init(start), 0)
+    if plan.statistics or server.calibrator is not None:
+        return "the model was merged with statistics of the clients, of which nothing is kept"
+    alone = planning.trained(consolidator, start, RoundPlan())
+    if set(planning.trained(consolidator, start, plan)) != set(alone):
+        return "the rule has clients train a part of the tensors only, and by themselves they train all"
+    fresh = consolidator.init()
+    if consolidator.opening(fresh, start) is not None or consolidator.plan(fresh, start) is not None:
+        return "the consolidator merged with statistics that are sums over clients"
+    return next((why for task in run.tasks if (why := _looks_back(run, task, start))), None)
 
 
-def _carries(consolidator: Consolidator, params: Tensors, begun: Tensors) -> bool:
-    """Whether a task's module starts from where the last one ended."""
-    other = {n: t + 1 for n, t in params.items()}
-    again = consolidator.start_task(consolidator.init(), begun, other, {})
-    return any(torch.equal(again[n], begun[n]) for n in begun if n.startswith("adapter."))
-
-
-def _why_not(run: FinishedRun, way: str, possible: Sequence[str]) -> str:
-    if way == "drop":
-        return f"its model is merged, not composed of its clients; possible: {', '.join(possible)}"
-    if way == "recompose":
-        return (
-            "it takes one round per task, a rule that asks for no statistics, no calibrator, and modules that start anew in "
-            f"every task; possible: {', '.join(possible)}"
-        )
-    return f"it is composed of its clients, so they can be left out; possible: {', '.join(possible)}"
+def _looks_back(run: FinishedRun, task: int, first: Tensors) -> str | None:
+    """Why a task's clients see something of who took part in the tasks before; None if they do not."""
+    start, rows = run.vectors(task, "start"), torch.tensor(run.parts.manifest.task_classes[task])
+    if task and any(_same(t, run.vectors(task - 1, "end").get(n)) for n, t in start.items() if n.startswith("adapter.")):
+        return "its modules do not start anew in every task"
+    heads = [n for n in start if n.startswith("head.")]
+    if any(not torch.equal(start[n][rows], first[n][rows]) for n in heads):
+        return "tasks share classes, so that a task starts from what the client left in the head"
+    for client in run.participants(task):
+        own = run.vectors(task, f"client-{client}")
+        for name in heads:
+            moved = (own[name] != start[name]).flatten(1).any(1) if own[name].dim() > 1 else own[name] != start[name]
+            moved[rows] = False
+            if bool(moved.any()):
+                return "clients changed the head's rows of other tasks (by their loss, or by weight decay)"
+    return None
 
 
 def _replayed(run: FinishedRun, clients: set[int], tasks: set[int], way: str, alpha: float | None, renormalise: bool) -> Tensors:
     """The consolidator's work on the tasks' modules without the clients, and what it deploys at the end."""
-    kept, before, module, terms = run.consolidator.init(), dict[str, Tensor](), dict[str, Tensor](), dict[str, Terms]()
+    kept, before, module = run.consolidator.init(), dict[str, Tensor](), dict[str, Tensor]()
+    removals: dict[str, Terms] = {}  # what is added to a tensor, since it began
     for task in run.tasks:
-        start, end = run.vectors(task, "start"), run.vectors(task, "end")
+        start, end, whole = (run.vectors(task, name) for name in ("start", "end", "module"))
         gone = [c for c in run.participants(task) if c in clients] if task in tasks else []
         if way == "recompose":
-            whole = _merged(run, task, start, set(gone)) if gone else end
-            module = {n: t + (module[n] - before[n] if _same(start[n], before.get(n)) else 0) for n, t in whole.items()}
+            merged = _merged(run, task, start, set(gone)) if gone else whole
+            module = {n: t + (module[n] - before[n] if _same(start[n], before.get(n)) else 0) for n, t in merged.items()}
         else:
-            delta = _delta(run, task, start, end, gone, alpha, renormalise)
-            terms = {n: [*(terms[n] if _goes_on(n, start, before) else [(start, 1.0)]), *delta] for n in end}
-            module = _combined(terms)
+            new = _removal(run, task, start, whole, gone, alpha, renormalise)
+            removals = {n: [*(removals.get(n, []) if _goes_on(n, start, before) else []), *new] for n in whole}
+            module = _combined({n: [(whole, 1.0), *terms] for n, terms in removals.items()})
         before = end
         kept = run.consolidator.end_task(kept, module, run.vectors(task, "total"))
     return run.consolidator.deployed(kept, module, finished=True)
 
 
-def _delta(
-    run: FinishedRun, task: int, start: Tensors, end: Tensors, gone: Sequence[int], alpha: float | None, renormalise: bool
+def _removal(
+    run: FinishedRun, task: int, start: Tensors, module: Tensors, gone: Sequence[int], alpha: float | None, renormalise: bool
 ) -> Terms:
-    """ρ (end − start) − Σ_k a_k (own_k − start), as a weighted sum."""
+    """(ρ − 1) (module − start) − Σ_k a_k (own_k − start), as a weighted sum; ρ = 1, or 1 / (1 − Σ p_k) if it is renormalised."""
     shares = run.shares(task)
     rho = 1 / (1 - sum(shares[c] for c in gone)) if renormalise else 1.0
     taken = {c: (shares[c] if alpha is None else alpha) * rho for c in gone}
     own = [({**start, **run.vectors(task, f"client-{c}")}, -a) for c, a in taken.items()]
-    return [(end, rho), *own, (start, sum(taken.values()) - rho)]
+    return [(module, rho - 1), *own, (start, sum(taken.values()) - (rho - 1))]
 
 
 def _combined(terms: Mapping[str, Terms]) -> dict[str, Tensor]:
@@ -338,10 +380,10 @@ def _combined(terms: Mapping[str, Terms]) -> dict[str, Tensor]:
 def _merged(run: FinishedRun, task: int, start: Tensors, gone: set[int]) -> dict[str, Tensor]:
     """What the rule makes of the vectors of those who remain."""
     rule, sizes = run.parts.rule, run.parts.manifest.sizes[task]
-    state = rule.init(start)
+    state = rule.init(start, task)
     names = planning.trained(run.consolidator, start, rule.plan(state, 0))
     updates = []
-    for client in run.participants(task, rounds=1):
+    for client in run.participants(task):
         if client not in gone:
             own = run.vectors(task, f"client-{client}")
             updates.append(ClientUpdate(client, int(sizes[client]), {n: own[n] for n in names}))

@@ -17,6 +17,8 @@ from server import sampling
 from server.planning import isolated_plan
 from server.state import ServerState, Simulation
 
+ALONE = "isolated "  # before the stage of a failure: the client's rounds are another matter
+
 
 def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """One event per client with samples of this task, and the state with the time that it took."""
@@ -26,12 +28,16 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
     clients = [c for c in range(sim.num_clients) if sizes[c] and c not in excluded]
     yield Kept(state.task, "start", state.params)
     jobs = [ClientJob(c, state.task, 0, state.params, plan) for c in sampling.longest_first(clients, sizes)]
+    failures: list[ClientFailed] = []
     for bundle in sim.pool.train(jobs):
         for result in bundle.results:
             if isinstance(result, ClientFailed):
+                failed = ClientFailed(result.client_id, result.task, result.round, f"{ALONE}{result.stage}", result.reason)
                 if sim.config.server.on_client_failure == "fail":
-                    raise result
-                yield ClientSkipped(result)
+                    raise failed
+                failures.append(failed)
+                yield ClientSkipped(failed)
             else:
                 yield Kept(state.task, f"client-{result.client_id}", result.params)
-    return replace(state, seconds=state.spent("isolated", time.perf_counter() - clock))
+    told = (*state.failures, *sorted(failures, key=lambda f: f.client_id))
+    return replace(state, failures=told, seconds=state.spent("isolated", time.perf_counter() - clock))

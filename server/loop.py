@@ -52,7 +52,7 @@ def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     total, state = yield from sums(sim, replace(state, holders=()), opening)
     params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
-    state = replace(state, params=params, aggregator=sim.aggregator.init(params), calibrator=calibrator)
+    state = replace(state, params=params, aggregator=sim.aggregator.init(params, state.task), calibrator=calibrator)
     return (yield from isolated_clients(sim, state)) if sim.config.server.unlearning else state
 
 
@@ -90,7 +90,8 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     consolidator = sim.consolidator.end_task(state.consolidator, module, total)
     deployed = sim.consolidator.deployed(consolidator, module, finished=True)
     if sim.config.server.unlearning:
-        yield Kept(state.task, "end", module)
+        yield Kept(state.task, "end", state.params)
+        yield Kept(state.task, "module", module)
         yield Kept(state.task, "total", total)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))

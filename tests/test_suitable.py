@@ -33,6 +33,7 @@ COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "serve
             "hgp trains the head's rows of old tasks, which consolidator dolfin keeps as they are",
         ),
         (["client.objectives=[square, {name: square, kappa: 3}]"], "square and square both stand in the place of"),
+        ([*COLLECT, "server.unlearning=true"], "which aggregator collect does anyway: leave it out"),
         (["adapter=prefix"], "merges pairs of LoRA factors and 'adapter.layers.0.prefix_key' is none"),
         (["server.without=[5]"], r"server\.without names client 5, but there are clients 0 to 2"),
     ],
@@ -44,13 +45,9 @@ def test_refused_before_training(overrides: list[str], told: str) -> None:
 
 
 def test_a_class_that_nobody_holds_enough_of_is_refused_with_a_calibrator() -> None:
-    """12 samples of a class over 12 clients: every client has one, which has no spread; pooled they have one."""
-    spread = ("partition={name: iid, clients: 12, min_samples: 1}", "server.aggregator=fedavg", "server.consolidator=none")
-    held = prepare(tiny(*spread)).manifest.histograms
-    lacking = sum(int((task.max(axis=0) < 2).sum()) for task in held)
-    if not lacking:
-        spread = ("partition={name: iid, clients: 36, min_samples: 1}", *spread[1:])
-    with pytest.raises(ConfigError, match=r"hgp needs a client with at least 2 samples of every class, but of \d of 6 classes"):
+    """12 samples of a class over 36 clients: every client has one at most, which has no spread; pooled they have one."""
+    spread = ("partition={name: iid, clients: 36, min_samples: 1}", "server.aggregator=fedavg", "server.consolidator=none")
+    with pytest.raises(ConfigError, match=r"hgp draws features of every class .* of \d of 6 classes .* nobody"):
         prepare(tiny(*spread, "server.calibrator=hgp"))
     prepare(tiny(*spread, "server.calibrator=ccvr"))  # pools
 
@@ -66,6 +63,11 @@ def test_without_leaves_all_others_when_they_would_have_taken_part() -> None:
         assert sampling.draw(7, task, round, 20, 0.3, without=[drawn[1], 99]) == [c for c in drawn if c != drawn[1]]
     with pytest.raises(ConfigError, match=r"task 0, round 0: server\.without leaves nobody"):
         sampling.draw(7, 0, 0, 20, 0.05, without=sampling.draw(7, 0, 0, 20, 0.05))
+
+
+def test_rounds_in_which_nobody_is_left_are_found_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"task \d, round \d: server\.without leaves nobody"):
+        prepare(tiny("server.without=[0, 1]", "server.participation=0.34", "server.rounds=6"))
 
 
 def test_a_client_that_is_left_out_is_nowhere_in_the_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from clients import local
 from fedsim import unlearning
 from fedsim.cli import main
-from fedsim.core.errors import ConfigError, RunDirError
-from fedsim.core.messages import Tensors
+from fedsim.core.errors import ClientFailed, ConfigError, RunDirError
+from fedsim.core.messages import ClientJob, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
 from fedsim.simulation import run
 from fedsim.unlearning import FinishedRun, membership_auc, remove
@@ -97,8 +99,102 @@ def test_recomposing_lora_modules_that_start_anew(tmp_path: Path) -> None:
     removed = remove(found, [2])
     assert removed.way == "recompose"
     require_close(removed.deployed, without.deployed)
-    with pytest.raises(ConfigError, match=r"recompose is not possible.*one round per task"):
+    with pytest.raises(ConfigError, match=r"recompose is not possible.*it takes one round per task"):
         remove(finished(tmp_path / "rounds", KEEP, "server.aggregator=fedavg", "server.consolidator=mean"), [2], way="recompose")
+
+
+NOT_EXACT = {
+    "later tasks begin with the module that the client helped to make": (["server.consolidator=none"], "do not start anew"),
+    "tasks share their classes": (
+        ["stream.name=domain_incremental", "stream.tasks=null", "data.domains=2"],
+        "tasks share classes",
+    ),
+    "weight decay moves the rows of other tasks": (["client.weight_decay=0.5"], "rows of other tasks"),
+    "the loss is over all classes": (["client.objectives=[{name: square, classes: all}]"], "rows of other tasks"),
+    "Grams are sums over clients": (["server.consolidator=regmean"], "sums over clients"),
+    "the head was repaired": (["server.calibrator=ccvr"], "statistics of the clients"),
+    "the rule weighs by statistics": (["server.aggregator=variance_weighted"], "statistics of the clients"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_EXACT)
+def test_what_is_not_exact_is_not_recomposed(case: str, tmp_path: Path) -> None:
+    overrides, told = NOT_EXACT[case]
+    adapter = () if "server.consolidator=regmean" in overrides else PROMPTS
+    found = finished(tmp_path, KEEP, *ONE_ROUND, "server.consolidator=mean", *adapter, *overrides)
+    assert remove(found, [1]).way == "subtract"
+    with pytest.raises(ConfigError, match=f"recompose is not possible .*{told}"):
+        remove(found, [1], way="recompose")
+
+
+def test_a_rule_that_trains_a_part_is_not_recomposed(tmp_path: Path) -> None:
+    """By themselves clients train all tensors, so their vectors are not the updates that such a rule merges."""
+    (tmp_path / "half.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedsim.core.messages import RoundPlan\n"
+        "from server.aggregators import fedavg\n"
+        "@dataclass(frozen=True)\n"
+        "class Aggregator(fedavg.Aggregator):\n"
+        "    def plan(self, state, round):\n"
+        "        return RoundPlan(train=('*.lora_B', 'head.*'))\n"
+    )
+    rule = f"server.aggregator={tmp_path / 'half.py'}"
+    found = finished(tmp_path / "runs", KEEP, "server.rounds=1", rule, "server.consolidator=mean")
+    assert "train a part of the tensors only" in str(unlearning.not_exact(found))
+    assert remove(found, [1]).way == "subtract"
+
+
+@pytest.mark.parametrize("consolidator", ["none", "mean"])
+def test_what_a_rule_deploys_in_place_of_its_parameters_loses_the_client_too(consolidator: str, tmp_path: Path) -> None:
+    """LIVAR may evaluate Σ p_i B_i A_i: the vectors of every task are subtracted from it all the same."""
+    alpha, layer = 0.5, "adapter.layers.0.mlp.fc1"
+    options = (f"server.consolidator={consolidator}", "server.rounds=1")
+    found = finished(tmp_path, KEEP, "server.aggregator={name: livar, evaluated: products}", *options)
+    for tasks in ([0], [1], [0, 1]):
+        removed = effect(remove(found, [1], tasks=tasks, alpha=alpha).deployed)
+        want = effect(found.deployed)[layer]
+        for task in tasks:
+            start, own = found.vectors(task, "start"), found.vectors(task, "client-1")
+            change = effect({**start, **own})[layer] - effect(start)[layer]
+            want = want - alpha * change * (1.0 if consolidator == "none" else 0.5)
+        torch.testing.assert_close(removed[layer], want, atol=1e-6, rtol=1e-5)
+
+
+def test_clients_that_failed_are_no_participants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 0 fails in the rounds of task 0 and contributes nothing to it; client 2 fails when it trains by itself in task 1."""
+    real = local.train
+
+    def failing(model: Any, samples: Any, shard: Any, classes: Any, job: ClientJob, *rest: Any) -> Any:
+        in_round = job.plan.repeat == 1
+        if (job.client_id, job.task, in_round) in ((0, 0, True), (2, 1, False)):
+            return ClientFailed(job.client_id, job.task, job.round, "training", "made to fail")
+        return real(model, samples, shard, classes, job, *rest)
+
+    monkeypatch.setattr(local, "train", failing)
+    found = finished(tmp_path, KEEP, "server.aggregator=fedavg", "server.on_client_failure=skip")
+    assert [found.participants(task) for task in found.tasks] == [[1, 2], [0, 1, 2]]
+    assert sum(found.shares(0).values()) == pytest.approx(1)
+    told = (found.dir.path / "failures.json").read_text()
+    assert "isolated training" in told
+    with pytest.raises(RunDirError, match="client-2 failed when it trained by itself in task 1"):
+        remove(found, [2])
+    with pytest.raises(ConfigError, match="client 0 never took part"):
+        remove(found, [0], tasks=[0])
+    remove(found, [1])
+
+
+def test_one_task_is_measured_on_what_was_held_in_it(tmp_path: Path) -> None:
+    found = finished(tmp_path, KEEP, "server.aggregator=fedavg")
+    sizes, seen = found.parts.manifest.sizes, []
+    real = unlearning._judged
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            unlearning, "_judged", lambda run, params, split, at: (seen.append(len(at)), real(run, params, split, at))[1]
+        )
+        unlearning.measure(found, "one", found.deployed, [1], [0])
+        unlearning.measure(found, "all", found.deployed, [1])
+    assert seen[:2] == [sizes[0, 1], sizes.sum() - sizes[0, 1]]
+    assert seen[4:6] == [sizes[:, 1].sum(), sizes.sum() - sizes[:, 1].sum()]
 
 
 @pytest.mark.parametrize("consolidator", ["none", "mean"])
@@ -203,6 +299,12 @@ def test_what_cannot_be_removed_is_said_in_one_line(tmp_path: Path, capsys: pyte
     ):
         with pytest.raises(ConfigError, match=what):
             remove(run_dir, clients)
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--alpha must be a finite number"):
+            remove(found, [0], alpha=alpha)
+    with pytest.raises(ConfigError, match="--alpha is for --how subtract"):
+        remove(found, [0], way="recompose", alpha=0.5)
+    assert remove(found, [0], alpha=0.0).name == "unlearned (subtract, α = 0)"
     with pytest.raises(ConfigError, match="there is no task 5"):
         remove(found, [0], tasks=[5])
     with pytest.raises(ConfigError, match="drop is not possible"):
@@ -212,7 +314,7 @@ def test_what_cannot_be_removed_is_said_in_one_line(tmp_path: Path, capsys: pyte
     assert main(["unlearn", str(plain.dir.path), "--client", "0"]) == 2
     assert main(["unlearn", str(tmp_path / "nowhere"), "--client", "0"]) == 2
     assert main(["unlearn", str(found.dir.path), "--client", "0", "--verify", "--task", "0"]) == 2
-    found.dir.vectors(0, "client-1").write_bytes(b"cut")
+    found.dir.vectors(0, "client-0").write_bytes(b"cut")
     with pytest.raises(RunDirError, match="damaged"):
         remove(found, [0])
     lines = capsys.readouterr().err.splitlines()
@@ -239,7 +341,25 @@ def test_the_command_verifies_against_retraining(tmp_path: Path, capsys: pytest.
     np.testing.assert_allclose(unlearned, retrained, atol=1e-6)  # recomposing is exact here
     assert (out / "deployed.safetensors").is_file()
     assert main(["unlearn", str(found.dir.path), "--client", "1", "--alpha", "0.1", "1.0"]) == 0
-    assert "α = 1.0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "α = 1)" in printed
+    assert "--how recompose would be exact" in printed
+
+
+def test_a_model_that_is_composed_drops_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apt = ("adapter={name: apt, memory: 1}", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
+    found, without = finished(tmp_path / "with", *apt), finished(tmp_path / "without", "server.without=[1]", *apt)
+    removed = remove(found, [1])
+    assert removed.way == "drop"
+    assert removed.deployed.keys() == without.deployed.keys()
+    assert all(torch.equal(t, without.deployed[n]) for n, t in removed.deployed.items())
+    whole_task = remove(found, [0, 1, 2], tasks=[1]).deployed
+    assert whole_task["source.task"].unique().tolist() == [0]
+    for options, told in (({"alpha": 0.5}, "leave out --alpha"), ({"way": "subtract"}, "leave out --how")):
+        with pytest.raises(ConfigError, match=told):
+            remove(found, [1], **options)  # type: ignore[arg-type]
+    assert main(["unlearn", str(found.dir.path), "--client", "1", "--task", "0"]) == 0
+    assert "unlearned (drop)" in capsys.readouterr().out
 
 
 @settings(max_examples=60, deadline=None)

@@ -43,11 +43,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--verify retrains without the clients in every task: leave out --task")
     found = unlearning.FinishedRun(args.run)
     clients = sorted(set(args.client))
+    if args.verify:
+        unlearning.require_retrainable(found, clients)
     alphas: list[float | None] = args.alpha or [None]
     ways = [unlearning.remove(found, clients, args.task, args.how, alpha, args.renormalise) for alpha in alphas]
     out = Path(args.output or found.dir.path / "unlearned" / _folder(clients, args.task)).absolute()
-    rows = [unlearning.measure(found, "before", found.deployed, clients)]
-    rows += [unlearning.measure(found, removed.name, removed.deployed, clients) for removed in ways]
+    rows = [unlearning.measure(found, "before", found.deployed, clients, args.task)]
+    rows += [unlearning.measure(found, removed.name, removed.deployed, clients, args.task) for removed in ways]
     if args.verify:
         again = unlearning.retrained(found, clients, out / "retrained")
         rows.append(unlearning.measure(found, "retrained without", again, clients))
@@ -104,6 +106,10 @@ def _show(found: FinishedRun, clients: list[int], ways: list[Removed], rows: lis
     print_line(
         "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
     )
-    if ways[0].way == "subtract" and not found.affine:
-        print_line(FIRST_ORDER)
+    if ways[0].way == "subtract":
+        from fedsim import unlearning
+
+        print_line(f"Subtracted: {unlearning.not_exact(found) or 'as it was asked for; --how recompose would be exact'}.")
+        if not found.affine:
+            print_line(FIRST_ORDER)
     print_line(f"written to {out}")

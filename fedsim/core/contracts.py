@@ -53,8 +53,8 @@ class Aggregator(ABC):
         """Whether it merges from a sum over clients, see `AdditiveAggregator`."""
         return False
 
-    def init(self, params: Tensors) -> State:
-        """State at the start of every task (empty by default). `params` are the tensors this rule is in charge of."""
+    def init(self, params: Tensors, task: int = 0) -> State:
+        """State at the start of every task, 0-based (empty by default). `params` are the tensors this rule is in charge of."""
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
@@ -198,11 +198,10 @@ class Consolidator(ABC):
 class Calibrator(ABC):
     """Repairs the head after a round from statistics that clients sent."""
 
-    @property
-    def least(self) -> int:
-        """Samples of a class that one client must hold, so that the class can be told of at all. A stream with a class that
-        nobody holds so many of is refused before any training."""
-        return 0
+    def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
+        """Of which classes of a task, (C,), the clients can send what it needs, by the samples (K, C) that each of them holds.
+        A stream with a class of which they cannot is refused before any training."""
+        return np.ones(held_KC.shape[1], dtype=np.bool_)
 
     @property
     def rewrites_old_rows(self) -> bool:

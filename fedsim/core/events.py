@@ -117,8 +117,8 @@ class TaskDone:
 class Kept:
     """Tensors that a run keeps beside its results, where `server.unlearning` asks for it.
 
-    name: "start" and "end" (the parameters a task starts and ends with), "total" (what the consolidator was handed at its end),
-    "client-<id>" (what a client became by itself, from the task's start).
+    name: "start" and "end" (the parameters a task starts and ends with), "module" and "total" (what the consolidator was handed
+    at its end), "client-<id>" (what a client became by itself, from the task's start).
     """
 
     task: int

@@ -28,7 +28,7 @@ class Aggregator(contracts.AdditiveAggregator):
     def additive(self) -> bool:
         return all(rule.additive for _, rule in self.groups)
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError for a tensor without a rule, and for a rule without a tensor."""
         names: list[list[str]] = [[] for _ in self.groups]
         for name in params:
@@ -45,7 +45,7 @@ class Aggregator(contracts.AdditiveAggregator):
                     f"take them all; take it out or correct it. Tensors: {_shortened(list(params))}"
                 )
         rules = zip(self.groups, names, strict=True)
-        return {"names": names, "states": [rule.init({n: params[n] for n in own}) for (_, rule), own in rules]}
+        return {"names": names, "states": [rule.init({n: params[n] for n in own}, task) for (_, rule), own in rules]}
 
     def plan(self, state: State, round: int) -> RoundPlan:
         """The union of the rules' plans, with every name written out."""

@@ -63,7 +63,7 @@ class Aggregator(contracts.Aggregator):
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         if WEIGHT not in params:
             raise ConfigError(
                 f"collect keeps a head per client, and '{WEIGHT}' is not among its tensors: let it have all of them"

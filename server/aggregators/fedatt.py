@@ -6,7 +6,6 @@ Shapes: K clients with samples.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ class Aggregator(contracts.Aggregator):
     step: ε, 1.2 in the authors' code (past the clients' mean). norm: of a matrix, spectral (the code's; its largest singular
     value) | frobenius (of its numbers); vectors have their Euclidean norm either way, tensors of more dimensions the Frobenius
     norm. noise: standard deviation of what is added to every trained number, 0 for none (the code has 1e-3; it is no guarantee of
-    privacy). seed: of the noise, which is addressed by it, the parameters that the task began with, the round and the tensor.
+    privacy). seed: of the noise, which is addressed by it, the task, the round and the tensor.
 
-    State: `round`, merges so far, and `start`, a digest of the task's first parameters (empty without noise).
+    State: `task`, and `round`, its merges so far.
     Raises AggregationError when nobody sent an update or nobody holds samples.
     """
 
@@ -62,8 +61,8 @@ class Aggregator(contracts.Aggregator):
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
 
-    def init(self, params: Tensors) -> State:
-        return {"round": 0, "start": _digest(params) if self.noise else ""}
+    def init(self, params: Tensors, task: int = 0) -> State:
+        return {"task": task, "round": 0}
 
     def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
@@ -75,7 +74,7 @@ class Aggregator(contracts.Aggregator):
             alpha_K = torch.softmax(torch.stack([self._distance(way) for way in ways]), dim=0)  # subtracts the largest itself
             new = old - self.step * sum_in_order([a * way for a, way in zip(alpha_K, ways, strict=True)])
             if self.noise:
-                generator = torch_stream(self.seed, "fedatt", state["start"], state["round"], name)
+                generator = torch_stream(self.seed, "fedatt", state["task"], state["round"], name)
                 new = new + self.noise * torch.randn(new.shape, dtype=torch.float64, generator=generator)
             out[name] = new.to(params[name].dtype)
         return {**state, "round": state["round"] + 1}, out
@@ -84,12 +83,3 @@ class Aggregator(contracts.Aggregator):
         matrix = way.dim() == 2 and self.norm == "spectral"
         distance: Tensor = torch.linalg.matrix_norm(way, ord=2) if matrix else torch.linalg.vector_norm(way)
         return distance
-
-
-def _digest(params: Tensors) -> str:
-    """The same for the same tensors, bit for bit: tells the tasks apart."""
-    digest = hashlib.sha256()
-    for name, tensor in params.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -81,7 +81,7 @@ class Aggregator(contracts.Aggregator):
         if not self.total_weights_sum > 0:
             raise ConfigError(f"total_weights_sum must be above 0, got {self.total_weights_sum}")
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         layers = lora_layers(params)
         if not layers and WEIGHT not in params:
             raise ConfigError(

@@ -73,7 +73,7 @@ class Aggregator(contracts.AdditiveAggregator):
         if self.gram == "full" and (self.ridge or self.form == "diagonal"):
             raise ConfigError("gram must be 'projected' with a ridge or with form: diagonal, got 'full'")
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError when an adapter's tensor is no LoRA factor."""
         pairs = {p + factor for p in lora_layers(params) for factor in (LORA_A, LORA_B)}
         other = [n for n in params if n.startswith("adapter.") and n not in pairs]

@@ -66,7 +66,7 @@ class Aggregator(contracts.Aggregator):
         if self.gamma not in (0, 1):
             raise ConfigError(f"gamma must be 0 (samples do not count) or 1 (they do), got {self.gamma}")
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         if WEIGHT not in params:
             raise ConfigError(
                 f"prototype_margin looks at the inputs of '{WEIGHT}', which is not among its tensors: match \"*\" with it"

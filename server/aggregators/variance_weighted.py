@@ -32,7 +32,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     exempt: ClassVar[Mapping[str, str]] = {"weights": "rows are weighted by the spread of their class, not by numbers of samples"}
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         if WEIGHT not in params:
             raise ConfigError(
                 f"variance_weighted weighs the rows of '{WEIGHT}', which is not among its tensors: match \"head.*\" with it"

@@ -17,10 +17,13 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import IntArray
 from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import from_upper_triangle, upper_triangle
@@ -56,10 +59,10 @@ class GaussianCalibrator(contracts.Calibrator):
     momentum: float = 0.9
     schedule: str = "cosine"
 
-    @property
-    def least(self) -> int:
+    def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
         """One sample has no spread of its own, but counts where Gaussians are pooled."""
-        return 1 if self.pools else 2
+        enough: NDArray[np.bool_] = (held_KC.sum(axis=0) if self.pools else held_KC.max(axis=0)) >= 2
+        return enough
 
     def __post_init__(self) -> None:
         require_choice("covariance", self.covariance, tuple(SENT))

@@ -230,7 +230,10 @@ def test_when_ccvr_works() -> None:
     assert always.plan({}, 0, last=False).statistics[0].options == {"form": "covariance"}  # type: ignore[union-attr]
     assert Hgp().plan({}, 0, last=False) is not None
     assert Hgp().rewrites_old_rows
-    assert (Hgp().least, Ccvr().least, Ccvr(gaussian="mixture").least) == (2, 1, 2)
+    held_KC = np.array([[1, 2, 1, 0], [1, 0, 0, 0]])
+    for rule in (Hgp(), Ccvr(gaussian="mixture")):
+        assert rule.can_be_told(held_KC).tolist() == [False, True, False, False]
+    assert Ccvr().can_be_told(held_KC).tolist() == [True, True, False, False]
 
 
 @settings(deadline=None, max_examples=40)

@@ -185,14 +185,16 @@ def test_noise_has_its_size_and_is_independent() -> None:
 
 
 def test_noise_has_an_address() -> None:
-    """The same merge gives the same bits; other rounds, seeds and beginnings of a task give other noise; zero adds nothing."""
+    """The same merge gives the same bits; other rounds, seeds and tasks give other noise; zero adds nothing. It does not hang on
+    the numbers themselves: a task that begins elsewhere by rounding has the same noise."""
     rule, updates = FedAtt(noise=1e-3), clients()
     state = rule.init(params())
     again = rule.init(params())
     assert same_bits(rule.combine(state, params(), updates)[1], rule.combine(again, params(), updates)[1])
     quiet = merge(FedAtt(), updates)
     assert rule.combine(state, params(), updates)[0]["round"] == 1
-    elsewhere = rule.init({n: t + 1 for n, t in params().items()})
+    assert rule.init({n: t + 1e-9 for n, t in params().items()}) == state
+    elsewhere = rule.init(params(), task=1)
     noises = [
         rule.combine(s, params(), updates)[1]["head.weight"] - quiet["head.weight"]
         for s in (state, {**state, "round": 1}, elsewhere)

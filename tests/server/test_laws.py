@@ -33,7 +33,7 @@ class Rule(contracts.Aggregator):
     asks: RoundPlan = field(default_factory=RoundPlan)
     begin: Any = None
 
-    def init(self, params: Tensors) -> State:
+    def init(self, params: Tensors, task: int = 0) -> State:
         return {} if self.begin is None else self.begin(params)
 
     def plan(self, state: State, round: int) -> RoundPlan:
