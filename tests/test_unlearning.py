@@ -359,7 +359,9 @@ def test_a_model_that_is_composed_drops_sources(tmp_path: Path, capsys: pytest.C
         with pytest.raises(ConfigError, match=told):
             remove(found, [1], **options)  # type: ignore[arg-type]
     assert main(["unlearn", str(found.dir.path), "--client", "1", "--task", "0"]) == 0
-    assert "unlearned (drop)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "unlearned (drop)" in printed
+    assert "without client 1 of task 0" in " ".join(printed.split())
 
 
 @settings(max_examples=60, deadline=None)

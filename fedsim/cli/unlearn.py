@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         again = unlearning.retrained(found, clients, out / "retrained")
         rows.append(unlearning.measure(found, "retrained without", again, clients))
     _write(out, found, clients, args.task, ways, rows)
-    _show(found, clients, ways, rows, out)
+    _show(found, clients, args.task, ways, rows, out)
     return 0
 
 
@@ -89,9 +89,13 @@ def _write(
     write_atomic(out / "unlearned.json", json.dumps(told, indent=2).encode())
 
 
-def _show(found: FinishedRun, clients: list[int], ways: list[Removed], rows: list[Measured], out: Path) -> None:
+def _show(
+    found: FinishedRun, clients: list[int], tasks: list[int] | None, ways: list[Removed], rows: list[Measured], out: Path
+) -> None:
+    """The table, and what its columns and the way of removal mean."""
     screen = console()
-    table = new_table(f"{found.dir.path.name} without client {', '.join(map(str, clients))}")
+    of_tasks = f" of task {', '.join(map(str, sorted(set(tasks))))}" if tasks else ""
+    table = new_table(f"{found.dir.path.name} without client {', '.join(map(str, clients))}{of_tasks}")
     table.add_column("model")
     for column in ("forgotten", "retained", "test", "membership AUC"):
         table.add_column(column, justify="right")
@@ -101,7 +105,7 @@ def _show(found: FinishedRun, clients: list[int], ways: list[Removed], rows: lis
     screen.print(table)
     print_line = line_printer(screen)
     print_line(
-        "forgotten, retained: percent right on the training samples of who was removed, and of all others; test: final average"
+        "forgotten, retained: percent right on the training samples that were removed, and on all others; test: final average"
     )
     print_line(
         "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
