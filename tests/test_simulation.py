@@ -38,6 +38,20 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter": {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.2},
         "transform": {"augment": "affine"},
     },
+    "every hook": {  # passes before and after a task, past modules in training, statistics of it, frozen heads, repair, vectors
+        "server": {
+            "aggregator": {"name": "livar", "cumulative": True, "evaluated": "products"},
+            "consolidator": {"name": "dolfin", "tasks": 2},
+            "calibrator": {"name": "ccvr", "when": "round", "covariance": "full"},
+            "participation": 0.67,
+            "unlearning": True,
+        },
+        "client": {"weight_decay": 0.1, "objectives": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
+    },
+    "composed": {
+        "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
+        "adapter": {"name": "apt", "memory": 1},
+    },
 }
 
 
@@ -168,10 +182,13 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
     assert same_bits(*states)
 
 
+@pytest.mark.parametrize("method", ["lorm", "every hook"])
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_ends_with_the_same_bits(
+    method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after any of its steps (a round or a task's end) and resumed = never stopped."""
-    config = tiny(output=tmp_path)
+    config = tiny(output=tmp_path, **METHODS[method])
     whole = run(config)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
