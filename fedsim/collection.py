@@ -369,11 +369,11 @@ def _file_name(plugin: Any) -> Any:
 
 
 def _in_order(values: Sequence[Label]) -> tuple[Label, ...]:
-    """Levels once each: numbers by size, else as they come; None last."""
-    levels = list(dict.fromkeys(v for v in values if v is not None))
-    if all(isinstance(v, int | float) for v in levels):
-        levels.sort(key=float)
-    return (*levels, *([None] if None in values else []))
+    """Levels once each: numbers by size, else by their text (runs come in the order of a hash); None last."""
+    levels = set(values) - {None}
+    numbers = all(isinstance(v, int | float) for v in levels)
+    in_order = sorted(levels, key=lambda v: float(v or 0) if numbers else str(v))
+    return (*in_order, *([None] if None in values else []))
 
 
 def _flat(value: Mapping[str, Any], path: str) -> list[tuple[str, Label]]:

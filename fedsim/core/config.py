@@ -142,7 +142,7 @@ class ServerConfig:
     drift: measure how far clients drift apart; some of their updates then travel beside the sums (at most 64 MB a round).
     without: ids of clients that never take part, e.g. what unlearning is compared with.
     unlearning: keep, for every client and task, what the client becomes by itself, so that `fedsim unlearn` can remove it later.
-        Every client then trains once more per task, for as many epochs as the task's rounds have together.
+        Every client then trains once more per task, for as many epochs as the task's rounds have together; a file each.
     """
 
     rounds: int = 3
