@@ -148,7 +148,7 @@ def test_a_rule_that_trains_a_part_is_not_recomposed(tmp_path: Path) -> None:
 def test_what_a_rule_deploys_in_place_of_its_parameters_loses_the_client_too(consolidator: str, tmp_path: Path) -> None:
     """LIVAR may evaluate Σ p_i B_i A_i: the vectors of every task are subtracted from it all the same."""
     alpha, layer = 0.5, "adapter.layers.0.mlp.fc1"
-    options = (f"server.consolidator={consolidator}", "server.rounds=1")
+    options = (f"server.consolidator={consolidator}", "server.rounds=1", "client.epochs=3")
     found = finished(tmp_path, KEEP, "server.aggregator={name: livar, evaluated: products}", *options)
     for tasks in ([0], [1], [0, 1]):
         removed = effect(remove(found, [1], tasks=tasks, alpha=alpha).deployed)
@@ -156,6 +156,7 @@ def test_what_a_rule_deploys_in_place_of_its_parameters_loses_the_client_too(con
         for task in tasks:
             start, own = found.vectors(task, "start"), found.vectors(task, "client-1")
             change = effect({**start, **own})[layer] - effect(start)[layer]
+            assert float(change.abs().max()) > 1e-4
             want = want - alpha * change * (1.0 if consolidator == "none" else 0.5)
         torch.testing.assert_close(removed[layer], want, atol=1e-6, rtol=1e-5)
 

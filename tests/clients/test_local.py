@@ -17,6 +17,7 @@ from fedsim.core import hardware
 from fedsim.core.config import ClientConfig, SimConfig
 from fedsim.core.contracts import ArraySplit
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.tensors import stack_modules
 from fedsim.models import kernels
 from fedsim.models import lower as lowers
 from fedsim.models import model as models
@@ -231,3 +232,23 @@ def test_an_encoder_whose_blocks_hand_on_something_else_is_left_alone() -> None:
     assert lowers.untouched(nn.Linear(2, 2), []) == 0
     assert lowers.untouched(encoder, ["layers.1.lora_A"]) == 1
     assert lowers.untouched(encoder, ["layers.1.lora_A", "elsewhere"]) == 0
+
+
+def test_statistics_of_a_client_that_trains_beside_past_modules_see_them_too() -> None:
+    """Whether a request asks for the blend or not: the client has no other model. Oracle: all modules stacked, as its own."""
+    here = client(EVERYWHERE)
+    generator = torch.Generator().manual_seed(0)
+    adapter = {n: t for n, t in here.params.items() if n.startswith("adapter.")}
+    past = {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in adapter.items()}
+    own = {**here.params, **{n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in adapter.items()}}
+    request = (StatisticRequest("class_moments", ("head.weight",)),)
+
+    def moments(plan: RoundPlan, params: Tensors) -> Tensors:
+        return local.collect(here.model, here.samples, here.shard, params, plan, 256)
+
+    got = moments(RoundPlan(statistics=request, background=past, beside=True), own)
+    both = {**own, **stack_modules([past, {n: own[n] for n in adapter}], [1.0, 1.0])}
+    want, alone = moments(RoundPlan(statistics=request), both), moments(RoundPlan(statistics=request), own)
+    mean = "class_moments.mean/head.weight"
+    torch.testing.assert_close(got[mean], want[mean])
+    assert not torch.allclose(got[mean], alone[mean], atol=1e-3)
