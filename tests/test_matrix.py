@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,4 +59,9 @@ def test_most_parts_are_free_to_meet() -> None:
 
 
 def test_the_page_is_what_the_plugins_say() -> None:
-    assert PAGE.read_text(encoding="utf-8") == matrix.page(), "run `make docs`"
+    page = matrix.page()
+    assert PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
+    counts = re.search(r"Of (\d+) mixes .* (\d+) run;", page)
+    assert counts is not None
+    readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"({counts[2]} of {counts[1]} mixes;" in readme
