@@ -82,7 +82,11 @@ def train(
     if any(job.params is not first.params or job.plan is not first.plan for job in jobs):
         raise ValueError("clients that train together start from the same tensors and have the same plan")
     longer = local.repeated(config, first.plan)
-    apart = local.followed(first.plan) or obstacle(model) is not None or not matching(first.params, first.plan.train)
+    apart = (
+        any(map(local.follows, first.plan.statistics))
+        or obstacle(model) is not None
+        or not matching(first.params, first.plan.train)
+    )
     working = [] if apart else [k for k in range(len(jobs)) if len(shards[k])]
     steps = [num_steps(shards[k], longer.client) for k in working]
     queue = [[working[k] for k in part] for part in bundles(steps, _fitting.get(model, len(jobs)))]
@@ -184,9 +188,8 @@ class Bundle:
         inputs, labels = self.samples.batch(slots_ab)
         features = self.model.stacked_features(inputs, slots, augment)
         logits_abC = self.model.stacked_logits(features.view(len(positions), slots.width, -1), self.params | leaves)
-        losses_a = self._cross_entropies(logits_abC, labels, slots)
         if not self.objectives:
-            return losses_a
+            return self._cross_entropies(logits_abC, labels, slots)
         start = {n: self.params[n] for n in self.trained}
         parts = {n: t.unbind() for n, t in leaves.items()}
         labels_ab = labels.view(len(positions), -1)
@@ -195,7 +198,9 @@ class Bundle:
             own = {n: parts[n][k] for n in self.trained}
             step = TrainStep(own, start, logits_abC[k, :rows], labels_ab[k, :rows], self.classes)
             extra.append(torch.stack([objective.term(step) for objective in self.objectives]).sum())
-        return torch.stack(extra) if local.replaced(self.objectives) else losses_a + torch.stack(extra)
+        if local.replaced(self.objectives):
+            return torch.stack(extra)
+        return self._cross_entropies(logits_abC, labels, slots) + torch.stack(extra)
 
     def _cross_entropies(self, logits_abC: Tensor, labels: Tensor, slots: Slots) -> Tensor:
         """Each client's mean over its own samples, (a,)."""

@@ -19,7 +19,7 @@ from clients import kept, optim
 from clients.kept import Lower
 from clients.samples import Samples
 from fedsim.core import config as configs
-from fedsim.core import contracts, rng
+from fedsim.core import contracts, plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Follower, IntArray, TrainingStatistic, TrainStep
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
@@ -119,7 +119,7 @@ def fit(
                 if objectives:
                     step = TrainStep({n: local[n] for n in trained}, start, logits, labels, classes)
                     terms += [objective.term(step) for objective in objectives]
-                loss = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
+                loss = sum(terms[1:], terms[0])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 for follower in followers:
@@ -161,7 +161,7 @@ def collect(
     modules and the client's own, for the requests that want each. A client that trained beside those modules has no other model.
     """
     out: dict[str, Tensor] = {}
-    passes = [r for r in plan.statistics if not isinstance(statistic_of(r), TrainingStatistic)]
+    passes = [r for r in plan.statistics if not follows(r)]
     for blended in (False, True):
         requests = [r for r in passes if (r.blended or plan.beside) == blended]
         if not requests:
@@ -212,13 +212,13 @@ def statistic_of(request: StatisticRequest) -> contracts.Statistic:
 
 def following(plan: RoundPlan, local: Tensors) -> list[tuple[str, Follower]]:
     """What follows the training, of the statistics that a plan asks for, with their names."""
-    asked = [(r, statistic_of(r)) for r in plan.statistics]
-    return [(r.name, s.follow(local, matching(local, r.match))) for r, s in asked if isinstance(s, TrainingStatistic)]
+    built = [(r, statistic_of(r)) for r in plan.statistics if follows(r)]
+    return [(r.name, s.follow(local, matching(local, r.match))) for r, s in built if isinstance(s, TrainingStatistic)]
 
 
-def followed(plan: RoundPlan) -> bool:
-    """Whether a plan asks for statistics of the training itself."""
-    return any(isinstance(statistic_of(r), TrainingStatistic) for r in plan.statistics)
+def follows(request: StatisticRequest) -> bool:
+    """Whether it asks for a statistic of the training itself."""
+    return issubclass(plugins.load("statistics", request.name), TrainingStatistic)
 
 
 def replaced(objectives: Sequence[contracts.Objective]) -> bool:

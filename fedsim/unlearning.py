@@ -3,7 +3,7 @@
 Three ways, of which the first that is possible is taken unless one is asked for:
     drop       the model is composed of what clients learned by themselves, and theirs are left out: exact;
     recompose  in a run of one round per task, in which no task starts from what the client left in the one before: the run's own
-               rule merges the task vectors of those who remain: exact, up to rounding (see `not_exact`);
+               rule merges the task vectors of those who remain: exact, up to rounding (see `FinishedRun.not_exact`);
     subtract   their task vectors are subtracted: task arithmetic, an approximation ("SATA", arXiv 2510.13606; the abstract is all
                that was at hand, so the choice of coefficients is ours).
 The last two need the vectors that a run with `server.unlearning: true` keeps: what each client became by itself from a task's
@@ -27,6 +27,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ class FinishedRun:
         self.parts: Prepared = simulation.prepare(self.config)
         self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
         self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
+        self._samples: dict[int, Samples] = {}
         self.tasks = range(len(self.parts.manifest.task_names))
 
     @property
@@ -114,6 +116,13 @@ class FinishedRun:
 
     def participants(self, task: int) -> list[int]:
         """Clients with samples that took part in a round of the task and did not fail in it."""
+        return self._participants[task]
+
+    @cached_property
+    def _participants(self) -> list[list[int]]:
+        return [self._took_part(task) for task in self.tasks]
+
+    def _took_part(self, task: int) -> list[int]:
         server, manifest, found = self.config.server, self.parts.manifest, set[int]()
         failed = {(f.round, f.client_id) for f in self.state.failures if f.task == task and not f.stage.startswith(ALONE)}
         for round in range(server.rounds):
@@ -121,11 +130,26 @@ class FinishedRun:
             found.update(c for c in drawn if (round, c) not in failed)
         return [c for c in sorted(found) if manifest.sizes[task][c]]
 
+    @cached_property
+    def not_exact(self) -> str | None:
+        """Why merging the task vectors of those who remain is not what a run without the others would have given; None if it is.
+
+        It is where the vectors are the very updates that the rule merged, nothing else went into the model, and what clients of a
+        task start from, as far as they look at it, does not depend on who took part before.
+        """
+        return _not_exact(self)
+
     def shares(self, task: int) -> dict[int, float]:
         """p_k = n_k / Σ n over the clients that took part in the task."""
         sizes = self.parts.manifest.sizes[task]
         part = self.participants(task)
         return {c: float(sizes[c] / sizes[part].sum()) for c in part}
+
+    def samples(self, split: ArraySplit) -> Samples:
+        """A split on the model's device, put there once."""
+        if id(split) not in self._samples:
+            self._samples[id(split)] = Samples(split, self.parts.model.device)
+        return self._samples[id(split)]
 
     def vectors(self, task: int, name: str) -> dict[str, Tensor]:
         """Tensors that the run kept. Raises RunDirError if it kept none, or the file is damaged."""
@@ -170,7 +194,8 @@ def remove(
     with torch_threads(run.config.runtime.threads):
         if way == "drop":
             state = run.consolidator.without(run.state.consolidator, clients, chosen)
-            assert state is not None
+            if state is None:
+                raise ConfigError(f"consolidator {run.config.server.consolidator['name']} cannot tell its clients apart")
             return Removed(run.consolidator.deployed(state, run.state.params, finished=True), way)
         deployed = _replayed(run, set(clients), set(chosen), way, alpha, renormalise)
         require_finite(deployed, "without the clients,")
@@ -284,18 +309,13 @@ def _way(run: FinishedRun, asked: str | None, given: str | None) -> str:
         if asked == "recompose":
             raise ConfigError(f"{given} is for --how subtract: recomposing has no coefficients")
         return "subtract"
-    why = None if asked == "subtract" else not_exact(run)
+    why = None if asked == "subtract" else run.not_exact
     if asked == "recompose" and why:
         raise ConfigError(f"--how recompose is not possible for {run.dir.path}: {why}")
     return asked or ("subtract" if why else "recompose")
 
 
-def not_exact(run: FinishedRun) -> str | None:
-    """Why merging the task vectors of those who remain is not what a run without the others would have given; None if it is.
-
-    It is where the vectors are the very updates that the rule merged, nothing else went into the model, and what clients of a
-    task start from, as far as they look at it, does not depend on who took part before.
-    """
+def _not_exact(run: FinishedRun) -> str | None:
     server, rule, consolidator = run.config.server, run.parts.rule, run.consolidator
     if server.rounds != 1:
         return "it takes one round per task: in a second one clients start from what the others did in the first"
@@ -411,7 +431,7 @@ def _judged(
     """Of samples: whether the argmax over all classes is right, and the cross-entropy over all classes; (N,) each."""
     model, runtime = run.parts.model, run.config.runtime
     classes = sorted({c for task in run.parts.manifest.task_classes for c in task})
-    samples, rights, losses = Samples(split, model.device), [np.zeros(0, bool)], [np.zeros(0)]
+    samples, rights, losses = run.samples(split), [np.zeros(0, bool)], [np.zeros(0)]
     params = {n: t.to(model.device) for n, t in deployed.items()}
     with torch_threads(runtime.threads), model.merged(params):
         for batch in batches(positions, runtime.eval_batch):
@@ -419,6 +439,6 @@ def _judged(
             logits = model.logits(model.features(inputs, lean=True), params)
             rights.append((predict(logits, classes) == labels).cpu().numpy())
             log_p = torch.log_softmax(logits[:, classes].double(), dim=1)
-            place = torch.as_tensor([classes.index(int(c)) for c in labels])
+            place = torch.searchsorted(torch.as_tensor(classes), labels.cpu().long())
             losses.append(-log_p.cpu()[torch.arange(len(batch)), place].numpy())
     return np.concatenate(rights), np.concatenate(losses)

@@ -21,7 +21,7 @@ from fedsim.core.config import SimConfig
 from fedsim.results import Results
 from fedsim.simulation import run
 from server import checkpoint
-from tests.tiny import final_state, tiny
+from tests.tiny import final_state, stopping, tiny
 
 METHODS: dict[str, dict[str, Any]] = {
     "lorm": {},
@@ -127,16 +127,8 @@ def test_tables_are_the_same_after_a_resume(
 ) -> None:
     """Stopped after the first round, the last round of a task, a task's end."""
     config, path = whole
-    real, calls = checkpoint.save, []
-
-    def save(*args: Any) -> None:
-        real(*args)
-        calls.append(1)
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save)
+        patched.setattr(checkpoint, "save", stopping(stop_after))
         with pytest.raises(KeyboardInterrupt):
             run(config, output=tmp_path / "stopped")
     resumed = run(resume=tmp_path / "stopped")

@@ -20,7 +20,7 @@ from fedsim.results import Results
 from fedsim.simulation import prepare_data, run
 from server import checkpoint, gather, loop
 from tests.readme import median_rule
-from tests.tiny import final_state, learned, same_bits, tiny
+from tests.tiny import final_state, learned, same_bits, stopping, tiny
 
 POOLS = {
     "ray, 1 worker": ["runtime.pool=ray", "runtime.workers=1"],
@@ -192,24 +192,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     whole = run(config)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", _stopping(stop_after))
+        patched.setattr(checkpoint, "save", stopping(stop_after))
         with pytest.raises(KeyboardInterrupt):
             run(config, output=stopped)
     resumed = run(resume=stopped)
     assert same_bits(learned(final_state(whole.path, config)), learned(final_state(stopped, config)))
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
-
-
-def _stopping(after: int) -> Any:
-    real, calls = checkpoint.save, []
-
-    def save(*args: Any) -> None:
-        real(*args)
-        calls.append(1)
-        if len(calls) == after:
-            raise KeyboardInterrupt
-
-    return save
 
 
 def test_resume_refuses_another_config(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import upper_triangle
 
@@ -41,8 +41,7 @@ class Statistic(contracts.Statistic):
     form: str = "full"
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"form '{self.form}' is unknown.{did_you_mean(self.form, FORMS)} Choose from: {', '.join(FORMS)}.")
+        require_choice("form", self.form, tuple(FORMS))
 
     @contextmanager
     def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[contracts.Accumulator]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clients.statistics._inputs import Inputs, wide
 from clients.statistics._inputs import of as inputs_of
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
 
@@ -49,8 +49,7 @@ class Statistic(contracts.Statistic):
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"form '{self.form}' is unknown.{did_you_mean(self.form, FORMS)} Choose from: {', '.join(FORMS)}.")
+        require_choice("form", self.form, tuple(FORMS))
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay must be in [0, 1], got {self.decay}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clients.statistics._inputs import wide
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import require_choice
 from fedsim.core.messages import Tensors
 
 FORMS = ("movement", "gradient")
@@ -38,8 +38,7 @@ class Statistic(contracts.TrainingStatistic):
     form: str = "movement"
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"form '{self.form}' is unknown.{did_you_mean(self.form, FORMS)} Choose from: {', '.join(FORMS)}.")
+        require_choice("form", self.form, tuple(FORMS))
 
     def follow(self, params: Tensors, subjects: Sequence[str]) -> _Sums:
         return _Sums(self.form, {s: params[s] for s in subjects})

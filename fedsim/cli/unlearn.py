@@ -111,9 +111,7 @@ def _show(
         "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
     )
     if ways[0].way == "subtract":
-        from fedsim import unlearning
-
-        print_line(f"Subtracted: {unlearning.not_exact(found) or 'as it was asked for; --how recompose would be exact'}.")
+        print_line(f"Subtracted: {found.not_exact or 'as it was asked for; --how recompose would be exact'}.")
         if not found.affine:
             print_line(FIRST_ORDER)
     print_line(f"written to {out}")

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.core import contracts, hardware, plugins
-from fedsim.core.errors import ConfigError, PluginError, did_you_mean
+from fedsim.core.errors import ConfigError, PluginError, did_you_mean, require_choice
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
@@ -53,12 +53,12 @@ class StreamConfig:
     online: bool = False
 
     def __post_init__(self) -> None:
-        _choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
+        require_choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
         _require(self.tasks is None or self.tasks >= 1, "tasks", "must be at least 1", self.tasks)
         per_task = self.classes_per_task
         _require(per_task is None or per_task >= 1, "classes_per_task", "must be at least 1", per_task)
         if isinstance(self.order, str):
-            _choice("order", self.order, ("given", "shuffle"))
+            require_choice("order", self.order, ("given", "shuffle"))
         elif not isinstance(self.order, list):
             raise ConfigError(f"order must be 'given', 'shuffle' or a list of classes, got {self.order!r}")
 
@@ -77,8 +77,8 @@ class TransformConfig:
     std: list[float] | None = None
 
     def __post_init__(self) -> None:
-        _choice("augment", self.augment, ("none", "flip", "crop", "crop_flip", "affine"))
-        _choice("interpolation", self.interpolation, ("bicubic", "bilinear", "nearest"))
+        require_choice("augment", self.augment, ("none", "flip", "crop", "crop_flip", "affine"))
+        require_choice("interpolation", self.interpolation, ("bicubic", "bilinear", "nearest"))
         _require(self.std is None or all(s > 0 for s in self.std), "std", "must be positive", self.std)
 
 
@@ -96,7 +96,7 @@ class ModelConfig:
     config: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _choice("pooling", self.pooling, ("auto", "cls", "mean"))
+        require_choice("pooling", self.pooling, ("auto", "cls", "mean"))
         if self.backbone == "random" and "model_type" not in (self.config or {}):
             raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
         if self.backbone != "random" and self.config:
@@ -159,8 +159,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
         _require(0 < self.participation <= 1, "participation", "must be in (0, 1]", self.participation)
-        _choice("on_client_failure", self.on_client_failure, ("fail", "skip"))
-        _choice("evaluate", self.evaluate, ("round", "task"))
+        require_choice("on_client_failure", self.on_client_failure, ("fail", "skip"))
+        require_choice("evaluate", self.evaluate, ("round", "task"))
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class RuntimeConfig:
         _require(self.eval_batch >= 1, "eval_batch", "must be at least 1", self.eval_batch)
         _require(self.gpus_per_worker >= 0, "gpus_per_worker", "must not be negative", self.gpus_per_worker)
         _require(self.max_restarts >= 0, "max_restarts", "must not be negative", self.max_restarts)
-        _choice("kernels", self.kernels, ("auto", "torch", "onednn"))
-        _choice("precision", self.precision, ("fp32", "bf16"))
+        require_choice("kernels", self.kernels, ("auto", "torch", "onednn"))
+        require_choice("precision", self.precision, ("fp32", "bf16"))
         _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
         if self.fused is True and self.pool == "flower":
             raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
@@ -604,8 +604,3 @@ def _one_line(error: OmegaConfBaseException, dot: str) -> str:
 def _require(ok: bool, key: str, what: str, got: object) -> None:
     if not ok:
         raise ConfigError(f"{key} {what}, got {got!r}")
-
-
-def _choice(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")

@@ -18,7 +18,7 @@ A message is one line that names what failed and says what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -96,6 +96,12 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line; with its type unless it is one of ours."""
     text = " ".join(str(error).split())
     return text if isinstance(error, FedsimError) else f"{type(error).__name__}: {text}"
+
+
+def require_choice(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is none of the known ones."""
+    if value not in known:
+        raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

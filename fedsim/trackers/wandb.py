@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fedsim.core import contracts, plugins
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import require_choice
 
 if TYPE_CHECKING:
     import wandb
@@ -35,8 +35,7 @@ class Tracker(contracts.Tracker):
     dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"mode '{self.mode}' is unknown.{did_you_mean(self.mode, MODES)} Choose from: {', '.join(MODES)}.")
+        require_choice("mode", self.mode, MODES)
 
     def check(self) -> None:
         _no_error_reports()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 
 WEIGHT = "head.weight"
@@ -55,11 +55,7 @@ class Aggregator(contracts.Aggregator):
     temperature: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise ConfigError(
-                f"weighting '{self.weighting}' is unknown.{did_you_mean(self.weighting, WEIGHTINGS)} "
-                f"Choose from: {', '.join(WEIGHTINGS)}."
-            )
+        require_choice("weighting", self.weighting, WEIGHTINGS)
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import sum_in_order
@@ -52,8 +52,7 @@ class Aggregator(contracts.Aggregator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ConfigError(f"norm '{self.norm}' is unknown.{did_you_mean(self.norm, NORMS)} Choose from: {', '.join(NORMS)}.")
+        require_choice("norm", self.norm, NORMS)
         if not 0 < self.step < math.inf:
             raise ConfigError(f"step must be above 0 and finite, got {self.step}")
         if not 0 <= self.noise < math.inf:

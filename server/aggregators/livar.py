@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, stack_modules, sum_in_order, weighted
-from server.aggregators.variance_weighted import WEIGHT, finish_rows, lift_rows, spread_request
+from server.aggregators import variance_weighted
+from server.aggregators.variance_weighted import WEIGHT
 
+HEAD = variance_weighted.Aggregator()  # what merges the head's rows, and what is no LoRA pair beside them
 A_QUANTILES, B_QUANTILES = (0.25, 0.50), (0.60, 0.80)
 SCORES = (  # of a client on a layer; columns: s^A low, middle, high; rows: s^B low, middle, high
     (0.03813978, 0.03813978, 0.03813978),
@@ -72,12 +73,8 @@ class Aggregator(contracts.Aggregator):
     total_weights_sum: float = 1.0
 
     def __post_init__(self) -> None:
-        for key, value, known in (
-            ("signal", self.signal, ("movement", "gradient")),
-            ("evaluated", self.evaluated, ("merged", "products")),
-        ):
-            if value not in known:
-                raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")
+        require_choice("signal", self.signal, ("movement", "gradient"))
+        require_choice("evaluated", self.evaluated, ("merged", "products"))
         if not self.total_weights_sum > 0:
             raise ConfigError(f"total_weights_sum must be above 0, got {self.total_weights_sum}")
 
@@ -93,7 +90,7 @@ class Aggregator(contracts.Aggregator):
 
     def plan(self, state: State, round: int) -> RoundPlan:
         signals = StatisticRequest("path_integral", ("*" + LORA_A, "*" + LORA_B), {"form": self.signal})
-        asked = ((signals,) if state["layers"] else ()) + ((spread_request(),) if state["head"] else ())
+        asked = ((signals,) if state["layers"] else ()) + (HEAD.plan({}, round).statistics if state["head"] else ())
         return RoundPlan(statistics=asked)
 
     def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
@@ -131,10 +128,7 @@ class Aggregator(contracts.Aggregator):
         if not state["head"]:
             sent = [n for n in params if n in updates[0].params]
             return {n: _mean([u.params[n] for u in updates], shares_K) for n in sent}
-        total = BlockSum()
-        for place, update in enumerate(updates):
-            total.add(place, 1, lift_rows(update))
-        return finish_rows(params, total.result() or {})
+        return dict(HEAD.combine({}, params, updates)[1])
 
     def _signals(self, update: ClientUpdate, layers: Sequence[str]) -> Tensor:
         """s^A and s^B of every layer, (2, L)."""

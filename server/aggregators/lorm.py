@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers
 from server.aggregators.regmean import (
@@ -63,9 +63,9 @@ class Aggregator(contracts.AdditiveAggregator):
     )
 
     def __post_init__(self) -> None:
-        _choice("train", self.train, ("alternate", "A", "B"))
-        _choice("start", self.start, ("A", "B"))
-        _choice("gram", self.gram, ("projected", "full"))
+        require_choice("train", self.train, ("alternate", "A", "B"))
+        require_choice("start", self.start, ("A", "B"))
+        require_choice("gram", self.gram, ("projected", "full"))
         resolve_form(self.form, self.decay)
         require_in_unit("decay", self.decay)
         require_in_unit("head_decay", self.head_decay)
@@ -134,8 +134,3 @@ def _wide_grams(update: ClientUpdate, name: str) -> tuple[Tensor, Tensor]:
                 f"client {update.client_id} sent '{name}' without '{key}': the plan of this rule must reach the clients"
             )
     return update.statistics[keys[0]].double(), update.statistics[keys[1]].double()
-
-
-def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import sum_in_order, weighted
 
@@ -58,9 +58,7 @@ class Aggregator(contracts.Aggregator):
 
     def __post_init__(self) -> None:
         for key, known in CHOICES.items():
-            value = getattr(self, key)
-            if value not in known:
-                raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")
+            require_choice(key, getattr(self, key), known)
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}")
         if self.gamma not in (0, 1):

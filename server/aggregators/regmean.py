@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
 from server.linalg import ridged, solve_energies, solve_gram
@@ -118,9 +118,7 @@ def received_gram(update: ClientUpdate, name: str) -> Tensor | None:
 
 def resolve_form(form: str, decay: float) -> str:
     """diagonal or full; `auto` is diagonal when nothing but the diagonal is left."""
-    known = ("auto", "diagonal", "full")
-    if form not in known:
-        raise ConfigError(f"form '{form}' is unknown.{did_you_mean(form, known)} Choose from: {', '.join(known)}.")
+    require_choice("form", form, ("auto", "diagonal", "full"))
     if form == "diagonal" and decay != 0:
         raise ConfigError(f"decay must be 0 with form: diagonal (it keeps no off-diagonals), got {decay}")
     return form if form != "auto" else "diagonal" if decay == 0 else "full"

@@ -40,51 +40,33 @@ class Aggregator(contracts.AdditiveAggregator):
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=(spread_request(),))
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"}),))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
-        return lift_rows(update)
+        n = torch.tensor(float(update.num_samples), dtype=torch.float64)
+        spread_C = contracts.sent(update, SPREAD).double()
+        out = {name: weighted(t, n) for name, t in update.params.items()} | {
+            "num_samples": n,
+            SPREAD: spread_C,
+        }
+        if WEIGHT in update.params:
+            out[WEIGHT] = spread_C[:, None] * update.params[WEIGHT].double()
+        if BIAS in update.params:
+            out[BIAS] = spread_C * update.params[BIAS].double()
+        return out
 
     def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
-        return state, finish_rows(params, total)
-
-
-def spread_request() -> StatisticRequest:
-    """A request for the spreads v_ic."""
-    return StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"})
-
-
-def lift_rows(update: ClientUpdate) -> dict[str, Tensor]:
-    """One client's share, closed under +, in float64: v_ic times the head's rows, n_i times every other tensor, v_ic and n_i.
-
-    Raises AggregationError when the client sent no spreads.
-    """
-    n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-    spread_C = contracts.sent(update, SPREAD).double()
-    out = {name: weighted(t, n) for name, t in update.params.items()} | {
-        "num_samples": n,
-        SPREAD: spread_C,
-    }
-    if WEIGHT in update.params:
-        out[WEIGHT] = spread_C[:, None] * update.params[WEIGHT].double()
-    if BIAS in update.params:
-        out[BIAS] = spread_C * update.params[BIAS].double()
-    return out
-
-
-def finish_rows(params: Tensors, total: Tensors) -> dict[str, Tensor]:
-    """All parameters from the sum of `lift_rows`; those that are not in it stay as they are."""
-    spread_C = total[SPREAD]
-    seen = spread_C > 0
-    safe = torch.where(seen, spread_C, 1.0)
-    out: dict[str, Tensor] = {}
-    for name, old in params.items():
-        if name not in total:
-            out[name] = old
-        elif name == WEIGHT:
-            out[name] = torch.where(seen[:, None], total[name] / safe[:, None], old.double()).to(old.dtype)
-        elif name == BIAS:
-            out[name] = torch.where(seen, total[name] / safe, old.double()).to(old.dtype)
-        else:
-            out[name] = (total[name] / total["num_samples"]).to(old.dtype)
-    return out
+        spread_C = total[SPREAD]
+        seen = spread_C > 0
+        safe = torch.where(seen, spread_C, 1.0)
+        out: dict[str, Tensor] = {}
+        for name, old in params.items():
+            if name not in total:
+                out[name] = old
+            elif name == WEIGHT:
+                out[name] = torch.where(seen[:, None], total[name] / safe[:, None], old.double()).to(old.dtype)
+            elif name == BIAS:
+                out[name] = torch.where(seen, total[name] / safe, old.double()).to(old.dtype)
+            else:
+                out[name] = (total[name] / total["num_samples"]).to(old.dtype)
+        return state, out

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import from_upper_triangle, upper_triangle
 
@@ -128,12 +128,6 @@ class GaussianCalibrator(contracts.Calibrator):
                 weight_KD.sub_(velocity_KD.mul_(self.momentum).add_(gradient_KD), alpha=lr)
                 bias_K.sub_(velocity_K.mul_(self.momentum).add_(gradient_K), alpha=lr)
         return weight_KD, bias_K
-
-
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ConfigError for a value that is not among the choices."""
-    if value not in choices:
-        raise ConfigError(f"{name} '{value}' is unknown.{did_you_mean(value, choices)} Choose from: {', '.join(choices)}.")
 
 
 # ---------------------------------------------------------------- what clients told

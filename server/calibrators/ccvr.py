@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsim.core.errors import require_choice
 from fedsim.core.messages import RoundPlan, State
-from server.calibrators._gaussians import GaussianCalibrator, require_choice
+from server.calibrators._gaussians import GaussianCalibrator
 
 
 @dataclass(frozen=True)

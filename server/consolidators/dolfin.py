@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
+from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, stack_modules, with_prefix
 from server import gpm
@@ -77,10 +77,7 @@ class Consolidator(contracts.Consolidator):
             )
         if self.tasks < 1:
             raise ConfigError(f"tasks must be at least 1, got {self.tasks}")
-        choices = ("error", "shrink")
-        if self.when_full not in choices:
-            hint = did_you_mean(self.when_full, choices)
-            raise ConfigError(f"when_full '{self.when_full}' is unknown.{hint} Choose from: {', '.join(choices)}.")
+        require_choice("when_full", self.when_full, ("error", "shrink"))
 
     def init(self) -> State:
         return {"task": 0, "past": {}, "memory": {}}

@@ -35,7 +35,7 @@ from server.consolidators.dolfin import Consolidator as Dolfin
 from server.gpm import Memory
 from server.state import ServerState
 from tests.clients.test_local import CLASSES, EVERYWHERE, client
-from tests.tiny import final_state, learned, same_bits, tiny
+from tests.tiny import final_state, learned, same_bits, stopping, tiny
 
 Array = NDArray[np.float64]
 D, O, R = 9, 5, 2  # noqa: E741
@@ -561,16 +561,9 @@ def test_shared_inputs_save_bytes_and_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["within a task", "between tasks", "after an opening"])
 def test_stopped_and_gone_on_is_never_stopped(stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(*DOLFIN, output=tmp_path)
-    whole, real, calls = run(config), checkpoint.save, []
-
-    def stopping(*args: Any) -> None:
-        real(*args)
-        calls.append(1)
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-
+    whole = run(config)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", stopping)
+        patched.setattr(checkpoint, "save", stopping(stop_after))
         with pytest.raises(KeyboardInterrupt):
             run(config, output=tmp_path / "stopped")
     run(resume=tmp_path / "stopped")
