@@ -1,0 +1,65 @@
+"""The typed configuration, and the only place that sees OmegaConf.
+
+`load(path, overrides)` reads a YAML, follows `extends`, applies `key.sub=value` overrides, and checks everything that can
+be known without data: keys, types, ranges, plug-ins and their options. The result is plain frozen dataclasses; plug-in
+sections are plain mappings that hold every option, so that a resolved config says all that decides a number.
+"""
+
+from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers, read_yaml
+from fedsim.core.config.resolve import (
+    build,
+    build_aggregator,
+    compose,
+    expand,
+    from_dict,
+    is_python_object,
+    load,
+    resolve_device,
+    resolve_fused,
+    resolve_kernels,
+)
+from fedsim.core.config.schema import (
+    MOVES_BITS,
+    PLUGIN_KEYS,
+    SERVER_PLUGIN_KEYS,
+    ClientConfig,
+    ModelConfig,
+    RuntimeConfig,
+    Section,
+    ServerConfig,
+    SimConfig,
+    StreamConfig,
+    TransformConfig,
+)
+from fedsim.core.config.typed import plain, typed
+
+__all__ = [
+    "MOVES_BITS",
+    "PLUGIN_KEYS",
+    "SERVER_PLUGIN_KEYS",
+    "ClientConfig",
+    "ModelConfig",
+    "RuntimeConfig",
+    "Section",
+    "ServerConfig",
+    "SimConfig",
+    "StreamConfig",
+    "TransformConfig",
+    "build",
+    "build_aggregator",
+    "compose",
+    "expand",
+    "from_dict",
+    "is_python_object",
+    "load",
+    "merge",
+    "nested",
+    "parse_overrides",
+    "plain",
+    "read_layers",
+    "read_yaml",
+    "resolve_device",
+    "resolve_fused",
+    "resolve_kernels",
+    "typed",
+]

@@ -1,0 +1,156 @@
+"""Layers become a checked config with every default filled in, and its plug-in sections become objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.core import contracts, hardware, plugins
+from fedsim.core.config.layers import merge, parse_overrides, read_layers
+from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
+from fedsim.core.config.typed import plain, typed, typed_anew
+from fedsim.core.errors import ConfigError, PluginError, did_you_mean
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
+    """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
+
+    Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
+    begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
+    """
+    return compose([{"name": Path(path).stem}, *read_layers(path), parse_overrides(overrides)], begun)
+
+
+def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConfig:
+    """Merge plain mappings, the later one winning, and check the whole. What this machine cannot do is replaced, with a warning,
+    unless a run was `begun` with it."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer)
+    config = from_dict(merged)
+    if begun:
+        return config
+    runtime = config.runtime
+    if runtime.precision == "bf16" and not hardware.has_bf16(runtime.device):
+        text = f"runtime.precision is bf16, which this machine's {runtime.device} does not speed up: fp32 is used instead"
+        warnings.warn(text, stacklevel=2)
+        runtime = dataclasses.replace(runtime, precision="fp32")
+    return dataclasses.replace(config, runtime=runtime)
+
+
+def from_dict(values: Mapping[str, Any]) -> SimConfig:
+    """Check a plain mapping and fill in every default, those of the plug-ins too."""
+    values = dict(plain(values, "config"))
+    for name, cls in SECTIONS.items():
+        values[name] = typed(cls, values.get(name) or {}, name)
+    config: SimConfig = typed(SimConfig, values, "")
+    data, partition, adapter = (expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items())
+    server = config.server
+    if isinstance(server.aggregator, list):
+        aggregator: Any = [_expand_group(g, f"server.aggregator.{i}") for i, g in enumerate(server.aggregator)]
+        if not aggregator:
+            raise ConfigError("server.aggregator is an empty list: name at least one rule")
+    else:
+        aggregator = expand("aggregators", server.aggregator, "server.aggregator")
+    server = dataclasses.replace(
+        server,
+        aggregator=aggregator,
+        consolidator=expand("consolidators", server.consolidator, "server.consolidator"),
+        calibrator=None if server.calibrator is None else expand("calibrators", server.calibrator, "server.calibrator"),
+    )
+    objectives = [expand("objectives", o, f"client.objectives.{i}") for i, o in enumerate(config.client.objectives)]
+    client = dataclasses.replace(config.client, objectives=objectives)
+    trackers = [expand("trackers", t, f"trackers.{i}") for i, t in enumerate(config.trackers)]
+    for i, tracker in enumerate(trackers):
+        if tracker["name"] in [t["name"] for t in trackers[:i]]:
+            raise ConfigError(f"trackers.{i}: '{tracker['name']}' is there already: name a tracker once")
+    pool, pools = config.runtime.pool, plugins.names("pools")
+    if pool not in pools and "." not in pool:
+        raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
+    device = resolve_device(config.runtime.device)
+    runtime = dataclasses.replace(
+        config.runtime,
+        device=device,
+        kernels=resolve_kernels(config.runtime.kernels, device),
+        fused=resolve_fused(config.runtime.fused, device, pool),
+    )
+    sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
+    return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
+
+
+def resolve_device(name: str) -> str:
+    """The device that "auto" stands for: the GPU if there is one here. Resolved with the config, since it moves bits."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def resolve_kernels(name: str, device: str) -> str:
+    """The kernels that "auto" stands for, on this machine. Raises ConfigError for the CPU's kernels on another device."""
+    if name == "onednn" and device != "cpu":
+        raise ConfigError(f"runtime.kernels onednn is for the CPU, but runtime.device is {device}: set it to torch or auto")
+    return hardware.best_kernels(device) if name == "auto" else name
+
+
+def resolve_fused(fused: Any, device: str, pool: str) -> bool:
+    """Whether clients train together: "auto" stands for yes where one client cannot fill the device, and the pool has several."""
+    return device.startswith("cuda") and pool != "flower" if fused == "auto" else bool(fused)
+
+
+def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
+    """A plug-in section with every option filled in: {"name": ..., **options}. Checks name, options and ranges."""
+    key = name_key(kind)
+    if isinstance(section, str):
+        section = {key: section}
+    if not isinstance(section, Mapping) or not isinstance(section.get(key), str):
+        raise ConfigError(f"{where} must be the name of one of the {kind}, or a mapping with the key '{key}', got {section!r}")
+    if section[key].startswith("python:"):
+        raise ConfigError(f"{where}: '{section[key]}' was a Python object: resume from Python with aggregator=the same object")
+    options = {k: v for k, v in section.items() if k != key}
+    instance = _build(kind, section[key], options, where)
+    name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]
+    return {key: name} | {f.name: _plain_value(getattr(instance, f.name)) for f in fields(instance) if f.init}
+
+
+def build(kind: str, section: Section) -> Any:
+    """A new plug-in object of a section."""
+    key = name_key(kind)
+    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], typed_anew)
+
+
+def build_aggregator(section: Any) -> contracts.Aggregator:
+    """The rule of `server.aggregator`: one for all tensors, or for a list of `{match: glob, name: …}` one per group of them."""
+    if not isinstance(section, list):
+        rule: contracts.Aggregator = build("aggregators", section)
+        return rule
+    rules = [(str(s["match"]), build("aggregators", {k: v for k, v in s.items() if k != "match"})) for s in section]
+    grouped: contracts.Aggregator = plugins.load("aggregators", "_grouped")(tuple(rules))
+    return grouped
+
+
+def is_python_object(section: Any) -> bool:
+    """Whether a rule came from Python: its section describes it, and nobody can build it again."""
+    return isinstance(section, Mapping) and str(section.get("name", "")).startswith("python:")
+
+
+def _build(kind: str, name: str, options: Mapping[str, Any], where: str, make: Callable[..., Any] | None = None) -> Any:
+    try:
+        cls = plugins.load(kind, name)
+    except PluginError as e:
+        raise PluginError(f"{where}: {e}") from e
+    return (make or typed)(cls, options, where)
+
+
+def _expand_group(group: Any, where: str) -> dict[str, Any]:
+    if not isinstance(group, Mapping) or "match" not in group:
+        raise ConfigError(f"{where} must hold 'match' (a glob such as \"head.*\") beside the rule, got {group!r}")
+    rest = {k: v for k, v in group.items() if k != "match"}
+    return {"match": str(group["match"])} | expand("aggregators", rest, where)
+
+
+def _plain_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

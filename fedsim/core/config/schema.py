@@ -1,0 +1,277 @@
+"""Every key of a config, its default and its range, as frozen dataclasses; plug-in sections are plain mappings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedsim.core import plugins
+from fedsim.core.errors import ConfigError, require_choice
+
+Section = Mapping[str, Any]  # {"name": plug-in, **options}
+
+
+MOVES_BITS = ("threads", "device", "kernels", "precision", "fused", "eval_batch")  # of `runtime`; the rest never does
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The stream of tasks.
+
+    name: class_incremental (every task brings new classes) | task_incremental (the same, but the task is told at test
+        time) | domain_incremental (every task brings a new domain of the same classes).
+    tasks: number of tasks; null: all that the grouping or the domains give.
+    classes_per_task: null: all classes are divided evenly; else the first tasks × classes_per_task in order are used.
+    order: "given" | "shuffle" (by seed) | a list of class names or ids (domain names or ids for domain_incremental).
+    group: tasks by a grouping of the source (alphabet, superclass, domain of intents), instead of by number.
+    online: single pass: the shard of a task is divided over its rounds, so that every sample is seen once.
+    """
+
+    name: str = "class_incremental"
+    tasks: int | None = 5
+    classes_per_task: int | None = None
+    order: Any = "given"
+    group: str | None = None
+    online: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
+        _require(self.tasks is None or self.tasks >= 1, "tasks", "must be at least 1", self.tasks)
+        per_task = self.classes_per_task
+        _require(per_task is None or per_task >= 1, "classes_per_task", "must be at least 1", per_task)
+        if isinstance(self.order, str):
+            require_choice("order", self.order, ("given", "shuffle"))
+        elif not isinstance(self.order, list):
+            raise ConfigError(f"order must be 'given', 'shuffle' or a list of classes, got {self.order!r}")
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """Batched tensor operations on images: resize to the backbone's size, normalise, augment (training only).
+
+    augment: none | flip | crop (random resized crop) | crop_flip | affine (small rotations, shifts, scales).
+    mean, std: per channel in 0..1; null: what the backbone was trained with.
+    """
+
+    augment: str = "none"
+    interpolation: str = "bicubic"
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("augment", self.augment, ("none", "flip", "crop", "crop_flip", "affine"))
+        require_choice("interpolation", self.interpolation, ("bicubic", "bilinear", "nearest"))
+        _require(self.std is None or all(s > 0 for s in self.std), "std", "must be positive", self.std)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen backbone.
+
+    backbone: "omniglot-vit" (embedded) | a Hugging Face hub id | a local folder | a .safetensors file with timm names |
+        "random" (random weights of the architecture in `config`, for tests).
+    pooling: cls | mean (over the attention mask) | auto (cls for images, mean for text).
+    """
+
+    backbone: str = "omniglot-vit"
+    pooling: str = "auto"
+    config: dict[str, Any] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_choice("pooling", self.pooling, ("auto", "cls", "mean"))
+        if self.backbone == "random" and "model_type" not in (self.config or {}):
+            raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
+        if self.backbone != "random" and self.config:
+            raise ConfigError(f"config is for backbone 'random' only: leave it out, or set that, got {self.backbone!r}")
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Local training: cross-entropy on the task's classes, a new optimizer every round.
+
+    optimizer: any class of torch.optim, in any case; schedule: any class of torch.optim.lr_scheduler, stepped per batch.
+    In their options, the number of steps of this client's round may be written as the word "steps".
+    clip_norm: maximum gradient norm; objectives: extra loss terms.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    schedule: str | None = None
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = None
+    objectives: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", "must be at least 1", self.epochs)
+        _require(self.batch_size >= 1, "batch_size", "must be at least 1", self.batch_size)
+        _require(self.lr > 0, "lr", "must be positive", self.lr)
+        _require(self.weight_decay >= 0, "weight_decay", "must not be negative", self.weight_decay)
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Rounds per task and the rules.
+
+    participation: share of the clients that is drawn afresh in every round, in (0, 1].
+    aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
+    on_client_failure: fail | skip (a round in which nobody is left is an error either way).
+    evaluate: round (every task seen, after every round) | task (only at the end of a task).
+    drift: measure how far clients drift apart; some of their updates then travel beside the sums (at most 64 MB a round).
+    without: ids of clients that never take part, e.g. what unlearning is compared with.
+    unlearning: keep, for every client and task, what the client becomes by itself, so that `fedsim unlearn` can remove it later.
+        Every client then trains once more per task, for as many epochs as the task's rounds have together; a file each.
+    """
+
+    rounds: int = 3
+    participation: float = 1.0
+    aggregator: Any = "fedavg"
+    consolidator: Any = "none"
+    calibrator: Any = None
+    on_client_failure: str = "fail"
+    evaluate: str = "round"
+    drift: bool = True
+    without: list[int] = field(default_factory=list)
+    unlearning: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
+        _require(0 < self.participation <= 1, "participation", "must be in (0, 1]", self.participation)
+        require_choice("on_client_failure", self.on_client_failure, ("fail", "skip"))
+        require_choice("evaluate", self.evaluate, ("round", "task"))
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how it runs. Only threads, device, kernels, precision, fused and eval_batch may move bits; the rest never does.
+
+    pool: serial | ray | flower; workers: processes, "auto": CPU cores / threads (at most one per client).
+    threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
+    kernels: of the CPU's products in float32: torch | onednn | auto (onednn where it makes use of AVX-512, else torch).
+    precision: fp32 | bf16 (the frozen backbone in half precision, all that is trained in float32). A machine that was not made
+        for bf16 takes fp32, says so, and the resolved config says it too.
+    address: of a Ray cluster to join, "auto" for one on this machine (if it wants a token: RAY_AUTH_MODE=token).
+    fused: auto (on a GPU, where it pays) | true | false: train several clients in one forward. It rounds in another order, and
+        so does a bundle that had to be made smaller for want of memory.
+    cache: keep what frozen blocks below the adapter make of a client's samples from round to round (up to 512 MB per worker);
+        without augmentation. False computes it anew in every round, to the same bits.
+    output: folder of run directories; max_restarts: of a Ray worker that dies, per job.
+    """
+
+    pool: str = "ray"
+    workers: Any = "auto"
+    threads: int = 1
+    device: str = "auto"
+    kernels: str = "auto"
+    precision: str = "fp32"
+    fused: Any = "auto"
+    cache: bool = True
+    address: str | None = None
+    gpus_per_worker: float = 0.0
+    eval_batch: int = 256
+    max_restarts: int = 2
+    output: str = "runs"
+
+    def __post_init__(self) -> None:
+        counted = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
+        _require(self.workers == "auto" or counted, "workers", "must be 'auto' or at least 1", self.workers)
+        _require(self.threads >= 1, "threads", "must be at least 1", self.threads)
+        _require(self.eval_batch >= 1, "eval_batch", "must be at least 1", self.eval_batch)
+        _require(self.gpus_per_worker >= 0, "gpus_per_worker", "must not be negative", self.gpus_per_worker)
+        _require(self.max_restarts >= 0, "max_restarts", "must not be negative", self.max_restarts)
+        require_choice("kernels", self.kernels, ("auto", "torch", "onednn"))
+        require_choice("precision", self.precision, ("fp32", "bf16"))
+        _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
+        if self.fused is True and self.pool == "flower":
+            raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """A whole run. See the classes of its sections for every key.
+
+    trackers: copies of what the run tells about itself, for tools such as TensorBoard: names, or {name: ..., option: ...}.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    manifest: str | None = None
+    data: Any = field(default_factory=lambda: {"source": "omniglot"})
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    partition: Any = "dirichlet"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: Any = "lora"
+    client: ClientConfig = field(default_factory=ClientConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    trackers: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "must not be negative", self.seed)
+        if self.stream.online and self.server.unlearning:
+            raise ConfigError("server.unlearning and stream.online exclude each other: clients train once more by themselves")
+        if self.stream.online and self.client.epochs != 1:
+            raise ConfigError(f"client.epochs must be 1 with stream.online (every sample is seen once), got {self.client.epochs}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts and lists: what YAML and JSON can hold, and `from_dict` reads."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+    def identity(self) -> str:
+        """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
+        plain = self.to_dict()
+        del plain["name"], plain["trackers"]
+        plain["runtime"] = {k: plain["runtime"][k] for k in MOVES_BITS}
+        if self.manifest is not None and Path(self.manifest).is_file():
+            plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
+        text = json.dumps(plain, sort_keys=True)
+        for path in self.user_files():
+            text = text.replace(json.dumps(path), json.dumps(plugins.fingerprint(path)))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def user_files(self) -> list[str]:
+        """Paths of plug-ins that are files of the user's own."""
+        return sorted({s[name_key(k)] for k, _, s in _plugin_sections(self) if plugins.is_path(s[name_key(k)])})
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(SimConfig) if dataclasses.is_dataclass(f.default_factory)}
+# key of a plug-in section -> kind; the same key under `server`
+PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapters"}
+SERVER_PLUGIN_KEYS = {"aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators"}
+
+
+def _plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
+    """(kind, where, section) of every plug-in section of a resolved config."""
+    found = [(kind, key, getattr(config, key)) for key, kind in PLUGIN_KEYS.items()]
+    for key, kind in SERVER_PLUGIN_KEYS.items():
+        value = getattr(config.server, key)
+        many = value if isinstance(value, list) else [] if value is None else [value]
+        found += [(kind, f"server.{key}", v) for v in many]
+    found += [("objectives", "client.objectives", o) for o in config.client.objectives]
+    return found + [("trackers", "trackers", t) for t in config.trackers]
+
+
+def name_key(kind: str) -> str:
+    return "source" if kind == "sources" else "name"
+
+
+def _require(ok: bool, key: str, what: str, got: object) -> None:
+    if not ok:
+        raise ConfigError(f"{key} {what}, got {got!r}")
