@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fedsim.core.events import ClientDone, ClientSkipped, Event, RoundDone, Row, RunDirOpened, RunStarted, TaskDone
+from fedsim.core.events import ClientDone, ClientSkipped, Event, Note, RoundDone, Row, RunDirOpened, RunStarted, TaskDone
 
 
 class ProgressDisplay:
@@ -56,6 +56,8 @@ class ProgressDisplay:
                 self._end_round(event)
             case TaskDone():
                 self._end_task(event)
+            case Note():
+                self._print(f"note: {event.text}")
             case ClientSkipped():
                 self._print(f"skipped: {event.failure}")
 

@@ -10,6 +10,7 @@
     drift.csv          how far the clients of a round went from what they received, and from each other
     costs.json         bytes by direction and kind of object, seconds by phase, client rounds
     failures.json      clients that were skipped, if any
+    notes.json         lines that whoever reads the numbers has to know, if any
     checkpoint.pt      the whole state after the last round
     vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself
     unlearned/         what `fedsim unlearn` wrote
@@ -63,6 +64,7 @@ Costs: TypeAlias = Mapping[
 
 # file -> the field of Results that holds its rows
 TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}
+LINES = ("failures", "notes")  # fields of Results that are lines, each in a file of its own if there are any
 BEFORE_STATUS = {"config.yaml", "plugins", "manifest.json", "partition.csv", "environment.json"}  # written before status.json
 COUNTS = tuple(f.name for f in dataclasses.fields(Row))
 DRIFT_MEASURES = tuple(f.name for f in dataclasses.fields(DriftRow))[4:]
@@ -105,6 +107,7 @@ class Results:
     finished: bool = True
     classes: tuple[ClassRow, ...] = ()
     drifts: tuple[DriftRow, ...] = ()
+    notes: tuple[str, ...] = ()
     holdings: tuple[Holding, ...] = ()
 
     @classmethod
@@ -117,14 +120,14 @@ class Results:
                 tables[field] = _from_csv(kind, _read_text(run_dir.path / name, ""))
         with _damage(run_dir.path / "costs.json"):
             costs = dict(json.loads(_read_text(run_dir.path / "costs.json", "{}")))
-        with _damage(run_dir.path / "failures.json"):
-            failures = tuple(str(f) for f in json.loads(_read_text(run_dir.path / "failures.json", "[]")))
+        for name in LINES:
+            with _damage(run_dir.path / f"{name}.json"):
+                tables[name] = tuple(str(line) for line in json.loads(_read_text(run_dir.path / f"{name}.json", "[]")))
         found = cls(
             run_dir.config,
             costs=costs,
             path=run_dir.path,
             manifest_hash=run_dir.manifest_hash,
-            failures=failures,
             finished=run_dir.finished,
             **tables,
         )
@@ -345,8 +348,9 @@ class RunDir:
         self._write("classes.csv", _table(ClassRow, [c for c in results.classes if c.stage == "task_end"]))
         self._write("drift.csv", _table(DriftRow, results.drifts))
         self._write_json("costs.json", results.costs)
-        if results.failures or (self.path / "failures.json").exists():
-            self._write_json("failures.json", list(results.failures))
+        for name in LINES:
+            if getattr(results, name) or (self.path / f"{name}.json").exists():
+                self._write_json(f"{name}.json", list(getattr(results, name)))
 
     def write_end(self, results: Results) -> Results:
         """Write the outcome, mark the run as finished, and return it as it is read back."""

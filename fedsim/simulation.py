@@ -18,7 +18,7 @@ from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec
 from fedsim.core.errors import ConfigError
-from fedsim.core.events import Event, Kept, RunDirOpened
+from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
@@ -59,9 +59,12 @@ def run(
     run_dir = begun or RunDir.create(config, output)
     if run_dir.checkpoint.exists():
         state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
+    state = state.noting(parts.notes)
     run_dir.write_start(parts.manifest)
     if progress is not None:
         progress(RunDirOpened(str(run_dir.path)))
+        for note in parts.notes:
+            progress(Note(note))
     with tracking.tracked(config, run_dir) as record:
         with _wired(parts) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
@@ -95,7 +98,7 @@ def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
     start = time.perf_counter()
     parts = prepare(config)
     with _wired(parts) as sim:
-        state = dataclasses.replace(parts.state, seconds={"start_up": time.perf_counter() - start})
+        state = dataclasses.replace(parts.state.noting(parts.notes), seconds={"start_up": time.perf_counter() - start})
         states = (step for step in loop.run(sim, state) if isinstance(step, ServerState))
         *_, state = itertools.islice(states, rounds)
     holdings = tuple(Holding(*h) for h in parts.manifest.holdings())
@@ -104,7 +107,9 @@ def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run before its first round: all that can be wrong with config, data and model has been found by now."""
+    """A run before its first round: all that can be wrong with config, data and model has been found by now.
+
+    notes: lines that whoever reads the numbers has to know (`events.Note`)."""
 
     config: SimConfig
     rule: Aggregator
@@ -112,6 +117,7 @@ class Prepared:
     spec: WorkSpec
     model: Model
     state: ServerState
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
@@ -203,6 +209,7 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
         {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds},
         manifest_hash=manifest_hash,
         failures=tuple(map(str, state.failures)),
+        notes=state.notes,
         finished=False,
         classes=state.classes,
         drifts=state.drifts,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedsim.core.contracts import Aggregator, is_additive, lift_of, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
+from fedsim.core.events import Note
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors, num_bytes
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching
+from server.state import ServerState
 
 OBSERVED_BYTES = 64 * 2**20  # of updates that come back whole for whoever watches, however many clients there are
 MOST_OBSERVED = 64  # clients: their pairs grow with the square
@@ -23,6 +25,13 @@ class Round:
     updates: Sequence[ClientUpdate]
     watched: Sequence[ClientUpdate]
     total: Tensors | None = None
+
+
+def say(state: ServerState, notes: Iterable[str]) -> Generator[Note, None, ServerState]:
+    """Say the notes that were not said before; the state that remembers them."""
+    known = state.noting(notes)
+    yield from map(Note, known.notes[len(state.notes) :])
+    return known
 
 
 class Gathering:

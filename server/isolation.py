@@ -14,6 +14,7 @@ from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClientSkipped, Event, Kept
 from fedsim.core.messages import ClientJob
 from server import sampling
+from server.gather import say
 from server.planning import isolated_plan
 from server.state import ServerState, Simulation
 
@@ -30,6 +31,7 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
     jobs = [ClientJob(c, state.task, 0, state.params, plan) for c in sampling.longest_first(clients, sizes)]
     failures: list[ClientFailed] = []
     for bundle in sim.pool.train(jobs):
+        state = yield from say(state, bundle.notes)
         for result in bundle.results:
             if isinstance(result, ClientFailed):
                 failed = ClientFailed(result.client_id, result.task, result.round, f"{ALONE}{result.stage}", result.reason)

@@ -26,7 +26,7 @@ from fedsim.core.tensors import require_finite
 from server import gather, heads, planning, sampling
 from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate
-from server.gather import Gathering, Round, merge
+from server.gather import Gathering, Round, merge, say
 from server.isolation import isolated_clients
 from server.ledger import add_traffic, mean_loss
 from server.state import ServerState, Simulation
@@ -119,6 +119,7 @@ def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generat
     jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in order]
     gathering = Gathering(jobs, plan, sim.aggregator)
     for bundle in sim.pool.train(jobs):
+        state = yield from say(state, bundle.notes)
         for result in gathering.add(bundle):
             if isinstance(result, ClientFailed):
                 if server.on_client_failure == "fail":

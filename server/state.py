@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsim.core.config import SimConfig
@@ -50,6 +50,7 @@ class ServerState:
     classes: tuple[ClassRow, ...] = ()  # of every task's end, and of the latest round
     drifts: tuple[DriftRow, ...] = ()
     failures: tuple[ClientFailed, ...] = ()
+    notes: tuple[str, ...] = ()  # see `events.Note`; each is said once
     bytes: Bytes = field(default_factory=lambda: {"down": {}, "up": {}})
     seconds: Mapping[str, float] = field(default_factory=dict)
     client_rounds: int = 0
@@ -57,6 +58,10 @@ class ServerState:
     def spent(self, phase: str, seconds: float) -> Mapping[str, float]:
         """The clock with some seconds more in one phase."""
         return {**self.seconds, phase: self.seconds.get(phase, 0.0) + seconds}
+
+    def noting(self, notes: Iterable[str]) -> ServerState:
+        """The state with these notes; those that it has already are left alone."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, tensors, numbers and strings only: what a file can hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from clients.pools.ray import to_numpy, with_tensors
 from clients.worker import Worker
+from fedsim import simulation
+from fedsim.cli.printing import console
+from fedsim.cli.run import show_results
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import lift_of
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, RunDirError
-from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, RunDirOpened, RunStarted, TaskDone
-from fedsim.core.messages import RoundPlan
+from fedsim.core.events import ClientDone, ClientSkipped, Note, RoundDone, RunDirOpened, RunStarted, TaskDone
+from fedsim.core.messages import Bundle, RoundPlan
+from fedsim.progress import ProgressDisplay
 from fedsim.results import Results
 from fedsim.simulation import prepare_data, run
 from server import checkpoint, gather, loop
@@ -229,6 +235,34 @@ def test_skip_goes_on_without_failing_clients(tmp_path: Path, monkeypatch: pytes
     assert {f.stage for f in skipped} == {"training"}
     assert len(results.failures) == len(skipped) == 4  # the statistics pass at a task's end trains nobody
     assert np.isfinite(results.accuracy[1]).all()
+
+
+def test_notes_are_said_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, prepared = Worker.train, simulation.prepare
+    noting = lambda *args: replace(whole(*args), notes=("slower than asked",))  # noqa: E731
+    monkeypatch.setattr(Worker, "train", noting)
+    monkeypatch.setattr(simulation, "prepare", lambda *args: replace(prepared(*args), notes=("known before",)))
+    config, events = tiny(output=tmp_path, **METHODS["every hook"]), list[Any]()
+    with monkeypatch.context() as stopped:
+        stopped.setattr(checkpoint, "save", stopping(after=1))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=tmp_path / "run", progress=events.append)
+    assert [e for e in events if isinstance(e, Note)] == [Note("known before"), Note("slower than asked")]
+    events.clear()
+    with ProgressDisplay() as display:
+        results = run(config, resume=tmp_path / "run", progress=lambda e: (events.append(e), display(e))[1])
+    assert [e for e in events if isinstance(e, Note)] == [Note("known before")], "another process says it again, once"
+    assert results.notes == Results.load(tmp_path / "run").notes == ("known before", "slower than asked")
+    assert "note: known before" in capsys.readouterr().out
+    show_results(results, console())
+    assert "Note: slower than asked" in capsys.readouterr().out
+
+
+def test_a_note_survives_the_way_through_a_pool() -> None:
+    bundle = Bundle(3, (), {"x": torch.ones(1)}, ("slower than asked",))
+    assert with_tensors(bundle, to_numpy).notes == bundle.notes
 
 
 def test_a_round_in_which_nobody_is_left_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,8 @@ def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[
         params = lasting(r.params) if summed else form(r.params)
         return replace(r, params=params, statistics=form(r.statistics), memory=lasting(r.memory))
 
-    return Bundle(bundle.start, tuple(map(changed, bundle.results)), None if bundle.total is None else form(bundle.total))
+    total = None if bundle.total is None else form(bundle.total)
+    return replace(bundle, results=tuple(map(changed, bundle.results)), total=total)
 
 
 def copied(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -77,6 +77,8 @@ def show_results(results: Results, console: Console) -> None:
     seconds: Mapping[str, float] = results.costs.get("seconds", {})
     phases = ", ".join(f"{phase.replace('_', '-')} {value:.1f}" for phase, value in seconds.items())
     print_line(f"Seconds: {sum(seconds.values()):.1f} ({phases})")
+    for note in results.notes:
+        print_line(f"Note: {note}")
     if results.failures:
         print_line(f"Skipped clients: {len(results.failures)} (see failures.json)")
     if results.path is not None:

@@ -133,4 +133,11 @@ class ClientSkipped:
     failure: ClientFailed
 
 
-Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped | Kept
+@dataclass(frozen=True)
+class Note:
+    """One line that whoever reads the numbers has to know: what was left out, replaced, or done in another way than asked."""
+
+    text: str
+
+
+Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped | Note | Kept

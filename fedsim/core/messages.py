@@ -96,12 +96,13 @@ class Bundle:
     """What became of jobs that lay side by side, the first of them at place `start` of the round's jobs.
 
     total: where the plan says `lift`, the sum over the clients of the bundle, a block of `sums.BlockSum`; None when nothing was
-    summed there: the updates are whole then.
+    summed there: the updates are whole then. notes: lines that results and log must say (`events.Note`), each once per run.
     """
 
     start: int
     results: tuple[ClientUpdate | ClientFailed, ...]
     total: Tensors | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

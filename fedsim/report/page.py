@@ -446,6 +446,7 @@ def _run(study: Study, i: int, name: str, opened: bool) -> str:
         "machine": ", ".join(str(v) for v in (environment.get("cpu"), _cores(environment), environment.get("platform")) if v),
         "resumed": len(environment.get("resumed", [])) or None,
         "skipped clients": "; ".join(results.failures),
+        "notes": "; ".join(results.notes),
     }
     listed = "".join(f"<dt>{_esc(k)}</dt><dd>{_esc(str(v))}</dd>" for k, v in facts.items() if v)
     command = _command(environment)
