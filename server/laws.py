@@ -180,8 +180,10 @@ def _gram(options: Mapping[str, Any], client: Client, params: Tensors, subject: 
     form, decay = options.get("form", "diagonal"), options.get("decay", 1.0)
     layer = subject.removesuffix(LORA_A).removesuffix(LORA_B)
     x = client.features_ND if subject == "head.weight" else client.inputs_NI.get(layer)
-    if x is None or subject.endswith(LORA_B) != (form in ("projected", "cross")):
+    if x is None or (form in ("projected", "cross") and not subject.endswith(LORA_B)):
         raise LawBroken(f"the plan asks for a gram of form '{form}' for '{subject}', which there is not")
+    if subject.endswith(LORA_B) and form in ("diagonal", "full"):
+        x = x @ params[layer + LORA_A].double().T
     gram_II = decay * x.T @ x + (1 - decay) * torch.diag(x.square().sum(0))
     if form == "diagonal":
         return {form: gram_II.diagonal()}

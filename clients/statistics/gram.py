@@ -22,8 +22,8 @@ from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
 
 HEAD = "head.weight"
 FORMS = {  # form -> what its subjects may be
-    "diagonal": (HEAD, LORA_A),
-    "full": (HEAD, LORA_A),
+    "diagonal": (HEAD, LORA_A, LORA_B),
+    "full": (HEAD, LORA_A, LORA_B),
     "projected": (LORA_B,),
     "cross": (LORA_B,),
 }
@@ -33,13 +33,15 @@ FORMS = {  # form -> what its subjects may be
 class Statistic(contracts.Statistic):
     """Ĝ = decay·G + (1 − decay)·diag(G), G = Σ x xᵀ over the inputs x of the map whose weight is the subject.
 
-    Subjects: `head.weight` (x = features); `<layer>.lora_A` (x = inputs of the layer); `<layer>.lora_B` (x = inputs of the
-    layer too, seen through the client's own A, since B is applied to A x). Forms:
-        diagonal   g = diag(G), (d,)                          for head.weight and lora_A
-        full       upper triangle of Ĝ, (d(d+1)/2,)           for head.weight and lora_A
-        projected  A Ĝ Aᵀ, (r, r)                             for lora_B
-        cross      A Ĝ, (r, d)                                for lora_B
-    The last two never form a d×d matrix: A Ĝ Aᵀ = decay·Σ (Ax)(Ax)ᵀ + (1 − decay)·A diag(g) Aᵀ.
+    Subjects: `head.weight` (x = features, d of them); `<layer>.lora_A` (x = inputs of the layer); `<layer>.lora_B` (x = its own
+    inputs, A times those of the layer with the client's own A, so d = r there). Forms:
+        diagonal   g = diag(G), (d,)
+        full       upper triangle of Ĝ, (d(d+1)/2,)
+        projected  A Ĝ Aᵀ, (r, r), Ĝ of the layer's inputs    for lora_B
+        cross      A Ĝ, (r, d), Ĝ of the layer's inputs       for lora_B
+    The decay thus falls on A x in the first two forms (as in RegMean, where B is a linear map like any other), and on x, before
+    A, in the last two (as in LoRM, where B is fitted on the layer's inputs). No form of a lora_B makes a matrix of the layer's
+    width: A Ĝ Aᵀ = decay·Σ (Ax)(Ax)ᵀ + (1 − decay)·A diag(g) Aᵀ.
 
     A sum, not a mean: clients with more samples weigh more. Every token counts, padding too (as in the code of LoRM).
     Inputs are cast to float64 before any product (half precision would overflow); the result is float32 on the CPU.
@@ -68,24 +70,28 @@ class Statistic(contracts.Statistic):
             raise ConfigError(
                 f"there is no gram of form '{self.form}' for '{subject}': it is for {' and '.join(FORMS[self.form])}"
             )
-        if self.form == "diagonal":
-            return _DecayedSum(params[subject].shape[1], None, None, decay=0.0)
-        if self.form == "full":
-            return _DecayedSum(params[subject].shape[1], None, None, self.decay)
-        a_RI = params[subject.removesuffix(LORA_B) + LORA_A].detach()
+        a_RI = params[subject.removesuffix(LORA_B) + LORA_A].detach() if subject.endswith(LORA_B) else None
+        if a_RI is None or self.form in ("diagonal", "full"):
+            decay = 0.0 if self.form == "diagonal" else self.decay
+            return _DecayedSum(params[subject].shape[1], None, None, decay, through=a_RI)
         return _DecayedSum(a_RI.shape[1], a_RI, a_RI if self.form == "projected" else None, self.decay)
 
 
 class _DecayedSum:
-    """L Ĝ Rᵀ over batches, L and R being a matrix (·, I) or, for None, the identity. Sums only what the decay leaves."""
+    """L Ĝ Rᵀ over batches, L and R being a matrix (·, I) or, for None, the identity. Sums only what the decay leaves.
 
-    def __init__(self, size: int, left: Tensor | None, right: Tensor | None, decay: float) -> None:
-        self.left, self.right, self.decay = left, right, decay
+    through: a matrix that every input is multiplied with first; size: I, after it.
+    """
+
+    def __init__(self, size: int, left: Tensor | None, right: Tensor | None, decay: float, through: Tensor | None = None) -> None:
+        self.left, self.right, self.decay, self.through = left, right, decay, through
         self.energy_I = torch.zeros(size, dtype=torch.float64)
         rows, cols = (size if side is None else len(side) for side in (left, right))
         self.products = torch.zeros((rows, cols) if decay > 0 else (), dtype=torch.float64)
 
     def add(self, inputs: Inputs) -> None:
+        if self.through is not None:
+            inputs = Inputs(inputs.wide @ wide(self.through).to(inputs.wide.device).T)
         if self.decay < 1:
             self.energy_I = self.energy_I.to(inputs.energies.device) + inputs.energies
         if self.decay > 0:

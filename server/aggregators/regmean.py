@@ -28,8 +28,9 @@ class Aggregator(contracts.AdditiveAggregator):
     """W⁺ = (Σ W_i Ĝ_i)(Σ Ĝ_i)⁺ for `head.weight`, `lora_A` and `lora_B`; every other tensor (biases, prompts) by FedAvg.
 
     Ĝ_i = decay·G_i + (1 − decay)·diag(G_i), G_i = Σ x xᵀ over the inputs that client i's own model gives the map; those of a
-    `lora_B` are A_i x. It minimises Σ_i ‖(W − W_i) X_i‖² (decay 1); clients with more samples weigh more by their Grams.
-    Asks for `gram` of those maps: d(d+1)/2 numbers a map, or d where the form is diagonal.
+    `lora_B` are A_i x, and it is their off-diagonals that decay (LoRM's decay those of x, before A). It minimises
+    Σ_i ‖(W − W_i) X_i‖² (decay 1); clients with more samples weigh more by their Grams.
+    Asks for `gram` of those maps: d(d+1)/2 numbers a map of d inputs, or d where the form is diagonal.
 
     decay: of the Gram's off-diagonals, in [0, 1]. form: full | diagonal | auto (diagonal when decay is 0).
     ridge: adds ridge · mean(diag Ĝ_i) to the diagonal of every client's Gram.
@@ -48,9 +49,7 @@ class Aggregator(contracts.AdditiveAggregator):
         require_ridge(self.ridge)
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        form = resolve_form(self.form, self.decay)
-        inputs = gram_request((HEAD, "*" + LORA_A), form, self.decay)
-        return RoundPlan(statistics=(inputs, gram_request(("*" + LORA_B,), "projected", self.decay)))
+        return RoundPlan(statistics=(gram_request(LINEAR, resolve_form(self.form, self.decay), self.decay),))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return lift_linear(update, self.ridge)

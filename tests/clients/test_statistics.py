@@ -126,8 +126,8 @@ def test_gram_of_every_layer_and_form(model: TinyVit, params: Tensors, dense: Ma
     """Batches of 4 against one dense product; every token of every image counts."""
     assert len(dense[model.linear[0]]) == 13 * 5
     a_subjects, b_subjects = ([f"adapter.{n}.lora_{f}" for n in model.linear] for f in "AB")
-    full = measure(Gram("full", decay), model, params, [*a_subjects, "head.weight"], batch=4)
-    diagonal = measure(Gram("diagonal", decay), model, params, [*a_subjects, "head.weight"], batch=4)
+    full = measure(Gram("full", decay), model, params, [*a_subjects, *b_subjects, "head.weight"], batch=4)
+    diagonal = measure(Gram("diagonal", decay), model, params, [*a_subjects, *b_subjects, "head.weight"], batch=4)
     projected = measure(Gram("projected", decay), model, params, b_subjects, batch=4)
     cross = measure(Gram("cross", decay), model, params, b_subjects, batch=4)
     for name in model.linear:
@@ -136,6 +136,9 @@ def test_gram_of_every_layer_and_form(model: TinyVit, params: Tensors, dense: Ma
         close(diagonal[f"diagonal/adapter.{name}.lora_A"], gram.diagonal())
         close(projected[f"projected/adapter.{name}.lora_B"], a_RI @ gram @ a_RI.T)
         close(cross[f"cross/adapter.{name}.lora_B"], a_RI @ gram)
+        own = decayed(dense[name] @ a_RI.T, decay)  # the decay falls on what B is applied to
+        close(from_upper_triangle(full[f"full/adapter.{name}.lora_B"]), own)
+        close(diagonal[f"diagonal/adapter.{name}.lora_B"], own.diagonal())
     close(from_upper_triangle(full["full/head.weight"]), decayed(dense["head"], decay))
     close(diagonal["diagonal/head.weight"], dense["head"].square().sum(0))
 
@@ -222,7 +225,7 @@ def test_a_client_without_samples_sends_zeros(model: TinyVit, params: Tensors) -
 
 @pytest.mark.parametrize(
     ("form", "subject"),
-    [("diagonal", "adapter.x.lora_B"), ("projected", "adapter.x.lora_A"), ("full", "head.bias"), ("cross", "head.weight")],
+    [("diagonal", "head.bias"), ("projected", "adapter.x.lora_A"), ("full", "adapter.x.keys"), ("cross", "head.weight")],
 )
 def test_gram_of_the_wrong_subject(model: TinyVit, params: Tensors, form: str, subject: str) -> None:
     with pytest.raises(ConfigError, match=f"there is no gram of form '{form}' for '{subject}': it is for "):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedsim.core import plugins
 from fedsim.core.config import build
+from fedsim.core.contracts import Aggregator
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate
 from fedsim.core.rng import torch_stream
-from fedsim.core.tensors import upper_triangle
+from fedsim.core.tensors import matching, upper_triangle
 from server import laws
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
+from server.aggregators.lorm import Aggregator as LoRM
 from server.aggregators.regmean import Aggregator as RegMean
 from server.aggregators.variance_weighted import Aggregator as VarianceWeighted
 
@@ -111,7 +116,7 @@ def regmean_clients(name: str, key: str, decay: float) -> tuple[list[ClientUpdat
         x = (1 + k) * torch.randn(9 + k, 5, dtype=torch.float64, generator=generator) + 1
         energy = x.square().sum(0)
         gram = decay * x.T @ x + (1 - decay) * torch.diag(energy)
-        sent = gram if "projected" in key else energy if "diagonal" in key else upper_triangle(gram)
+        sent = energy if "diagonal" in key else upper_triangle(gram)
         updates.append(ClientUpdate(k, len(x), {name: w}, {key: sent}))
         z = torch.cat([decay**0.5 * x, (1 - decay) ** 0.5 * torch.diag(energy.sqrt())])
         rows.append(z)
@@ -122,10 +127,50 @@ def regmean_clients(name: str, key: str, decay: float) -> tuple[list[ClientUpdat
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["head.weight", "adapter.x.lora_A", "adapter.x.lora_B"])
 def test_regmean_is_the_least_squares_solution(name: str, decay: float) -> None:
-    form = "projected" if name.endswith("lora_B") else "diagonal" if decay == 0 else "full"
+    form = "diagonal" if decay == 0 else "full"
     updates, want = regmean_clients(name, f"gram.{form}/{name}", decay)
     got = RegMean(decay=decay).combine({}, {name: torch.zeros(3, 5, dtype=torch.float64)}, updates)[1][name]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+class Wire:
+    """A model of one layer that is shown its inputs."""
+
+    def __init__(self) -> None:
+        self.inputs = nn.Identity()
+
+    def layer(self, parameter: str) -> nn.Module:
+        return self.inputs
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rule", [RegMean, partial(LoRM, train="B")], ids=["regmean", "lorm"])
+def test_b_is_the_least_squares_solution_with_the_decay_in_its_place(rule: Callable[..., Aggregator], decay: float) -> None:
+    """argmin_B Σ ‖(B − B_i) Z_i‖² from what the statistic itself makes of raw inputs x. RegMean's off-diagonals are those of
+    what B is applied to, Z Zᵀ = decayed(A_i x xᵀ A_iᵀ); LoRM's those of the layer's inputs, Z Zᵀ = A decayed(x xᵀ) Aᵀ."""
+    a, b = "adapter.x.lora_A", "adapter.x.lora_B"
+    chosen = rule(decay=decay)
+    request = next(r for r in chosen.plan({}, 0).statistics if matching([b], r.match))
+    draw = partial(torch.randn, dtype=torch.float64)
+    a_RI = draw(3, 7, generator=torch_stream(4, "A"))
+    updates, rows, right = [], [], []
+    for k in range(4):
+        generator = torch_stream(4, "own", k)
+        own = {a: a_RI + (0.3 * draw(3, 7, generator=generator) if rule is RegMean else 0), b: draw(5, 3, generator=generator)}
+        x_NI, model = (1 + k) * draw(20 + k, 7, generator=generator) + 0.5, Wire()
+        with build("statistics", {"name": request.name, **request.options}).collect(model, own, [b]) as accumulator:
+            for batch in x_NI.split(6):
+                model.inputs(batch)
+        sent = {f"gram.{key}": t.double() for key, t in accumulator.result().items()}
+        updates.append(ClientUpdate(k, len(x_NI), {b: own[b]}, sent))
+        seen = x_NI @ own[a].T if rule is RegMean else x_NI
+        z = torch.cat([decay**0.5 * seen, (1 - decay) ** 0.5 * torch.diag(seen.square().sum(0).sqrt())])
+        z = z if rule is RegMean else z @ own[a].T
+        rows.append(z)
+        right.append(z @ own[b].T)
+    want = torch.from_numpy(np.linalg.lstsq(torch.cat(rows).numpy(), torch.cat(right).numpy(), rcond=None)[0].T)
+    params = {a: a_RI, b: torch.zeros(5, 3, dtype=torch.float64)}
+    torch.testing.assert_close(chosen.combine({}, params, updates)[1][b], want, rtol=1e-4, atol=1e-5)
 
 
 def test_regmean_averages_what_is_no_linear_map_by_samples() -> None:
@@ -135,7 +180,7 @@ def test_regmean_averages_what_is_no_linear_map_by_samples() -> None:
 
 def test_regmean_asks_for_the_form_that_its_decay_leaves() -> None:
     forms = {decay: [r.options["form"] for r in RegMean(decay=decay).plan({}, 0).statistics] for decay in (0.0, 0.5)}
-    assert forms == {0.0: ["diagonal", "projected"], 0.5: ["full", "projected"]}
+    assert forms == {0.0: ["diagonal"], 0.5: ["full"]}
     assert RegMean(form="full", decay=0.0).plan({}, 0).statistics[0].options["form"] == "full"
 
 

@@ -205,8 +205,8 @@ def test_statistic_that_the_suite_cannot_make_up() -> None:
 
 
 def test_gram_that_there_is_not() -> None:
-    asks = RoundPlan(statistics=(StatisticRequest("gram", ("*.lora_B",), {"form": "full"}),))
-    assert "a gram of form 'full' for 'adapter.block.0.lora_B', which there is not" in broken(Rule(fedavg, asks))["plan"]
+    asks = RoundPlan(statistics=(StatisticRequest("gram", ("*.lora_A",), {"form": "projected"}),))
+    assert "a gram of form 'projected' for 'adapter.block.0.lora_A', which there is not" in broken(Rule(fedavg, asks))["plan"]
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,8 @@ REQUESTS = [
         ("*.lora_A", "full"),
         ("*.lora_A", "diagonal"),
         ("head.weight", "full"),
+        ("*.lora_B", "full"),
+        ("*.lora_B", "diagonal"),
         ("*.lora_B", "projected"),
         ("*.lora_B", "cross"),
     )
