@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import TypeGuard
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedsim.models.head import predict
 
 
 class Worker:
-    """Holds no client state between jobs, so any worker may run any client. Torch's threads are the pool's business."""
+    """Holds no client state between jobs, so any worker may run any client. Pools call it under `torch_defaults`."""
 
     def __init__(self, spec: WorkSpec) -> None:
         device = torch.device(configs.resolve_device(spec.config.runtime.device))
@@ -126,14 +126,3 @@ def class_counts(guess_b: IntArray, labels_b: IntArray) -> tuple[tuple[int, int,
     size = 1 + int(max(guess_b.max(initial=0), labels_b.max(initial=0)))
     right, predicted, total = (np.bincount(c, minlength=size) for c in (labels_b[guess_b == labels_b], guess_b, labels_b))
     return tuple((int(c), int(right[c]), int(predicted[c]), int(total[c])) for c in np.flatnonzero(predicted + total))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Torch with this many threads for a while: a matrix product's bits depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

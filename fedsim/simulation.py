@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from clients import optim
-from clients.worker import torch_threads
 from fedsim import suitable, tracking
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
@@ -58,7 +58,8 @@ def run(
     state = parts.state
     run_dir = begun or RunDir.create(config, output)
     if run_dir.checkpoint.exists():
-        state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
+        with torch_defaults(config.runtime.threads):
+            state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
     state = state.noting(parts.notes)
     run_dir.write_start(parts.manifest)
     if progress is not None:
@@ -68,7 +69,7 @@ def run(
     with tracking.tracked(config, run_dir) as record:
         with _wired(parts) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
-            for step in loop.run(sim, state):
+            for step in _steps(sim, state):
                 if isinstance(step, Kept):
                     run_dir.keep(step)
                     continue
@@ -99,7 +100,7 @@ def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
     parts = prepare(config)
     with _wired(parts) as sim:
         state = dataclasses.replace(parts.state.noting(parts.notes), seconds={"start_up": time.perf_counter() - start})
-        states = (step for step in loop.run(sim, state) if isinstance(step, ServerState))
+        states = (step for step in _steps(sim, state) if isinstance(step, ServerState))
         *_, state = itertools.islice(states, rounds)
     holdings = tuple(Holding(*h) for h in parts.manifest.holdings())
     return dataclasses.replace(_results(parts.config, state, parts.manifest.hash), holdings=holdings)
@@ -122,22 +123,26 @@ class Prepared:
 
 def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
+    with torch_defaults(config.runtime.threads):  # the rules' arithmetic, too, has the same bits whatever the caller has set
+        return _prepared(config, aggregator)
+
+
+def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     rule = aggregator if aggregator is not None else configs.build_aggregator(config.server.aggregator)
     check(config)
     suitable.require(config, rule)
     manifest, spec = prepare_data(config)
     suitable.require_clients(config, manifest)
-    with torch_threads(config.runtime.threads):  # the rules' arithmetic, too, has the same bits on every machine size
-        model = models.build(config, len(manifest.class_order))
-        return Prepared(config, rule, manifest, spec, model, first_state(config, model, rule))
+    model = models.build(config, len(manifest.class_order))
+    return Prepared(config, rule, manifest, spec, model, first_state(config, model, rule))
 
 
 @contextmanager
 def _wired(parts: Prepared) -> Iterator[Simulation]:
-    """The parts with a pool that runs, and torch's threads set."""
+    """The parts with a pool that runs."""
     config, manifest, spec = parts.config, parts.manifest, parts.spec
     calibrator = config.server.calibrator
-    with torch_threads(config.runtime.threads), plugins.load("pools", config.runtime.pool)(spec) as pool:
+    with plugins.load("pools", config.runtime.pool)(spec) as pool:
         yield Simulation(
             config=config,
             pool=pool,
@@ -151,6 +156,17 @@ def _wired(parts: Prepared) -> Iterator[Simulation]:
             shard_sizes=manifest.sizes,
             num_clients=manifest.num_clients,
         )
+
+
+def _steps(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
+    """The loop, under torch's defaults; between two steps the caller's own work goes by the caller's settings."""
+    steps = loop.run(sim, state)
+    while True:
+        with torch_defaults(sim.config.runtime.threads):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def check(config: SimConfig) -> None:

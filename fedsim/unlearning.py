@@ -37,11 +37,11 @@ from torch import Tensor
 
 from clients.local import batches
 from clients.samples import Samples
-from clients.worker import torch_threads
 from fedsim import simulation, suitable
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Adapter, ArraySplit, Consolidator, IntArray
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, RunDirError
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, require_finite, stack_modules
@@ -98,7 +98,8 @@ class FinishedRun:
         self.config: SimConfig = self.dir.config
         self.parts: Prepared = simulation.prepare(self.config)
         self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
-        self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
+        with torch_defaults(self.config.runtime.threads):
+            self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
         self._samples: dict[int, Samples] = {}
         self.tasks = range(len(self.parts.manifest.task_names))
 
@@ -111,8 +112,9 @@ class FinishedRun:
     @property
     def deployed(self) -> Tensors:
         """What the run was evaluated with at its end."""
-        module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
-        return self.consolidator.deployed(self.state.consolidator, module, finished=True)
+        with torch_defaults(self.config.runtime.threads):
+            module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
+            return self.consolidator.deployed(self.state.consolidator, module, finished=True)
 
     def participants(self, task: int) -> list[int]:
         """Clients with samples that took part in a round of the task and did not fail in it."""
@@ -191,7 +193,7 @@ def remove(
         raise ConfigError(f"--alpha must be a finite number, got {alpha}")
     given = "--alpha" if alpha is not None else "--renormalise" if renormalise else None
     way = _way(run, way, given)
-    with torch_threads(run.config.runtime.threads):
+    with torch_defaults(run.config.runtime.threads):
         if way == "drop":
             state = run.consolidator.without(run.state.consolidator, clients, chosen)
             if state is None:
@@ -424,7 +426,6 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
-@torch.inference_mode()
 def _judged(
     run: FinishedRun, deployed: Tensors, split: ArraySplit, positions: IntArray
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
@@ -433,7 +434,7 @@ def _judged(
     classes = sorted({c for task in run.parts.manifest.task_classes for c in task})
     samples, rights, losses = run.samples(split), [np.zeros(0, bool)], [np.zeros(0)]
     params = {n: t.to(model.device) for n, t in deployed.items()}
-    with torch_threads(runtime.threads), model.merged(params):
+    with torch_defaults(runtime.threads), torch.inference_mode(), model.merged(params):
         for batch in batches(positions, runtime.eval_batch):
             inputs, labels = samples.batch(batch)
             logits = model.logits(model.features(inputs, lean=True), params)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core.contracts import AdditiveAggregator, Aggregator
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import AggregationError, FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
@@ -61,7 +62,8 @@ class LawResult:
 
 def check(rule: Aggregator) -> list[LawResult]:
     """Hold a rule against every law."""
-    results = [_judge(law, rule) for law in LAWS]
+    with torch_defaults(torch.get_num_threads()):
+        results = [_judge(law, rule) for law in LAWS]
     known = [law.name for law in LAWS]
     for name in rule.exempt:
         if name not in known:

@@ -41,6 +41,7 @@ import torch
 
 import fedsim
 from fedsim.core import contracts, errors
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
 
@@ -396,9 +397,10 @@ def serve(message: Message, folder: str, worker: str) -> Message:
 
 
 def _work(record: RecordDict, worker: Any) -> RecordDict:
-    if _kind(record) == "evaluate":
-        return result_to_record(worker.evaluate(record_to_eval_job(record)))
-    result = worker.train_client(record_to_job(record))
+    with torch_defaults(worker.spec.config.runtime.threads):
+        if _kind(record) == "evaluate":
+            return result_to_record(worker.evaluate(record_to_eval_job(record)))
+        result = worker.train_client(record_to_job(record))
     return failure_to_record(result) if isinstance(result, ClientFailed) else update_to_record(result)
 
 
@@ -407,9 +409,9 @@ def _worker(folder: str, worker: str) -> Any:
     """The worker of this process: model and data are loaded once."""
     _leave_pid(Path(folder))
     spec = read_spec(Path(folder))
-    torch.set_num_threads(spec.config.runtime.threads)
     module, _, name = worker.partition(":")
-    return getattr(importlib.import_module(module), name)(spec)
+    with torch_defaults(spec.config.runtime.threads):
+        return getattr(importlib.import_module(module), name)(spec)
 
 
 def write_spec(spec: contracts.WorkSpec, folder: Path) -> None:

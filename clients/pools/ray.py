@@ -166,14 +166,17 @@ def _worker_class() -> type[Any]:
         def __init__(self, root: str, put_first: Callable[[str], None], worker: str, spec_ref: list[Any]) -> None:
             put_first(root)
             import importlib
+            from functools import partial
 
             import ray
-            import torch
+
+            from fedsim.core.defaults import torch_defaults
 
             module, _, name = worker.partition(":")
             spec = ray.get(spec_ref[0])
-            torch.set_num_threads(spec.config.runtime.threads)
-            self.worker = getattr(importlib.import_module(module), name)(spec)
+            self.defaults = partial(torch_defaults, spec.config.runtime.threads)
+            with self.defaults():
+                self.worker = getattr(importlib.import_module(module), name)(spec)
             self.broadcast: tuple[int, Any, Any] = (0, None, None)
 
         def pid(self) -> int:
@@ -187,14 +190,16 @@ def _worker_class() -> type[Any]:
             from clients.pools.ray import to_numpy, with_tensors
 
             params, plan = self._fetch(number, content)
-            bundle = self.worker.train(start, [replace(job, params=params, plan=plan) for job in jobs])
+            with self.defaults():
+                bundle = self.worker.train(start, [replace(job, params=params, plan=plan) for job in jobs])
             return with_tensors(bundle, to_numpy)
 
         def evaluate(self, number: int, content: list[Any] | None, job: Any) -> Any:
             from dataclasses import replace
 
             params, _ = self._fetch(number, content)
-            return self.worker.evaluate(replace(job, params=params))
+            with self.defaults():
+                return self.worker.evaluate(replace(job, params=params))
 
         def _fetch(self, number: int, content: list[Any] | None) -> tuple[Any, Any]:
             if self.broadcast[0] != number:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from clients.pools._bundles import bundles
-from clients.worker import Worker, torch_threads
+from clients.worker import Worker
 from fedsim.core import contracts
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
 
 
@@ -19,17 +20,18 @@ class Pool(contracts.Pool):
     def __init__(self, spec: contracts.WorkSpec) -> None:
         self._threads = spec.config.runtime.threads
         self._fused = spec.config.runtime.fused
-        self._worker = self.worker(spec)
+        with torch_defaults(self._threads):
+            self._worker = self.worker(spec)
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         for start, some in bundles(jobs, len(jobs), self._fused):
-            with torch_threads(self._threads):  # not across the yield: the caller's own work keeps its threads
+            with torch_defaults(self._threads):
                 bundle = self._worker.train(start, some)
             yield bundle
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         for job in jobs:
-            with torch_threads(self._threads):
+            with torch_defaults(self._threads):
                 result = self._worker.evaluate(job)
             yield result
 
