@@ -105,13 +105,19 @@ def _section(kind: str, name: str) -> dict[str, Any]:
 
 def _presets() -> Iterator[str]:
     """What the configs are made of."""
-    if not PRESETS.is_dir():
+    streams, methods = (sorted((PRESETS / part).glob("*.yaml")) for part in ("streams", "methods"))
+    if not methods:
         return
-    yield from ("## Presets", "", "`fedsim run configs/<name>.yaml`", "")
-    yield "| preset | adapter | aggregator | consolidator | calibrator | objectives | what it is |"
+    yield from (
+        "## Presets", "",
+        "Any method on any stream: `fedsim run configs/streams/<stream>.yaml configs/methods/<method>.yaml`;",
+        "`configs/<method>.yaml` is the method on `omniglot`.", "",
+        "| stream | what it is |", "|---|---|", *(f"| {path.stem} | {_comment(path)} |" for path in streams), "",
+    )  # fmt: skip
+    yield "| method | adapter | aggregator | consolidator | calibrator | objectives | what it is |"
     yield "|---|---|---|---|---|---|---|"
-    for path in sorted(PRESETS.glob("*.yaml")):
-        config = configs.load(path)
+    for path in methods:
+        config = configs.load([PRESETS / "streams" / "omniglot.yaml", path])
         section, server = config.server.aggregator, config.server
         rule = ", ".join(f"{g['match']}: {g['name']}" for g in section) if isinstance(section, list) else section["name"]
         repair = NONE if server.calibrator is None else server.calibrator["name"]

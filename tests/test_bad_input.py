@@ -52,7 +52,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "online with epochs": (["stream.online=true", "client.epochs=2"], r"client.epochs must be 1 with stream.online"),
     "statistic of a layer that is not there": (["server.consolidator=regmean", "adapter=none"], r"LoRA|lora"),
     "no rule in a list": (["server.aggregator=[]"], r"server.aggregator is an empty list"),
-    "override without =": (["partition.alpha"], r"override 'partition.alpha' must look like key.sub=value"),
+    "override without =": (["partition.alpha"], r"no config file .*partition.alpha \(an override must look like key.sub=value"),
     "negative seed": (["seed=-1"], r"seed must not be negative"),
 }
 

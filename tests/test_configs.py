@@ -7,21 +7,79 @@ from typing import Any
 
 import pytest
 
+from fedsim import suitable
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig, load
 from fedsim.core.errors import ConfigError
-from fedsim.simulation import run
+from fedsim.simulation import prepare_data, run
 from fedsim.sweep.plan import expand
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")])
 SWEEPS = [path for path in FILES if "base" in configs.read_yaml(path)]
+PRESETS, METHODS, STREAMS = (sorted((ROOT / "configs" / part).glob("*.yaml")) for part in (".", "methods", "streams"))
+OF_A_STREAM = {"data", "stream", "partition", "model", "transform"}
+OF_A_METHOD = {"adapter", "server.aggregator", "server.consolidator", "server.calibrator", "client.optimizer", "client.lr"}
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in SWEEPS], ids=lambda p: p.stem)
-def test_every_config_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_every_method_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
     tiny_round(load(path), tmp_path)
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda p: p.stem)
+def test_every_stream_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
+    tiny_round(load([path, ROOT / "configs/methods/lorm.yaml"]), tmp_path)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_preset_is_a_stream_and_a_method(path: Path) -> None:
+    """Nothing else: what it says is found in one of the two, and what each of them may say is its own."""
+    stream, method = (ROOT / "configs" / file for file in configs.read_yaml(path)["extends"])
+    assert set(configs.read_yaml(path)) == {"extends"}
+    assert stream in STREAMS and method in METHODS
+    assert load(path).identity() == load([stream, method]).identity()
+
+
+def test_methods_say_nothing_of_data_and_streams_nothing_of_methods() -> None:
+    """`joint` is a method that is about the stream and the split."""
+    for path in METHODS:
+        layers = configs.read_layers(path)
+        said = set().union(*layers)
+        assert not said & OF_A_STREAM or (path.stem == "joint" and said & OF_A_STREAM == {"stream", "partition"}), path
+        assert set(flat(layers[0])) >= OF_A_METHOD, f"{path}: on another method, something of that would stay"
+    for path in STREAMS:
+        assert not set(flat(configs.read_yaml(path))) & OF_A_METHOD, path
+
+
+def flat(layer: dict[str, Any]) -> set[str]:
+    return {*layer, *(f"{key}.{sub}" for key, value in layer.items() if isinstance(value, dict) for sub in value)}
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=lambda p: p.stem)
+def test_any_method_goes_on_any_stream(stream: Path) -> None:
+    """Data, backbone and order of tasks are the stream's; adapter and rules the method's."""
+    own = load(stream)
+    for method in METHODS:
+        both = load([stream, method])
+        suitable.require(both, configs.build_aggregator(both.server.aggregator))
+        assert (both.data, both.model, both.transform) == (own.data, own.model, own.transform)
+        assert both.name == f"{stream.stem}-{method.stem}"
+        if method.stem != "joint":
+            assert (both.stream, both.partition) == (own.stream, own.partition)
+
+
+def test_joint_is_one_client_with_all_tasks_at_once_whatever_the_stream() -> None:
+    for words in ([], ["stream.name=task_incremental"], ["stream.tasks=2", "stream.classes_per_task=7"]):
+        files = [ROOT / "configs/streams/omniglot.yaml", ROOT / "configs/methods/joint.yaml"]
+        manifest, _ = prepare_data(load(files, words))
+        parts, _ = prepare_data(load(files[0], words))
+        assert (manifest.num_clients, manifest.task_names) == (1, ("all tasks",))
+        assert manifest.class_names == parts.class_names
+        assert manifest.task_classes == (tuple(range(len(parts.class_names))),)
+        assert sorted(manifest.shard_indices) == sorted(parts.shard_indices)
+        assert sorted(manifest.test_indices) == sorted(parts.test_indices)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -107,7 +107,8 @@ def test_wheel_holds_packages_data_and_command(tmp_path: Path) -> None:
         wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
     assert wanted <= held, wanted - held
     assert {name.split("/")[0] for name in held if "-" not in name.split("/")[0]} == {"fedsim", "clients", "server"}
-    assert any(name.endswith("share/fedsim/configs/quickstart.yaml") for name in held)
+    shipped = {name.partition("share/fedsim/")[2] for name in held}
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")} <= shipped
     info = f"fedsim-{fedsim.__version__}.dist-info"
     assert "fedsim = fedsim.cli:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()

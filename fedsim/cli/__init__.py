@@ -47,14 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments with `command`, the function that carries them out. Overrides may stand before or after options."""
+    """Arguments with `command`, the function that carries them out. Files and overrides may stand before or after options."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
+    if hasattr(args, "configs"):  # every word but an override is a file
+        words = [*args.configs, *rest]
+        args.configs = [word for word in words if not _is_override(word)]
+        args.overrides = [word for word in words if _is_override(word)]
+    elif rest:
+        if not all(map(_is_override, rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _is_override(word: str) -> bool:
+    """key=value; a path may hold a = as well."""
+    return "=" in word and not os.path.isfile(word)
 
 
 def _parser() -> argparse.ArgumentParser:

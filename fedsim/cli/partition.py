@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fedsim.cli.printing import console, line_printer
+from fedsim.cli.printing import configs_and_overrides, console, line_printer
 from fedsim.core.errors import ConfigError
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -12,21 +12,22 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim partition` takes."""
-    command.add_argument("config", metavar="CONFIG", help="a YAML file")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example partition.alpha=0.1")
+    configs_and_overrides(command)
     command.add_argument("--picture", metavar="FILE", help=f"draw it ({', '.join(PICTURES)})")
     command.add_argument("--save", metavar="FILE", help="write the manifest, to be used with manifest=FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """fedsim partition: the split as a table, a picture, a file."""
+    if not args.configs:
+        raise ConfigError("no config: give one, e.g. fedsim partition configs/quickstart.yaml partition.alpha=0.1")
     if args.picture and not args.picture.endswith(PICTURES):
         raise ConfigError(f"--picture {args.picture}: the name must end in {', '.join(PICTURES)}")
     from fedsim import simulation
     from fedsim.core import config as configs
     from fedsim.data import show
 
-    manifest, _ = simulation.prepare_data(configs.load(args.config, args.overrides))
+    manifest, _ = simulation.prepare_data(configs.load(args.configs, args.overrides))
     out = console()
     out.print(show.table(manifest))
     print_line = line_printer(out)

@@ -1,7 +1,8 @@
-"""What the commands share: one line on stderr, plain lines, tables, bytes."""
+"""What the commands share: configs and overrides as arguments; one line on stderr, plain lines, tables, bytes."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_LINES = 10
+
+
+def configs_and_overrides(command: argparse.ArgumentParser, note: str = "") -> None:
+    """What a command takes that works on one config: `configs` and `overrides` (`fedsim.cli.parse` tells them apart)."""
+    what = f"YAML files, the later one winning, and keys such as partition.alpha=0.1{note}"
+    command.add_argument("configs", nargs="*", metavar="CONFIG | KEY=VALUE", help=what)
+    command.set_defaults(overrides=[])
 
 
 def fail(message: str, code: int) -> int:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedsim.cli.printing import console, fail, human_bytes, line_printer, new_table
+from fedsim.cli.printing import configs_and_overrides, console, fail, human_bytes, line_printer, new_table
 from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ HEADLINES = {
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim run` takes."""
-    command.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; with --resume it may be left out")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example partition.alpha=0.1")
+    configs_and_overrides(command, "; with --resume they may be left out")
     command.add_argument("--output", metavar="DIR", help="run directory (default: runs/<name>-<hash of the config>)")
     command.add_argument("--resume", metavar="RUN_DIR", help="go on in this run directory, to the same bits as if never stopped")
     command.add_argument("--quiet", action="store_true", help="print the outcome only")
@@ -38,16 +37,14 @@ def run(args: argparse.Namespace) -> int:
     from fedsim.core import config as configs
     from fedsim.progress import ProgressDisplay
 
-    path, overrides = args.config, list(args.overrides)
-    if path is not None and args.resume and "=" in path:
-        path, overrides = None, [path, *overrides]
-    if path is None:
+    paths = args.configs
+    if not paths:
         if not args.resume:
             raise ConfigError("nothing to run: give a config, e.g. fedsim run configs/quickstart.yaml, or --resume RUN_DIR")
-        path = f"{args.resume}/config.yaml" if overrides else None
+        paths = [f"{args.resume}/config.yaml"] if args.overrides else []
     if args.resume and args.output:
         raise ConfigError("--resume goes on in its own run directory: leave --output out")
-    config = None if path is None else configs.load(path, overrides)
+    config = configs.load(paths, args.overrides) if paths else None
 
     from fedsim import simulation
 

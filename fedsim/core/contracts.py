@@ -269,7 +269,12 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Partition(ABC):
-    """Splits one task's training samples over clients."""
+    """Splits one task's training samples over clients.
+
+    whole: nothing is split, so that no other split of a sweep applies to a variant that chooses it.
+    """
+
+    whole: ClassVar[bool] = False
 
     clients: int = 10
     min_samples: int = 1

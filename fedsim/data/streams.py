@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +41,8 @@ def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
         With `group` every group is a task (all its classes, in the data's order), and `order` is one of groups.
     domain_incremental: every domain is a task over all classes, and `order` is one of domains.
 
+    With `joint` all of these tasks are one.
+
     Raises ConfigError that names the key (`stream.order`, ...), and DataError for a task without samples.
     """
     make = _by_domain if config.name == "domain_incremental" else _by_class
@@ -51,7 +53,14 @@ def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
                 raise DataError(
                     f"task {t} ({stream.task_names[t]}) has no {split} samples: leave it out by stream.order or stream.tasks"
                 )
-    return stream
+    return _joined(stream) if config.joint else stream
+
+
+def _joined(stream: Stream) -> Stream:
+    """All tasks as one."""
+    train, test = (np.sort(np.concatenate(positions)) for positions in (stream.train, stream.test))
+    classes = sorted({row for rows in stream.task_classes for row in rows})
+    return replace(stream, task_names=("all tasks",), task_classes=(tuple(classes),), train=(train,), test=(test,))
 
 
 def _by_class(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:

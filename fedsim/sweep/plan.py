@@ -1,11 +1,11 @@
 """A sweep YAML becomes a list of checked configs, before anything runs.
 
-    base: ../../configs/fedavg.yaml       # a config file, or a mapping of config keys
+    base: ../../configs/streams/omniglot.yaml  # a config file, a list of them (the later one wins), or a mapping of config keys
     set: {client.epochs: 1}               # for every run
     list:                                 # axes of named variants; a variant may change several keys
       method:
         fedavg: {}
-        lorm: {extends: ../../configs/lorm.yaml}
+        lorm: {extends: ../../configs/methods/lorm.yaml}
         fair: {server.aggregator: fairavg}
     grid: {partition.alpha: [0.1, 0.5]}   # axes of values of one key each
     zip: {client.lr: [1e-3, 1e-2], client.epochs: [4, 1]}      # keys that go together, value by value
@@ -216,8 +216,9 @@ def _require_distinct(runs: Sequence[PlannedRun]) -> None:
 
 
 def _base_layers(base: Any, folder: Path) -> list[dict[str, Any]]:
-    if isinstance(base, str):
-        return configs.read_layers(folder / base)
+    files = [base] if isinstance(base, str) else base
+    if isinstance(files, list) and files and all(isinstance(file, str) for file in files):
+        return [layer for file in files for layer in configs.read_layers(folder / file)]
     if "extends" in _mapping(base, "base"):
         raise ConfigError("base: a mapping cannot extend a file: name the file itself as the base, and put changes under 'set'")
     return [configs.nested(base)]

@@ -22,6 +22,8 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
         raise ConfigError(f"extends goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not path.is_file():
         hint = f", which {seen[-1].name} extends" if seen else ""
+        if not seen and path.suffix not in (".yaml", ".yml"):
+            hint = " (an override must look like key.sub=value, e.g. partition.alpha=0.1)"
         raise ConfigError(f"no config file {path}{hint}")
     layer = read_yaml(path)
     bases = layer.pop("extends", None) or []

@@ -18,13 +18,16 @@ from fedsim.core.config.typed import plain, typed, typed_anew
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
+def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
     """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
 
+    Of several files, such as a stream and a method, the later one wins.
     Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
     begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
     """
-    return compose([{"name": Path(path).stem}, *read_layers(path), parse_overrides(overrides)], begun)
+    paths = [path] if isinstance(path, str | Path) else path
+    name = "-".join(Path(p).stem for p in paths)
+    return compose([{"name": name}, *(layer for p in paths for layer in read_layers(p)), parse_overrides(overrides)], begun)
 
 
 def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConfig:

@@ -32,6 +32,7 @@ class StreamConfig:
     order: "given" | "shuffle" (by seed) | a list of class names or ids (domain names or ids for domain_incremental).
     group: tasks by a grouping of the source (alphabet, superclass, domain of intents), instead of by number.
     online: single pass: the shard of a task is divided over its rounds, so that every sample is seen once.
+    joint: all these tasks at once, as one task: with the partition `joint` the upper bound of the stream.
     """
 
     name: str = "class_incremental"
@@ -40,6 +41,7 @@ class StreamConfig:
     order: Any = "given"
     group: str | None = None
     online: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         require_choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
