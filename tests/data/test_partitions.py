@@ -18,6 +18,7 @@ from fedsim.data.manifest import estimate_alpha
 from fedsim.data.partitions import dirichlet, iid, pathological, quantity
 
 NAMES = plugins.names("partitions")
+SPLIT = [name for name in NAMES if not plugins.load("partitions", name).whole]
 
 
 def counts_of(labels: NDArray[Any], shards: list[NDArray[Any]]) -> NDArray[Any]:
@@ -40,6 +41,7 @@ def test_all_four_are_found() -> None:
 @settings(deadline=None, max_examples=40)
 def test_disjoint_cover_or_clear_error(name: str, sizes: list[int], clients: int, floor: int, alpha: float, seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    clients = clients if name in SPLIT else 1
     section: dict[str, Any] = {"name": name, "clients": clients, "min_samples": floor}
     if name in ("dirichlet", "quantity"):
         section["alpha"] = alpha
@@ -58,7 +60,12 @@ def test_disjoint_cover_or_clear_error(name: str, sizes: list[int], clients: int
     assert all(np.array_equal(a, b) for a, b in zip(shards, again, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_joint_is_for_one_client() -> None:
+    with pytest.raises(ConfigError, match=r"^partition\.clients must be 1 with joint, .* got 2$"):
+        config.expand("partitions", {"name": "joint", "clients": 2}, "partition")
+
+
+@pytest.mark.parametrize("name", SPLIT)
 def test_too_many_clients_is_an_error_at_once(name: str) -> None:
     partition = config.build("partitions", {"name": name, "clients": 50, "min_samples": 6})
     with pytest.raises(
