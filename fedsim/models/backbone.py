@@ -9,14 +9,13 @@ weights of a given architecture. Whatever does not fit exactly is refused: a lay
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import CRITICAL
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,14 @@ from fedsim.core import config as configs
 from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
-from fedsim.models import kernels, timm_names, vit
-
-Scales: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, per channel or one for all
+from fedsim.models import families, kernels, layers, resolution, timm_names, vit
 
 # transformers is imported where it is used: it takes a second, which `fedsim --help` should not pay
 
 OMNIGLOT_VIT = Path(__file__).resolve().parent.parent / "assets" / "omniglot_vit"
-HALF: Scales = (0.5,), (0.5,)
-IMAGENET: Scales = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 PREPROCESSOR = "preprocessor_config.json"
+USUAL_SIDE = 224  # of images, where neither the config nor the preprocessor says
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 RANDOM_WEIGHTS_SEED = 0  # one set of random weights for all processes and seeds: only the architecture is the user's choice
 
@@ -43,10 +40,11 @@ RANDOM_WEIGHTS_SEED = 0  # one set of random weights for all processes and seeds
 class Backbone:
     """A frozen encoder and what its inputs look like.
 
-    width: D; kind: image | text; pooling: cls | mean; first_patch: number of tokens before the patches (the class token);
-    image_size: (height, width); mean, std: per channel in 0..1; tokenizer_source: hub id or folder of the tokenizer that
-    belongs to it; half: all weights and activations are bfloat16; features are not; lean: the last block may leave out tokens
-    that no feature needs. The image fields mean nothing for text.
+    width: D; kind: image | text; pooling: cls | mean | last | pooler (the encoder's own, as published); first_patch, last_patch:
+    the patches are the tokens [first_patch, last_patch); image_size: (height, width); mean, std: per channel in 0..1;
+    tokenizer_source: hub id or folder of the tokenizer that belongs to it; half: all weights and activations are bfloat16;
+    features are not; lean: the last block may leave out tokens that no feature needs; by_encoder: features are the encoder's
+    `pooler_output`. The image fields mean nothing for text.
     """
 
     encoder: nn.Module
@@ -61,12 +59,29 @@ class Backbone:
     tokenizer_source: str | None = None
     half: bool = False
     lean: bool = False
+    last_patch: int | None = None
+    by_encoder: bool = False
 
     def image_features(self, pixels: Tensor, lean: bool = False) -> Tensor:
-        """Normalised (b, C, H, W) -> (b, D): the class token, or the mean over the patches. `lean`: see `Model.features`."""
+        """Normalised (b, C, H, W) -> (b, D): the class token, the mean over patches or places, or what the encoder makes of
+        them. `lean`: see `Model.features`."""
         options = {"first": 1} if lean and self.lean else {}
-        tokens_bLD: Tensor = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels, **options).last_hidden_state
-        return _single(tokens_bLD[:, 0]) if self.pooling == "cls" else _single(tokens_bLD[:, self.first_patch :]).mean(dim=1)
+        out: Any = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels, **options)
+        if self.by_encoder:
+            return self._of_width(_single(out.pooler_output).flatten(1))
+        states: Tensor = out.last_hidden_state  # (b, L, D), or (b, D, H, W)
+        if states.dim() == 4:
+            return self._of_width(_single(states).mean(dim=(2, 3)))
+        return self._of_width(
+            _single(states[:, 0]) if self.pooling == "cls" else _single(states[:, self.first_patch : self.last_patch]).mean(dim=1)
+        )
+
+    def _of_width(self, features_bD: Tensor) -> Tensor:
+        if features_bD.shape[1] != self.width:
+            raise ModelError(
+                f"a {type(self.encoder).__name__} as backbone gives {features_bD.shape[1]} features, its config says {self.width}"
+            )
+        return features_bD
 
     @staticmethod
     def used_tokens(inputs: Tensors) -> int:
@@ -77,7 +92,7 @@ class Backbone:
         return max(1, int((mask_bL.any(dim=0) * torch.arange(1, mask_bL.shape[1] + 1, device=mask_bL.device)).max()))
 
     def text_features(self, inputs: Tensors) -> Tensor:
-        """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, or the mean over the tokens in the mask.
+        """`input_ids` and `attention_mask` (b, L) -> (b, D): the first token, the last or the mean of those in the mask.
 
         Columns at the end that hold nothing but padding are not computed. Raises ModelError for texts that are too long.
         """
@@ -92,9 +107,17 @@ class Backbone:
             raise ModelError(
                 f"texts of {ids_bL.shape[1]} tokens do not fit a backbone of {longest} positions: lower data.max_length"
             )
-        tokens_bLD: Tensor = _single(self.encoder(input_ids=ids_bL, attention_mask=mask_bL).last_hidden_state)
+        out: Any = self.encoder(input_ids=ids_bL, attention_mask=mask_bL)
+        if self.by_encoder:
+            return self._of_width(_single(out.pooler_output))
+        return self._of_width(self._pooled(_single(out.last_hidden_state), mask_bL))
+
+    def _pooled(self, tokens_bLD: Tensor, mask_bL: Tensor) -> Tensor:
         if self.pooling == "cls":
             return tokens_bLD[:, 0]
+        if self.pooling == "last":
+            last_b = (mask_bL * torch.arange(mask_bL.shape[1], device=mask_bL.device)).argmax(dim=1)
+            return tokens_bLD[torch.arange(len(last_b), device=last_b.device), last_b]
         weight_bL1 = mask_bL.unsqueeze(-1).to(tokens_bLD.dtype)
         return (tokens_bLD * weight_bL1).sum(dim=1) / weight_bL1.sum(dim=1).clamp(min=1)
 
@@ -102,11 +125,16 @@ class Backbone:
 def load(config: ModelConfig) -> Backbone:
     """The frozen backbone of a config, float32 on the CPU, in evaluation mode.
 
-    Raises ModelError (one line) for a folder or file that is missing or damaged, and for weights that do not fit.
+    Raises ModelError (one line) for a folder or file that is missing or damaged, for weights that do not fit, and for an image
+    size or a pooling that the architecture has not.
     """
-    encoder, scales = _plain_vit(config.backbone) or _by_transformers(config)
+    encoder, preprocessor = _plain_vit(config.backbone) or _by_transformers(config)
+    if config.image_size is not None:
+        with _unseeded():
+            encoder = resolution.changed(encoder, config.image_size)
+    layers.as_linear(encoder)
     encoder.eval().requires_grad_(False)
-    return _described(encoder, config, scales)
+    return _described(encoder, config, preprocessor)
 
 
 def prepared(backbone: Backbone, runtime: RuntimeConfig, device: torch.device) -> Backbone:
@@ -145,29 +173,66 @@ def tokenizer_name(config: ModelConfig) -> str | None:
     return source
 
 
-def _described(encoder: Any, config: ModelConfig, scales: Scales) -> Backbone:
-    """What the architecture says about inputs and outputs."""
-    layout, main_input = encoder.config, encoder.main_input_name
-    width: Any = getattr(layout, "hidden_size", None)
-    side: Any = getattr(layout, "image_size", None)
-    if (
-        not isinstance(width, int)
-        or main_input not in ("pixel_values", "input_ids")
-        or (main_input == "pixel_values" and side is None)
-    ):
-        raise ModelError(
-            f"model.backbone '{config.backbone}' is a {type(encoder).__name__}, which is no encoder of images or text"
+def _described(encoder: Any, config: ModelConfig, preprocessor: Mapping[str, Any]) -> Backbone:
+    """What architecture and family say about inputs and outputs."""
+    layout, name = encoder.config, f"'{config.backbone}' ({type(encoder).__name__})"
+    if encoder.main_input_name == "input_ids":
+        pooling = _text_pooling(layout, config.pooling, name)
+        width: Any = getattr(layout, families.of(layout).width, None)
+        if isinstance(width, int):
+            own = pooling == families.POOLER
+            return Backbone(encoder, width, "text", pooling, tokenizer_source=tokenizer_name(config), by_encoder=own)
+    elif encoder.main_input_name == "pixel_values" and (hasattr(layout, "image_size") or _classifies_images(layout)):
+        side: Any = getattr(layout, "image_size", None) or config.image_size or _side(preprocessor)
+        size = (side, side) if isinstance(side, int) else (side[0], side[1])
+        channels = getattr(layout, "num_channels", 3)
+        pooling, class_token = _image_pooling(encoder, config.pooling, name)
+        mean, std = _normalisation(preprocessor)
+        before, after = families.extra_tokens(layout)
+        return Backbone(
+            encoder,
+            _width(encoder, channels, size),
+            "image",
+            pooling,
+            by_encoder=pooling in (families.POOLER, families.of(layout).normed),
+            first_patch=class_token + before,
+            last_patch=-after or None,
+            image_size=size,
+            num_channels=channels,
+            mean=mean,
+            std=std,
         )
-    if main_input == "input_ids":
-        pooling = "mean" if config.pooling == "auto" else config.pooling
-        return Backbone(encoder, width, "text", pooling, tokenizer_source=tokenizer_name(config))
+    raise ModelError(f"model.backbone {name} is no encoder of images or text")
+
+
+def _text_pooling(layout: Any, chosen: str, name: str) -> str:
+    causal = families.is_causal(layout)
+    if chosen == "cls" and causal:
+        raise ModelError(f"model.pooling is cls, but {name} is a causal model, whose first token sees no other: use last or mean")
+    if chosen != "auto":
+        return chosen
+    return families.of(layout).published(layout) or ("last" if causal else "mean")
+
+
+def _image_pooling(encoder: Any, chosen: str, name: str) -> tuple[str, bool]:
+    """The pooling, and whether there is a class token."""
     class_token = any(n.endswith(("cls_token", "class_embedding")) for n, _ in encoder.named_parameters())
-    if config.pooling == "cls" and not class_token:
-        raise ModelError(f"model.pooling is cls, but '{config.backbone}' ({type(encoder).__name__}) has no class token: use mean")
-    pooling = config.pooling if config.pooling != "auto" else "cls" if class_token else "mean"
-    first_patch = class_token + getattr(layout, "num_register_tokens", 0)
-    size = (side, side) if isinstance(side, int) else (side[0], side[1])
-    return Backbone(encoder, width, "image", pooling, first_patch, size, layout.num_channels, *scales)
+    if chosen == "cls" and not class_token:
+        raise ModelError(f"model.pooling is cls, but {name} has no class token: use mean")
+    if chosen == "last":
+        raise ModelError(f"model.pooling is last, which is for text, but {name} takes images: use auto, cls or mean")
+    published = families.of(encoder.config).published(encoder.config)
+    return (published or ("cls" if class_token else "mean")) if chosen == "auto" else chosen, class_token
+
+
+@torch.no_grad()
+def _width(encoder: Any, channels: int, size: tuple[int, int]) -> int:
+    """Features of an encoder of images: by its config, or of one blank image."""
+    width: Any = getattr(encoder.config, "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    states: Tensor = encoder(pixel_values=torch.zeros(1, channels, *size)).last_hidden_state
+    return states.shape[1 if states.dim() == 4 else -1]
 
 
 # ---------------------------------------------------------------- transformers
@@ -183,35 +248,36 @@ def _source(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _plain_vit(name: str) -> tuple[nn.Module, Scales] | None:
-    """The encoder of a folder with a plain ViT, without transformers' help, which is slow to import; None for all else."""
+def _plain_vit(name: str) -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """Encoder and preprocessor of a folder with a plain ViT, without transformers, which is slow to import; None for all else."""
     if name == "random" or name.endswith(".safetensors"):
         return None
     folder = Path(_source(name))
     encoder = vit.load(folder)
     try:
-        return None if encoder is None else (encoder, _normalisation(str(folder), folder=True))
+        return None if encoder is None else (encoder, _preprocessor(str(folder), folder=True))
     except (OSError, ValueError, TypeError, AttributeError):  # transformers' way ends in an error that says what is wrong
         return None
 
 
-def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Scales]:
+def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Encoder and preprocessor."""
     with _unseeded(), _quiet():
         if config.backbone == "random":
-            return _random(config.config or {}), HALF
+            return _random(config), {}
         if config.backbone.endswith(".safetensors"):
             encoder: Any = timm_names.load(Path(config.backbone).expanduser())
-            return encoder, IMAGENET if encoder.config.num_channels == len(IMAGENET[0]) else HALF
-        return _from_pretrained(_source(config.backbone))
+            return encoder, IMAGENET if encoder.config.num_channels == 3 else {}
+        return _from_pretrained(_source(config.backbone), config.pooling)
 
 
-def _from_pretrained(name: str) -> tuple[nn.Module, Scales]:
+def _from_pretrained(name: str, pooling: str) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import AutoConfig
 
     folder = Path(name).is_dir()
     common = {"local_files_only": folder, "trust_remote_code": False}
     try:
-        layout = AutoConfig.from_pretrained(name, **common)
+        layout = _layout(AutoConfig.from_pretrained(name, **common), pooling)
         cls = _encoder_class(layout)
         encoder, info = cls.from_pretrained(
             name,
@@ -219,30 +285,55 @@ def _from_pretrained(name: str) -> tuple[nn.Module, Scales]:
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **_no_pooler(cls),
+            **families.pooler_option(cls, layout),
             **common,
         )
-        scales = _normalisation(name, folder)
+        preprocessor = _preprocessor(name, folder)
     except ModelError:
         raise
     except Exception as e:  # OSError, SafetensorError, JSON and pickle errors, hub errors: all mean that it cannot be read
         where = f"folder {name}" if folder else f"'{name}', which is neither a folder nor a hub id that can be reached"
         raise ModelError(f"the backbone cannot be loaded from {where}: {_one_line(e)}") from e
     _refuse_misfits(name, info)
-    return encoder, scales
+    return _encoder_of(encoder), preprocessor
+
+
+def _layout(layout: Any, pooling: str) -> Any:
+    """The config of the encoder in a checkpoint, without what features of this pooling do not pass."""
+    family = families.of(layout)
+    if family.part is not None:
+        return _layout(getattr(layout, family.part), pooling)
+    if family.plain:
+        from transformers import ViTConfig
+
+        known = ViTConfig().to_dict().keys() - {"model_type"}
+        layout = ViTConfig(**{n: v for n, v in layout.to_dict().items() if n in known})
+    if family.optional and family.only_if is not None and pooling != "auto":
+        setattr(layout, family.only_if, False)
+    if hasattr(layout, "use_cache"):
+        layout.use_cache = False  # keys and values that are kept for a next token
+    return layout
 
 
 def _encoder_class(layout: Any) -> Any:
-    """The bare encoder of an architecture."""
-    from transformers import AutoModel
+    """The bare encoder of an architecture; of an encoder with a decoder, the encoder alone where there is a class for it."""
+    from transformers import AutoModel, AutoModelForTextEncoding
 
     if type(layout) not in AutoModel._model_mapping:
         raise ModelError(f"transformers has no encoder for the architecture '{layout.model_type}'")
-    return AutoModel._model_mapping[type(layout)]
+    alone = AutoModelForTextEncoding._model_mapping
+    return (alone if layout.is_encoder_decoder and type(layout) in alone else AutoModel._model_mapping)[type(layout)]
 
 
-def _no_pooler(cls: Any) -> dict[str, bool]:
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
+def _encoder_of(model: Any) -> Any:
+    """The encoder of a model with a decoder, all else as it is."""
+    return model.get_encoder() if model.config.is_encoder_decoder and hasattr(model, "get_decoder") else model
+
+
+def _classifies_images(layout: Any) -> bool:
+    from transformers.models.auto import modeling_auto
+
+    return layout.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
@@ -260,16 +351,28 @@ def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def _normalisation(name: str, folder: bool) -> Scales:
-    """(mean, std) of preprocessor_config.json, (0.5, 0.5) if there is none."""
+def _preprocessor(name: str, folder: bool) -> Mapping[str, Any]:
+    """What preprocessor_config.json holds, nothing if there is none."""
     file = Path(name) / PREPROCESSOR if folder else _cached_file(name, PREPROCESSOR)
-    if file is None or not file.is_file():
-        return HALF
-    plain = json.loads(file.read_text())
-    if not plain.get("do_normalize", True):
+    plain: Mapping[str, Any] = {} if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
+    _normalisation(plain)
+    return plain
+
+
+def _normalisation(preprocessor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, or one for all, of a preprocessor; 0.5 where it does not say."""
+    if not preprocessor.get("do_normalize", True):
         return (0.0,), (1.0,)
-    mean, std = plain.get("image_mean", [0.5]), plain.get("image_std", [0.5])
+    mean, std = (preprocessor.get(key, [0.5]) for key in ("image_mean", "image_std"))
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _side(preprocessor: Mapping[str, Any]) -> int:
+    """The side of images that a preprocessor makes."""
+    told: Any = preprocessor.get("crop_size") or preprocessor.get("size")
+    if isinstance(told, Mapping):
+        told = told.get("height", told.get("shortest_edge"))
+    return told if isinstance(told, int) else USUAL_SIDE
 
 
 def _cached_file(name: str, file: str) -> Path | None:
@@ -280,14 +383,14 @@ def _cached_file(name: str, file: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _random(config: Mapping[str, Any]) -> nn.Module:
+def _random(config: ModelConfig) -> nn.Module:
     from transformers import AutoConfig
 
     try:
-        layout = AutoConfig.for_model(**config)
+        layout = _layout(AutoConfig.for_model(**(config.config or {})), config.pooling)
         cls = _encoder_class(layout)
         torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
-        encoder: nn.Module = cls(layout, **_no_pooler(cls)).to(torch.float32)
+        encoder: nn.Module = _encoder_of(cls(layout, **families.pooler_option(cls, layout)).to(torch.float32))
     except ModelError:
         raise
     except Exception as e:

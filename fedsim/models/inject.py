@@ -13,6 +13,7 @@ from torch import nn
 from fedsim.core.errors import ModelError
 
 ALL_LINEAR = "all-linear"
+PAST_THE_LAYER = ("dt_proj",)  # a state space model's time steps: their weight is read, the layer is never called
 
 
 class Removable(Protocol):
@@ -33,13 +34,23 @@ def linear(encoder: nn.Module, name: str) -> nn.Linear:
     """The linear layer of that dotted name. Raises ModelError for any other module."""
     module = submodule(encoder, name)
     if not isinstance(module, nn.Linear):
-        raise ModelError(f"module '{name}' of the backbone is a {type(module).__name__}, not a linear layer")
+        raise ModelError(
+            f"module '{name}' of the backbone is a {type(module).__name__}, not a linear layer or a convolution of 1 × 1"
+        )
     return module
 
 
 def linear_names(encoder: nn.Module) -> list[str]:
-    """Names of the encoder's linear layers in order, the pooler's apart: features do not pass through it."""
-    return [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and not n.startswith("pooler")]
+    """Names of the encoder's linear layers in order, but for a pooler's, through which features do not pass, and for those whose
+    weight is read without a call of the layer: what is put beside such a layer would do nothing."""
+    return [
+        n
+        for n, m in encoder.named_modules()
+        if isinstance(m, nn.Linear)
+        and not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)  # in torch's own attention
+        and not n.startswith("pooler")
+        and n.rpartition(".")[2] not in PAST_THE_LAYER
+    ]
 
 
 def match_linear(encoder: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:

@@ -25,7 +25,8 @@ REQUIRED = (
     "qkv_bias", "layer_norm_eps",
 )  # fmt: skip
 NOT_OURS = ("quantization_config", "auto_map", "head_dim")
-UNUSED = ("pooler.", "classifier.")  # heads that features do not pass through
+UNUSED = ("pooler.", "classifier.", "decoder.")  # what features do not pass through
+PLAIN = ("vit", "vit_mae")  # an autoencoder's encoder, with no patch hidden, is a plain one
 OF_FILES = {  # parts of names in published files -> ours, the longest first
     "encoder.layer.": "layers.",
     "attention.attention.query.": "attention.q_proj.",
@@ -171,6 +172,17 @@ class ViT(nn.Module):
         x_bLD = self.layers[-1](x_bLD, None) if first is None else self.layers[-1](x_bLD, None, first=first)
         return SimpleNamespace(last_hidden_state=self.layernorm(x_bLD))
 
+    def resized(self, side: int) -> ViT:
+        """Itself, in place, for images of side × side pixels: positions are interpolated, bicubically as in transformers."""
+        new, table_1LD = side // self.config.patch_size, self.embeddings.position_embeddings.detach()
+        old = self.config.image_size // self.config.patch_size
+        grid_1Dhw = table_1LD[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        grid_1Dhw = F.interpolate(grid_1Dhw, size=(new, new), mode="bicubic", align_corners=False)
+        patches_1LD = grid_1Dhw.permute(0, 2, 3, 1).reshape(1, new * new, -1)
+        self.embeddings.position_embeddings = nn.Parameter(torch.cat((table_1LD[:, :1], patches_1LD), dim=1))
+        self.config.image_size = self.embeddings.image_size = side
+        return self
+
 
 def load(folder: Path) -> ViT | None:
     """The encoder of a folder with config.json and model.safetensors, float32; None for anything but this very architecture."""
@@ -200,7 +212,7 @@ def _layout(file: Path) -> Layout | None:
         told: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(told, Mapping) or told.get("model_type") != "vit" or told.get("hidden_act") != "gelu":
+    if not isinstance(told, Mapping) or told.get("model_type") not in PLAIN or told.get("hidden_act") != "gelu":
         return None
     if any(key not in told for key in REQUIRED) or any(key in told for key in NOT_OURS):
         return None

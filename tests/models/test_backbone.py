@@ -272,7 +272,7 @@ def test_weights_of_another_depth(folder: Path) -> None:
     assert "tensor(s) are missing, the first is 'layers.2." in one_line(folder)
 
 
-@pytest.mark.parametrize("layout", [{"model_type": "no_such_type"}, VIT | {"hidden_size": "wide"}, {"model_type": "clip"}])
+@pytest.mark.parametrize("layout", [{"model_type": "no_such_type"}, VIT | {"hidden_size": "wide"}, {"model_type": "whisper"}])
 def test_random_backbone_that_cannot_be_built(layout: dict[str, Any]) -> None:
     one_line("random", config=layout)
 

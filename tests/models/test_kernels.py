@@ -142,6 +142,30 @@ def test_a_second_path_is_refused() -> None:
         frozen.beside(draw(R, D, seed=4), draw(M, R, seed=5), SCALE)
 
 
+@BOTH
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("form", ["frozen", "beside", "summed", "merged", "without gradient"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outputs_may_be_changed_in_place(
+    name: str, shape: tuple[int, ...], form: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a ReLU of the model's own after one of our products: the same values and gradients as by one that copies."""
+    frozen, x = layer(name, precision), draw(*shape, seed=2).requires_grad_(form != "without gradient")
+    a_rd, b_mr = draw(R, D, seed=4).requires_grad_(), draw(M, R, seed=5).requires_grad_()
+    if form in ("beside", "summed"):
+        monkeypatch.setattr(FrozenLinear, "_sum_pays", lambda self, rows: form == "summed")
+        frozen.beside(a_rd, b_mr, SCALE)
+    elif form == "merged":
+        frozen.weight = nn.Parameter((frozen.weight + SCALE * b_mr @ a_rd).detach(), requires_grad=False)
+    copied, changed = torch.relu(frozen(x)), torch.relu_(frozen(x))
+    assert torch.equal(copied, changed)
+    wanted = [t for t in (x, a_rd, b_mr) if t.requires_grad and (t is x or form in ("beside", "summed"))]
+    if form != "without gradient":
+        dy = draw(*copied.shape, seed=3)
+        for g, w in zip(gradients(changed, dy, wanted), gradients(copied, dy, wanted), strict=True):
+            assert torch.equal(g, w)
+
+
 # ---------------------------------------------------------------- bfloat16
 
 

@@ -79,15 +79,20 @@ class ModelConfig:
 
     backbone: "omniglot-vit" (embedded) | a Hugging Face hub id | a local folder | a .safetensors file with timm names |
         "random" (random weights of the architecture in `config`, for tests).
-    pooling: cls | mean (over the attention mask) | auto (cls for images, mean for text).
+    pooling: cls (the class token, or the first) | mean (over the patches, or the tokens in the mask) | last (the last token in
+        the mask) | auto: what the family publishes, which is the class token of images where there is one, the mean of text,
+        the last token of a causal language model, or a pooling that is trained with the encoder (SigLIP, ConvNeXt).
+    image_size: side of images in pixels, null: the checkpoint's own; learned positions are interpolated once, bicubically.
     """
 
     backbone: str = "omniglot-vit"
     pooling: str = "auto"
+    image_size: int | None = None
     config: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_choice("pooling", self.pooling, ("auto", "cls", "mean"))
+        require_choice("pooling", self.pooling, ("auto", "cls", "mean", "last"))
+        _require(self.image_size is None or self.image_size >= 1, "image_size", "must be at least 1", self.image_size)
         if self.backbone == "random" and "model_type" not in (self.config or {}):
             raise ConfigError("config must name a model_type (e.g. vit, bert) when backbone is 'random'")
         if self.backbone != "random" and self.config:
