@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clients import eager
 from fedsim.core.config import ClientConfig
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, did_you_mean, one_line
 
 CHOOSES = {"fused", "foreach", "capturable", "differentiable"}  # options that say how a step is computed
 
@@ -41,9 +41,22 @@ def build(
     return optimizer, _make(schedule, "client.schedule_options", optimizer, **_numbers(client.schedule_options, steps))
 
 
-def check(client: ClientConfig) -> None:
-    """Build once on a dummy parameter, so that a wrong name or option is an error before any training."""
-    build(client, [torch.zeros(2, 2, requires_grad=True)], steps=10)
+def check(client: ClientConfig, dims: Collection[int] = (2,), steps: int = 10) -> None:
+    """Take a step over dummy tensors with these numbers of axes, and all `steps` of the schedule, so that a wrong name or option,
+    an optimizer that wants another kind of step or tensor, and a schedule that ends too early are errors before any training."""
+    parameters = [torch.zeros((2,) * n, requires_grad=True) for n in sorted(dims)]
+    optimizer, schedule = build(client, parameters, steps)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    name, key = type(optimizer).__name__, "client.optimizer"
+    try:
+        optimizer.step()
+        if schedule is not None:
+            name, key = type(schedule).__name__, "client.schedule"
+            for _ in range(steps):
+                schedule.step()
+    except Exception as e:
+        raise ConfigError(f"{key} {name} does not work in this training: {one_line(e)}") from e
 
 
 def _find(module: Any, base: type[Any], name: str, key: str) -> type[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clients import optim
-from fedsim import suitable, tracking
+from fedsim import probe, suitable, tracking
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
@@ -22,11 +23,11 @@ from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
-from fedsim.models import backbone
+from fedsim.models import backbone, fits
 from fedsim.models import model as models
 from fedsim.models.model import Model
 from fedsim.results import Holding, Results, RunDir
-from server import checkpoint, loop, sampling
+from server import checkpoint, loop, planning, sampling
 from server.state import ServerState, Simulation
 
 
@@ -134,7 +135,11 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     manifest, spec = prepare_data(config)
     suitable.require_clients(config, manifest)
     model = models.build(config, len(manifest.class_order))
-    return Prepared(config, rule, manifest, spec, model, first_state(config, model, rule))
+    fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
+    state, trained = first_state(config, model, rule)
+    optim.check(config.client, {state.params[n].dim() for n in trained} or {2}, most_steps(config, manifest))
+    probe.require(config, model, spec, state.params, trained)
+    return Prepared(config, rule, manifest, spec, model, state)
 
 
 @contextmanager
@@ -185,20 +190,30 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
     return manifest, dataclasses.replace(manifests.work_spec(manifest, dataset, config), user_files=files)
 
 
+def most_steps(config: SimConfig, manifest: Manifest) -> int:
+    """Optimizer steps of the longest round: of the client that holds most of a task."""
+    server, client = config.server, config.client
+    held = math.ceil(manifest.sizes.max() / (server.rounds if config.stream.online else 1))
+    return client.epochs * math.ceil(held / client.batch_size) * (server.rounds if server.unlearning else 1)
+
+
 def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
     """The `adapter.*` tensors that a new module of this task starts with, the same for all clients."""
     return model.init_adapter(rng.torch_stream(config.seed, "adapter", task))
 
 
-def first_state(config: SimConfig, model: Model, rule: Aggregator) -> ServerState:
-    """Where every run starts: a fresh adapter, and a head of zeros."""
+def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[ServerState, list[str]]:
+    """Where every run starts, a fresh adapter and a head of zeros; and the tensors that clients train in some round of a task."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
     begun = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
     state = rule.init(begun)
-    suitable.require_trained(config, consolidator, begun, [rule.plan(state, r) for r in range(min(config.server.rounds, 4))])
-    check_statistics(rule.plan(state, 0).statistics)
-    return ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
+    plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
+    suitable.require_trained(config, consolidator, begun, plans)
+    check_statistics(plans[0].statistics)
+    trained = {n for plan in plans for n in planning.trained(consolidator, params, plan)}
+    first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
+    return first, [n for n in params if n in trained]
 
 
 def check_statistics(requests: Sequence[StatisticRequest]) -> None:

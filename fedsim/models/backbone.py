@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ class Backbone:
             )
         return features_bD
 
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens that a text may have; None where the architecture sets no bound. RoBERTa and its kin count positions from
+        behind the padding's, so that they can use fewer than they have."""
+        for name, module in self.encoder.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return module.num_embeddings - module.padding_idx - 1
+        longest = getattr(self.encoder.config, "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else None
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """Token ids that the encoder knows, from 0 on; None if it does not say."""
+        try:
+            table: Any = self.encoder.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            table = None
+        return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
     @staticmethod
     def used_tokens(inputs: Tensors) -> int:
         """Columns of a batch of texts up to the last one that is in a mask."""
@@ -102,10 +122,10 @@ class Backbone:
         mask_bL = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids_bL)
         used = self.used_tokens(inputs)
         ids_bL, mask_bL = ids_bL[:, :used], mask_bL[:, :used]  # most texts are far shorter than the longest one allowed
-        longest = getattr(self.encoder.config, "max_position_embeddings", None)
-        if longest is not None and ids_bL.shape[1] > longest:
+        longest = self.positions
+        if longest is not None and used > longest:
             raise ModelError(
-                f"texts of {ids_bL.shape[1]} tokens do not fit a backbone of {longest} positions: lower data.max_length"
+                f"texts of {used} tokens do not fit a backbone of {longest} positions: lower data.max_length"
             )
         out: Any = self.encoder(input_ids=ids_bL, attention_mask=mask_bL)
         if self.by_encoder:

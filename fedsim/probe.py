@@ -1,0 +1,176 @@
+"""One small batch forward and backward before any training: what would fail, or do nothing, for every client.
+
+A trained tensor that moves nothing, a shape that breaks inside a layer, features that are not finite, a backbone that draws at
+random in evaluation: each is one line that names the adapter, the tensor and the backbone. Nothing of the run is touched: the
+probe works on copies, draws from addresses of its own, and leaves the global generator as it was.
+"""
+
+# b samples, D features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clients.samples import Samples
+from fedsim.core import plugins, rng
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import ArraySplit, IntArray, WorkSpec
+from fedsim.core.errors import ModelError, one_line
+from fedsim.core.messages import Tensors
+from fedsim.models import inject
+from fedsim.models.model import ADAPTER, Model
+
+SIGMA = 0.02  # how far from its start every tensor is moved: at B = 0 LoRA's A has no gradient
+FEW, MANY = 2, 16  # samples; where a tensor seems to do nothing, more samples may know better
+
+_passed: set[str] = set()  # probes of this process that found nothing: a sweep prepares the same model many times
+
+
+def require(config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, trained: Sequence[str]) -> None:
+    """Raise ModelError for a model that cannot be trained on these data, whoever the client.
+
+    params: what a task starts with; trained: names of the tensors that clients train in any of its rounds.
+    """
+    splits = (_few(spec.train, spec.shard_indices, FEW), _few(spec.test, spec.test_indices, FEW))
+    key = _key(config, spec, params, trained, splits)
+    if key in _passed:
+        return
+    probe = _Probe(config, model, params, trained)
+    with torch.random.fork_rng(devices=[]):
+        probe.evaluation(Samples(spec.test, model.device).batch(splits[1])[0])
+        training = Samples(spec.train, model.device)
+        if probe.idle(training.batch(splits[0])[0]):
+            probe.require_effect(training.batch(_few(spec.train, spec.shard_indices, MANY))[0])
+    _passed.add(key)
+
+
+class _Probe:
+    """The passes, and who is to blame when one of them goes wrong."""
+
+    def __init__(self, config: SimConfig, model: Model, params: Tensors, trained: Sequence[str]) -> None:
+        self.model, self.trained = model, [n for n in trained if n.startswith(ADAPTER)]
+        self.params = {n: t.to(model.device) for n, t in params.items() if n.startswith(ADAPTER)}
+        self.backbone = f"model.backbone '{config.model.backbone}' ({type(model.backbone.encoder).__name__})"
+        self.adapter = f"adapter {config.adapter['name']}"
+
+    def evaluation(self, inputs: Tensors) -> None:
+        """Twice the same samples through the deployed model."""
+        merged = partial(self.model.merged, self.params)
+        first_bD, again_bD = (self._features(merged, inputs) for _ in range(2))
+        for bad, what in (
+            (lambda x, y: not bool(torch.isfinite(x).all()), "gives features that are not finite (NaN or infinity): check its "
+             "weights, transform.mean and transform.std, or take runtime.precision: fp32"),
+            (lambda x, y: not torch.equal(x, y), "draws at random in evaluation: the same samples give other features each time, "
+             "so that no run could be repeated; choose another backbone"),
+        ):  # fmt: skip
+            if bad(first_bD, again_bD):
+                bare = [self._features(nullcontext, inputs) for _ in range(2)]
+                raise ModelError(f"{self.backbone} {what}" if bad(*bare) else f"{self.adapter} on {self.backbone} {what}")
+
+    def idle(self, inputs: Tensors) -> list[str]:
+        """The trained tensors that the features of these samples do not depend on, a step away from the start."""
+        draw = rng.torch_stream(0, "probe")
+        away = {n: (t + SIGMA * torch.randn(t.shape, generator=draw).to(t)).detach() for n, t in self.params.items()}
+        for name in self.trained:
+            away[name].requires_grad_()
+        augment, dropout = (rng.torch_stream(0, "probe", what, device=self.model.device) for what in ("augment", "dropout"))
+        features_bD = self._features(lambda: self.model.applied(away, dropout), inputs, augment=augment, training=True)
+        if not features_bD.requires_grad:
+            return self.trained
+        direction_bD = torch.randn(features_bD.shape, generator=draw).to(features_bD)
+        try:
+            (features_bD * direction_bD).sum().backward()  # type: ignore[no-untyped-call]
+        except Exception as e:
+            raise ModelError(f"{self.adapter} on {self.backbone} cannot be trained: {one_line(e)}") from e
+        found = {n: away[n].grad for n in self.trained}
+        for name, gradient in found.items():
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                raise ModelError(f"{self.adapter} on {self.backbone}: the gradient of '{name}' is not finite (NaN or infinity)")
+        return [n for n, gradient in found.items() if gradient is None or not bool(gradient.any())]
+
+    def require_effect(self, inputs: Tensors) -> None:
+        """Raise ModelError for a tensor that does nothing to these samples either."""
+        idle = self.idle(inputs)
+        if idle:
+            rest = f" (nor do {len(idle) - 1} more)" if len(idle) > 1 else ""
+            raise ModelError(
+                f"{self.adapter} on {self.backbone}: the trained tensor '{idle[0]}' moves no feature and gets no gradient{rest}: "
+                "choose other targets or blocks, another adapter or another backbone"
+            )
+
+    def _features(
+        self,
+        applied: Callable[[], AbstractContextManager[None]],
+        inputs: Tensors,
+        augment: torch.Generator | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        try:
+            with torch.set_grad_enabled(training), applied():
+                return self.model.features(inputs, augment, lean=True)
+        except Exception as e:
+            raise ModelError(self._broken(applied, inputs, e)) from e
+
+    def _broken(self, applied: Callable[[], AbstractContextManager[None]], inputs: Tensors, error: Exception) -> str:
+        """Who is to blame for a pass that breaks: the backbone, if it breaks by itself too, else the adapter; and in which layer."""
+        with torch.no_grad():
+            alone, _ = _breaks(self.model, nullcontext, inputs)
+            if alone is not None:
+                return f"{self.backbone} cannot read samples of the data: {one_line(alone)}"
+            _, layer = _breaks(self.model, applied, inputs)
+        where = f" in layer '{layer}'" if layer else ""
+        near = next((n for n in self.params if layer and layer.startswith(n.removeprefix(ADAPTER).rpartition(".")[0])), None)
+        tensor = f" (tensor '{near or next(iter(self.params))}')" if self.params else ""
+        return f"{self.adapter} does not fit {self.backbone}{tensor}: {one_line(error)}{where}; choose another adapter"
+
+
+def _breaks(
+    model: Model, applied: Callable[[], AbstractContextManager[None]], inputs: Tensors
+) -> tuple[Exception | None, str | None]:
+    """The error of a pass, if there is one, and the innermost layer that it came from."""
+    inside: list[str] = []
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        inside.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        inside.pop()
+
+    hooks: list[Callable[[], inject.Removable]] = []
+    for name, module in model.backbone.encoder.named_modules():
+        hooks += [partial(module.register_forward_pre_hook, partial(enter, name)), partial(module.register_forward_hook, leave)]
+    try:
+        with applied(), inject.installed(hooks):
+            model.features(inputs, lean=True)
+    except Exception as e:
+        return e, inside[-1] if inside else None
+    return None, None
+
+
+def _few(data: ArraySplit, used: IntArray, count: int) -> IntArray:
+    """Positions of some of the samples that are used, spread evenly; of texts the longest one is among them."""
+    if not len(used):
+        return used
+    chosen = {int(used[i * (len(used) - 1) // max(1, count - 1)]) for i in range(count)}
+    if "attention_mask" in data.inputs:
+        mask_NL = data.inputs["attention_mask"]
+        last = int(np.flatnonzero(mask_NL.any(axis=0)).max(initial=0))
+        chosen.add(int(used[np.argmax(mask_NL[:, last][used] != 0)]))
+    return np.array(sorted(chosen))
+
+
+def _key(config: SimConfig, spec: WorkSpec, params: Tensors, trained: Sequence[str], splits: Sequence[IntArray]) -> str:
+    """All that the outcome of a probe depends on, but for the values of the samples."""
+    runtime = config.runtime
+    files = [(path, plugins.fingerprint(path)) for path in config.user_files()]
+    shapes = [{n: (a.shape[1:], str(a.dtype)) for n, a in data.inputs.items()} for data in (spec.train, spec.test)]
+    parts = config.model, config.adapter, config.transform, runtime.kernels, runtime.precision, runtime.threads, files, shapes
+    tensors = {n: tuple(t.shape) for n, t in params.items()}
+    return repr((parts, [len(s) for s in splits], tensors, sorted(trained)))
