@@ -29,6 +29,11 @@ from fedsim.models.model import ADAPTER, Model
 
 SIGMA = 0.02  # how far from its start every tensor is moved: at B = 0 LoRA's A has no gradient
 FEW, MANY = 2, 16  # samples; where a tensor seems to do nothing, more samples may know better
+NOT_FINITE = "gives features that are not finite (NaN or infinity): check its weights, transform.mean and transform.std"
+AT_RANDOM = (
+    "draws at random in evaluation: the same samples give other features each time, so that no run could be repeated; choose "
+    "another backbone"
+)
 
 _passed: set[str] = set()  # probes of this process that found nothing: a sweep prepares the same model many times
 
@@ -63,16 +68,11 @@ class _Probe:
     def evaluation(self, inputs: Tensors) -> None:
         """Twice the same samples through the deployed model."""
         merged = partial(self.model.merged, self.params)
-        first_bD, again_bD = (self._features(merged, inputs) for _ in range(2))
-        for bad, what in (
-            (lambda x, y: not bool(torch.isfinite(x).all()), "gives features that are not finite (NaN or infinity): check its "
-             "weights, transform.mean and transform.std, or take runtime.precision: fp32"),
-            (lambda x, y: not torch.equal(x, y), "draws at random in evaluation: the same samples give other features each time, "
-             "so that no run could be repeated; choose another backbone"),
-        ):  # fmt: skip
-            if bad(first_bD, again_bD):
-                bare = [self._features(nullcontext, inputs) for _ in range(2)]
-                raise ModelError(f"{self.backbone} {what}" if bad(*bare) else f"{self.adapter} on {self.backbone} {what}")
+        passes = self._features(merged, inputs), self._features(merged, inputs)
+        for bad, what in ((_not_finite, NOT_FINITE), (_differ, AT_RANDOM)):
+            if bad(*passes):
+                alone = bad(self._features(nullcontext, inputs), self._features(nullcontext, inputs))
+                raise ModelError(f"{self.backbone} {what}" if alone else f"{self.adapter} on {self.backbone} {what}")
 
     def idle(self, inputs: Tensors) -> list[str]:
         """The trained tensors that the features of these samples do not depend on, a step away from the start."""
@@ -119,7 +119,7 @@ class _Probe:
             raise ModelError(self._broken(applied, inputs, e)) from e
 
     def _broken(self, applied: Callable[[], AbstractContextManager[None]], inputs: Tensors, error: Exception) -> str:
-        """Who is to blame for a pass that breaks: the backbone, if it breaks by itself too, else the adapter; and in which layer."""
+        """Who is to blame for a pass that breaks: the backbone, if it breaks by itself too, else the adapter; in which layer."""
         with torch.no_grad():
             alone, _ = _breaks(self.model, nullcontext, inputs)
             if alone is not None:
@@ -129,6 +129,14 @@ class _Probe:
         near = next((n for n in self.params if layer and layer.startswith(n.removeprefix(ADAPTER).rpartition(".")[0])), None)
         tensor = f" (tensor '{near or next(iter(self.params))}')" if self.params else ""
         return f"{self.adapter} does not fit {self.backbone}{tensor}: {one_line(error)}{where}; choose another adapter"
+
+
+def _not_finite(first_bD: Tensor, again_bD: Tensor) -> bool:
+    return not bool(torch.isfinite(first_bD).all())
+
+
+def _differ(first_bD: Tensor, again_bD: Tensor) -> bool:
+    return not torch.equal(first_bD, again_bD)
 
 
 def _breaks(

@@ -193,7 +193,7 @@ def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
 def most_steps(config: SimConfig, manifest: Manifest) -> int:
     """Optimizer steps of the longest round: of the client that holds most of a task."""
     server, client = config.server, config.client
-    held = math.ceil(manifest.sizes.max() / (server.rounds if config.stream.online else 1))
+    held = math.ceil(int(manifest.sizes.max()) / (server.rounds if config.stream.online else 1))
     return client.epochs * math.ceil(held / client.batch_size) * (server.rounds if server.unlearning else 1)
 
 

@@ -124,9 +124,7 @@ class Backbone:
         ids_bL, mask_bL = ids_bL[:, :used], mask_bL[:, :used]  # most texts are far shorter than the longest one allowed
         longest = self.positions
         if longest is not None and used > longest:
-            raise ModelError(
-                f"texts of {used} tokens do not fit a backbone of {longest} positions: lower data.max_length"
-            )
+            raise ModelError(f"texts of {used} tokens do not fit a backbone of {longest} positions: lower data.max_length")
         out: Any = self.encoder(input_ids=ids_bL, attention_mask=mask_bL)
         if self.by_encoder:
             return self._of_width(_single(out.pooler_output))

@@ -60,7 +60,7 @@ def _wrong_tokens(backbone: Backbone, inputs: Mapping[str, NDArray[Any]], used: 
     mask_NL = inputs["attention_mask"] if "attention_mask" in inputs else np.ones_like(ids_NL, dtype=np.bool_)
     positions, vocabulary = backbone.positions, backbone.vocabulary
     if positions is not None and mask_NL[:, positions:].any():
-        long_N = mask_NL[:, positions:].any(axis=1)
+        long_N = _rows_with(mask_NL[:, positions:])
         if long_N[used].any():
             tokens = 1 + int(np.flatnonzero(mask_NL[used][long_N[used]].any(axis=0)).max())
             return _first(long_N, used), (
@@ -70,13 +70,18 @@ def _wrong_tokens(backbone: Backbone, inputs: Mapping[str, NDArray[Any]], used: 
     read_NL = ids_NL[:, : 1 + int(np.flatnonzero(mask_NL.any(axis=0)).max(initial=0))]  # beyond is padding, which is left out
     if read_NL.min(initial=0) < 0 or (vocabulary is not None and read_NL.max(initial=0) >= vocabulary):
         wrong_NL = (read_NL < 0) | (read_NL >= (vocabulary or np.inf))
-        wrong_N = wrong_NL.any(axis=1)
+        wrong_N = _rows_with(wrong_NL)
         if wrong_N[used].any():
             place = _first(wrong_N, used)
             token = int(read_NL[used[place]][wrong_NL[used[place]]][0])
             known = "is negative" if vocabulary is None else f"is not among the {vocabulary} (0 to {vocabulary - 1})"
             return place, f"token id {token} {known} of model.backbone {{name}}: make the token ids with its own tokenizer"
     return None
+
+
+def _rows_with(x_NL: NDArray[Any]) -> NDArray[np.bool_]:
+    found_N: NDArray[np.bool_] = np.asarray(x_NL.any(axis=1))
+    return found_N
 
 
 def _first(wrong_N: NDArray[np.bool_], used: IntArray) -> int:
