@@ -25,7 +25,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["server.aggregator.name=fedavg", "server.aggregator.decya=1"],
         r"unknown key 'server.aggregator.decya'",
     ),
-    "wrong type": (["client.lr=fast"], r"client.lr: Value 'fast' of type 'str' could not be converted to Float"),
+    "wrong type": (["client.lr=fast"], r"client.lr must be a number, got 'fast'"),
     "alpha 0": (["partition.alpha=0"], r"partition.alpha must be positive, got 0"),
     "alpha below 0": (["partition.alpha=-1"], r"partition.alpha must be positive"),
     "more clients than samples": (["partition.clients=100"], r"100 clients"),

@@ -33,7 +33,8 @@ TINY: dict[str, Any] = {
 
 
 def tiny(*overrides: str, output: Path | None = None, **sections: Any) -> SimConfig:
-    """The tiny config with overrides as on the command line, and whole sections replaced."""
+    """The tiny config with overrides as on the command line, of one key the last, and whole sections replaced."""
+    overrides = tuple({item.partition("=")[0]: item for item in overrides}.values())
     merged = configs.merge(TINY, sections)
     if output is not None:
         merged = configs.merge(merged, {"runtime": {"output": str(output)}})

@@ -7,10 +7,11 @@ what they remember is the `State` they are handed and hand back.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard
 
@@ -28,6 +29,31 @@ if TYPE_CHECKING:
 
 IntArray = NDArray[np.int64]
 Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
+
+# Every number of every section and plug-in must be finite, but for fields that say what infinity or NaN means there:
+#     bound: float = field(default=math.inf, metadata=MAY_BE_INFINITE)
+MAY_BE_INFINITE: Mapping[str, Any] = {"may_be_infinite": True}
+
+
+def require_finite(part: Any, where: str = "", values: Mapping[str, Any] | None = None) -> None:
+    """Raise ConfigError for a number in the fields of a dataclass, or in lists and mappings of them, that is NaN or infinite.
+
+    part: a dataclass or an object of it; values: of the fields, those of the object by default.
+    """
+    for f in fields(part):
+        value = getattr(part, f.name, None) if values is None else values.get(f.name)
+        if not f.metadata.get("may_be_infinite"):
+            for key, number in _numbers(value, f"{where}.{f.name}" if where else f.name):
+                if not math.isfinite(number):
+                    raise ConfigError(f"{key} must be a finite number, got {number}")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, Mapping | list | tuple):
+        for k, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _numbers(inner, f"{key}.{k}")
 
 
 # ---------------------------------------------------------------- server side

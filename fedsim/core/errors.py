@@ -20,12 +20,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class FedsimError(Exception):
     """Base of the tree. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(FedsimError):
@@ -83,7 +87,7 @@ class ClientFailed(FedsimError):
     reason: str
 
     def __str__(self) -> str:
-        return (
+        return shown(
             f"client {self.client_id} failed in task {self.task}, round {self.round}, stage {self.stage}: {self.reason} "
             f"(server.on_client_failure: skip goes on without it)"
         )
@@ -92,22 +96,30 @@ class ClientFailed(FedsimError):
         return ClientFailed, (self.client_id, self.task, self.round, self.stage, self.reason)
 
 
+def shown(text: str) -> str:
+    """Text on one line: line breaks and all that cannot be seen are written as in a Python string."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; with its type unless it is one of ours."""
-    text = " ".join(str(error).split())
+    text = shown(" ".join(str(error).split()))
     return text if isinstance(error, FedsimError) else f"{type(error).__name__}: {text}"
 
 
-def require_choice(key: str, value: str, known: Sequence[str]) -> None:
+def require_choice(key: str, value: object, known: Sequence[Any]) -> None:
     """Raise ConfigError for a value that is none of the known ones."""
     if value not in known:
-        raise ConfigError(f"{key} '{value}' is unknown.{did_you_mean(value, known)} Choose from: {', '.join(known)}.")
+        said = f"'{value}' is unknown.{_nearest(value, known)}" if isinstance(value, str) else f"cannot be {value!r}."
+        raise ConfigError(f"{key} {said} Choose from: {', '.join(map(str, known))}.")
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them. Starts with a space, for appending."""
     names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean '{near[0]}'?"
-    return f" Known: {', '.join(names)}." if names else ""
+    return _nearest(wrong, names) or (f" Known: {', '.join(names)}." if names else "")
+
+
+def _nearest(wrong: str, known: Iterable[Any]) -> str:
+    near = difflib.get_close_matches(wrong, [name for name in known if isinstance(name, str)], n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from fedsim.core import contracts
-from fedsim.core.errors import PluginError, did_you_mean
+from fedsim.core.errors import PluginError, did_you_mean, one_line
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ def fingerprint(name: str) -> str:
 def _module(kind: str, name: str) -> ModuleType:
     package = KINDS[kind].package
     if is_path(name):
-        return _module_from_file(Path(name).resolve())
+        return _module_from_file(Path(name).expanduser().resolve())
     dotted = name if "." in name else f"{package}.{name}"
+    if not all(part.isidentifier() for part in dotted.split(".")):
+        hint = did_you_mean(name, names(kind))
+        raise PluginError(f"'{name}' is no name of a {kind[:-1]}, no file that ends in .py, and no dotted module.{hint}")
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError as e:
@@ -106,12 +109,17 @@ def _module(kind: str, name: str) -> ModuleType:
         if "." in name:
             raise PluginError(f"no module '{name}' for {KINDS[kind].class_name}: is it on PYTHONPATH?") from e
         raise PluginError(f"unknown {kind[:-1]} '{name}'.{did_you_mean(name, names(kind))}") from e
+    except Exception as e:
+        raise PluginError(f"{kind[:-1]} '{name}' does not load: {one_line(e)}") from e
 
 
 def _module_from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise PluginError(f"no file {path}: a plug-in named by path is looked for beside the YAML that names it")
-    source = path.read_bytes()  # part of the name: a file that was edited is another module, in a long session too
+    try:
+        source = path.read_bytes()
+    except OSError as e:
+        what = "no file" if isinstance(e, FileNotFoundError) else f"{e.strerror}:"
+        raise PluginError(f"{what} {path}: a plug-in named by path is looked for beside the YAML that names it") from e
+    # the source is part of the name: a file that was edited is another module, in a long session too
     name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -123,5 +131,5 @@ def _module_from_file(path: Path) -> ModuleType:
         exec(compile(source, path, "exec"), module.__dict__)  # past the bytecode cache, which trusts the file's second
     except Exception as e:
         del sys.modules[name]
-        raise PluginError(f"{path} does not load: {type(e).__name__}: {e}") from e
+        raise PluginError(f"{path} does not load: {one_line(e)}") from e
     return module

@@ -149,7 +149,7 @@ def expand(
     record = SweepRecord(
         path.stem if path.stem != "sweep" else path.parent.name, order, [r.entry for r in runs], path.read_text()
     )
-    where = output or configs.plain({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
+    where = output or configs.resolved({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
     if not isinstance(where, str | Path):
         raise ConfigError(f"output must be the name of a folder, got {where!r}")
     folder = Path(where).absolute()

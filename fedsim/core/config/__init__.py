@@ -31,7 +31,8 @@ from fedsim.core.config.schema import (
     StreamConfig,
     TransformConfig,
 )
-from fedsim.core.config.typed import plain, typed
+from fedsim.core.config.text import resolved
+from fedsim.core.config.typed import typed
 
 __all__ = [
     "MOVES_BITS",
@@ -55,11 +56,11 @@ __all__ = [
     "merge",
     "nested",
     "parse_overrides",
-    "plain",
     "read_layers",
     "read_yaml",
     "resolve_device",
     "resolve_fused",
     "resolve_kernels",
+    "resolved",
     "typed",
 ]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedsim.core import plugins
-from fedsim.core.config.schema import PLUGIN_KEYS, SERVER_PLUGIN_KEYS, name_key
+from fedsim.core.config import text
+from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, SERVER_PLUGIN_KEYS, name_key
 from fedsim.core.errors import ConfigError
 
 
 def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The files that a YAML extends, outermost base first, then the file itself."""
-    path = Path(path).resolve()
+    path = Path(path).expanduser().resolve()
     if path in seen:
         raise ConfigError(f"extends goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not path.is_file():
@@ -27,72 +26,105 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
         raise ConfigError(f"no config file {path}{hint}")
     layer = read_yaml(path)
     bases = layer.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"extends in {path} must name a config file, or a list of them, got {bases!r}")
     layers: list[dict[str, Any]] = []
-    for base in [bases] if isinstance(bases, str) else bases:
-        layers += read_layers(path.parent / str(base), (*seen, path))
-    return [*layers, layer]
+    for base in bases:
+        layers += read_layers(path.parent / base, (*seen, path))
+    return [*layers, nested(layer)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping, as plain values; its paths (./ and ../) are anchored beside it."""
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as e:  # PyYAML's errors, a list at the top, bytes that are no text
-        raise ConfigError(f"{path} is not a YAML mapping: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a YAML mapping of keys")
-    anchored: dict[str, Any] = _anchored({str(k): v for k, v in raw.items()}, path.parent)
+    """A YAML file that holds a mapping, its keys as they stand there; its paths (./, ../ and ~/) are anchored beside it."""
+    anchored: dict[str, Any] = _anchored(text.read(path), path.parent)
     return anchored
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings: {"partition.alpha": 0.1} is {"partition": {"alpha": 0.1}}."""
-    layer: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = nested(value) if isinstance(value, Mapping) else value
-        for part in reversed(str(key).split(".")):
-            inner = {part: inner}
-        layer = merge(layer, inner)
-    return layer
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Overrides such as "partition.alpha=0.1" as a nested mapping."""
+    pairs = []
     for item in overrides:
-        if "=" not in item:
+        key, equals, value = item.partition("=")
+        if not equals:
             raise ConfigError(f"override '{item}' must look like key.sub=value, e.g. partition.alpha=0.1")
-    try:
-        layer = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    except Exception as e:
-        raise ConfigError(f"overrides {' '.join(overrides)} cannot be read: {' '.join(str(e).split())}") from e
-    assert isinstance(layer, dict)
-    anchored: dict[str, Any] = _anchored(layer, Path.cwd())
-    return anchored
+        pairs.append((key.strip(), _anchored(text.value_of(value, key.strip()), Path.cwd())))
+    return _together(pairs, "")
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer of a config, with dotted keys as nested mappings: {"partition.alpha": 0.1} is {"partition": {"alpha": 0.1}}.
+
+    All keys of a layer are set at once, so their order says nothing: the name of a plug-in and its options belong together.
+    Raises ConfigError for a key that is given twice with different values.
+    """
+    return _together(text.plain(values, "").items(), "")
+
+
+def _together(pairs: Iterable[tuple[str, Any]], where: str) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    for dotted, value in pairs:
+        inner = _nested(value, text.join(where, dotted))
+        first, *rest = dotted.split(".")
+        if not all((first, *rest)):
+            raise ConfigError(f"the key '{text.join(where, dotted)}' has an empty part: it must look like section.key")
+        for part in reversed(rest):
+            inner = {part: inner}
+        layer[first] = _joined(layer[first], inner, text.join(where, first)) if first in layer else inner
+    return layer
+
+
+def _nested(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return _together(value.items(), where)
+    return [_nested(v, text.join(where, str(i))) for i, v in enumerate(value)] if isinstance(value, list) else value
+
+
+def _joined(old: Any, new: Any, where: str) -> Any:
+    """What two keys of one layer say of the same place."""
+    if isinstance(old, dict) != isinstance(new, dict) and (key := _plugin_name_key(where)):
+        old, new = ({key: value} if isinstance(value, str) else value for value in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {k: _joined(old[k], v, f"{where}.{k}") if k in old else v for k, v in new.items()}
+    if repr(old) != repr(new):  # 1, 1.0 and true are equal, but not the same
+        raise ConfigError(f"{where} is given twice, as {old!r} and as {new!r}: leave one out")
+    return old
+
+
+def _plugin_kind(where: str) -> str | None:
+    """The kind of plug-in whose section lies under a dotted key."""
+    return PLUGIN_KEYS.get(where) or SERVER_PLUGIN_KEYS.get(where.removeprefix("server."))
+
+
+def _plugin_name_key(where: str) -> str | None:
+    kind = _plugin_kind(where)
+    return None if kind is None else name_key(kind)
 
 
 def _anchored(value: Any, folder: Path) -> Any:
-    """Strings that start with ./ or ../ become paths from that folder."""
+    """Strings that start with ./ or ../ become paths from that folder, those that start with ~/ paths from the user's."""
     if isinstance(value, dict):
         return {k: _anchored(v, folder) for k, v in value.items()}
     if isinstance(value, list):
         return [_anchored(v, folder) for v in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return os.path.normpath(folder / value)
-    return value
+    return text.home(value) if isinstance(value, str) else value
 
 
 def merge(base: Mapping[str, Any], layer: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Deep merge. A section that names another plug-in keeps only what its contract declares (e.g. partition.clients)."""
+    """Deep merge of two nested layers, the later one winning. A section that names another plug-in keeps only what its contract
+    declares (e.g. partition.clients); a section with nothing in it (`client:`) changes nothing."""
     out = dict(base)
     for key, new in layer.items():
         where = f"{path}{key}"
         old = out.get(key)
-        kind = PLUGIN_KEYS.get(where) or SERVER_PLUGIN_KEYS.get(where.removeprefix("server."))
+        kind = _plugin_kind(where)
         if kind is not None:
             out[key] = _merge_plugin(kind, old, new)
         elif isinstance(old, dict) and isinstance(new, Mapping):
             out[key] = merge(old, new, f"{where}.")
-        else:
+        elif new is not None or where not in SECTIONS:
             out[key] = new
     return out
 

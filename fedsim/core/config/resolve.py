@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsim.core import contracts, hardware, plugins
-from fedsim.core.config.layers import merge, parse_overrides, read_layers
+from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers
 from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
-from fedsim.core.config.typed import plain, typed, typed_anew
+from fedsim.core.config.text import resolved
+from fedsim.core.config.typed import typed
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 
@@ -35,7 +37,7 @@ def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConf
     unless a run was `begun` with it."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(merged, layer)
+        merged = merge(merged, nested(layer))
     config = from_dict(merged)
     if begun:
         return config
@@ -49,9 +51,10 @@ def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConf
 
 def from_dict(values: Mapping[str, Any]) -> SimConfig:
     """Check a plain mapping and fill in every default, those of the plug-ins too."""
-    values = dict(plain(values, "config"))
+    values = resolved(nested(values), "config")
     for name, cls in SECTIONS.items():
-        values[name] = typed(cls, values.get(name) or {}, name)
+        section = values.get(name)
+        values[name] = typed(cls, {} if section is None else section, name)
     config: SimConfig = typed(SimConfig, values, "")
     data, partition, adapter = (expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items())
     server = config.server
@@ -113,16 +116,18 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} must be the name of one of the {kind}, or a mapping with the key '{key}', got {section!r}")
     if section[key].startswith("python:"):
         raise ConfigError(f"{where}: '{section[key]}' was a Python object: resume from Python with aggregator=the same object")
+    if section[key].startswith("_"):  # modules that plug-ins share
+        raise PluginError(f"{where}: unknown {kind[:-1]} '{section[key]}'.{did_you_mean(section[key], plugins.names(kind))}")
     options = {k: v for k, v in section.items() if k != key}
     instance = _build(kind, section[key], options, where)
     name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]
-    return {key: name} | {f.name: _plain_value(getattr(instance, f.name)) for f in fields(instance) if f.init}
+    return {key: name, **_told(instance)}
 
 
 def build(kind: str, section: Section) -> Any:
     """A new plug-in object of a section."""
     key = name_key(kind)
-    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1], typed_anew)
+    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1])
 
 
 def build_aggregator(section: Any) -> contracts.Aggregator:
@@ -140,20 +145,27 @@ def is_python_object(section: Any) -> bool:
     return isinstance(section, Mapping) and str(section.get("name", "")).startswith("python:")
 
 
-def _build(kind: str, name: str, options: Mapping[str, Any], where: str, make: Callable[..., Any] | None = None) -> Any:
+def _build(kind: str, name: str, options: Mapping[str, Any], where: str) -> Any:
     try:
         cls = plugins.load(kind, name)
     except PluginError as e:
         raise PluginError(f"{where}: {e}") from e
-    return (make or typed)(cls, options, where)
+    return typed(cls, options, where)
 
 
 def _expand_group(group: Any, where: str) -> dict[str, Any]:
-    if not isinstance(group, Mapping) or "match" not in group:
+    if not isinstance(group, Mapping) or not isinstance(group.get("match"), str):
         raise ConfigError(f"{where} must hold 'match' (a glob such as \"head.*\") beside the rule, got {group!r}")
     rest = {k: v for k, v in group.items() if k != "match"}
-    return {"match": str(group["match"])} | expand("aggregators", rest, where)
+    return {"match": group["match"]} | expand("aggregators", rest, where)
 
 
-def _plain_value(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _told(value: Any) -> Any:
+    """A plug-in's options as YAML holds them."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _told(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {k: _told(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(v) for v in value]
+    return value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value

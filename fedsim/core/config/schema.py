@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedsim.core import plugins
+from fedsim.core.config import text
 from fedsim.core.errors import ConfigError, require_choice
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
@@ -239,7 +238,7 @@ class SimConfig:
 
     def to_yaml(self) -> str:
         """The resolved config as YAML."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        return text.write(self.to_dict())
 
     def identity(self) -> str:
         """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
@@ -248,10 +247,10 @@ class SimConfig:
         plain["runtime"] = {k: plain["runtime"][k] for k in MOVES_BITS}
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
-        text = json.dumps(plain, sort_keys=True)
+        said = json.dumps(plain, sort_keys=True)
         for path in self.user_files():
-            text = text.replace(json.dumps(path), json.dumps(plugins.fingerprint(path)))
-        return hashlib.sha256(text.encode()).hexdigest()
+            said = said.replace(json.dumps(path), json.dumps(plugins.fingerprint(path)))
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def user_files(self) -> list[str]:
         """Paths of plug-ins that are files of the user's own."""

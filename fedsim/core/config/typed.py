@@ -1,104 +1,149 @@
-"""Plain values become dataclasses: unknown keys, wrong types and unresolved interpolations are errors that name the key."""
+"""Plain values become dataclasses: unknown keys, wrong types and numbers that are none are errors that name the key.
+
+A value is taken only if nothing of it is lost. A whole number may stand for a float or a word, and words that write a number
+out, as ${oc.env:...} gives them, for a number; 1.0 is no whole number, true neither a number nor a word.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
+import re
+import types
+import typing
+from collections import abc
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Union
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from fedsim.core.config.text import join, plain
+from fedsim.core.contracts import require_finite
+from fedsim.core.errors import ConfigError, PluginError, did_you_mean, one_line, require_choice
 
-from fedsim.core.errors import ConfigError, PluginError, did_you_mean
+_WHOLE = re.compile(r"[-+]?\d[\d_]*")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.?(inf|infinity)|\.?nan", re.IGNORECASE)
+_SEQUENCES = (list, tuple, abc.Sequence)
+_MAPPINGS = (dict, abc.Mapping)
 
 
 def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from plain values; unknown keys and wrong types are ConfigErrors that name the key."""
+    """A new object of a dataclass from plain values. Raises ConfigError with the key, also for numbers that are not finite."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping of options, got {values!r}")
-    text = _plain_text(values)
-    return _typed(cls, values, where) if text is None else _typed_once(cls, text, where)
-
-
-@lru_cache(maxsize=4096)
-def _typed_once(cls: Any, text: str, where: str) -> Any:
-    """The configs of a sweep have most of their sections in common, and OmegaConf takes milliseconds for each. For values that
-    are looked at only: what is built to be used is an object of its own."""
-    return _typed(cls, json.loads(text), where)
-
-
-def typed_anew(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """An object of its own; a client builds the same statistics in every job, so OmegaConf looks at the options once."""
-    text = _plain_text(values)
-    return _typed(cls, values, where) if text is None else _made(cls, copy.deepcopy(_checked_once(cls, text, where)), where)
-
-
-@lru_cache(maxsize=4096)
-def _checked_once(cls: Any, text: str, where: str) -> dict[str, Any]:
-    return _checked(cls, json.loads(text), where)
-
-
-def _plain_text(values: Mapping[str, Any]) -> str | None:
-    """Values as JSON; None for those that JSON does not hold as they are, such as sections that are typed already."""
-    try:
-        text = json.dumps(values)
-        return text if json.loads(text) == values else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    return _made(cls, _checked(cls, values, where), where)
-
-
-def _made(cls: Any, kwargs: Mapping[str, Any], where: str) -> Any:
-    try:
-        return cls(**kwargs)
-    except (ConfigError, PluginError) as e:
-        raise type(e)(f"{where}.{e}" if where else str(e)) from e
-
-
-def _checked(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arguments of a dataclass: every option, of the right type."""
-    dot = f"{where}." if where else ""
-    known = {f.name for f in fields(cls) if f.init}
+    hints = _hints(cls)
     for key in values:
-        if key not in known:
-            owner = f" of {where}" if where else ""
-            raise ConfigError(f"unknown key '{dot}{key}'.{did_you_mean(str(key), known) or f' There are no options{owner}.'}")
-    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(v)}
-    try:
-        schema = OmegaConf.structured(cls)
-        merged = OmegaConf.merge(schema, {k: v for k, v in values.items() if k not in nested})
-        assert isinstance(merged, DictConfig)
-        missing = sorted(str(k) for k in OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{dot}{missing[0]} must be given")
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as e:
-        raise ConfigError(_one_line(e, dot)) from e
-    assert isinstance(plain, dict)
-    kwargs: dict[str, Any] = {str(k): v for k, v in plain.items() if k in known} | nested
+        if key not in hints:
+            known = did_you_mean(str(key), hints) or f" There are no options{f' of {where}' if where else ''}."
+            raise ConfigError(f"unknown key '{join(where, str(key))}'.{known}")
+    arguments = {}
     for f in fields(cls):
-        if str(f.type).startswith("tuple") and isinstance(kwargs.get(f.name), list):
-            kwargs[f.name] = tuple(kwargs[f.name])
-    return kwargs
-
-
-def plain(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """Interpolations such as ${seed} or ${oc.env:HOME} resolved over the whole config."""
+        if f.name in values:
+            arguments[f.name] = _of(hints[f.name], values[f.name], join(where, f.name))
+        elif f.init and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{join(where, f.name)} must be given")
+    require_finite(cls, where, arguments)  # before the class computes with them
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)
-    except OmegaConfBaseException as e:
-        raise ConfigError(f"{what}: {_one_line(e, '')}") from e
-    assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+        made = cls(**arguments)
+    except (ConfigError, PluginError) as e:
+        raise type(e)(join(where, str(e))) from e
+    except Exception as e:  # a class of the user's own may check its options with what it likes
+        raise ConfigError(f"{where}: {one_line(e)}") from e
+    require_finite(made, where)  # its defaults too
+    return made
 
 
-def _one_line(error: OmegaConfBaseException, dot: str) -> str:
-    first = str(error.msg if error.msg else error).splitlines()[0].strip()
-    return f"{dot}{error.full_key}: {first}" if error.full_key else first
+@lru_cache(maxsize=512)
+def _hints(cls: Any) -> dict[str, Any]:
+    """Field -> type of the options of a dataclass."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as e:  # a name that only a type checker sees
+        raise PluginError(f"the types of {cls.__module__}.{cls.__qualname__}'s fields cannot be read: {one_line(e)}") from e
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _of(hint: Any, value: Any, where: str) -> Any:
+    """The value as its type says. Containers are new ones: no two objects share them."""
+    origin: Any = typing.get_origin(hint) or hint
+    parts = typing.get_args(hint)
+    if origin in (Any, object):
+        return plain(value, where)
+    if origin in (Union, types.UnionType):
+        return _of_one(parts, value, where)
+    if origin is Literal:
+        if value not in parts or type(value) not in {type(p) for p in parts}:
+            require_choice(where, value, parts)
+        return value
+    if origin in _SEQUENCES and isinstance(value, list | tuple):
+        if origin is tuple and parts and parts[-1] is not ...:
+            if len(parts) != len(value):
+                raise ConfigError(f"{where} must hold {len(parts)} values, got {value!r}")
+            return tuple(_of(p, v, join(where, str(i))) for i, (p, v) in enumerate(zip(parts, value, strict=True)))
+        items = (_of(parts[0] if parts else Any, v, join(where, str(i))) for i, v in enumerate(value))
+        return tuple(items) if origin is tuple else list(items)
+    if origin in _MAPPINGS and isinstance(value, Mapping):
+        keyed, of = parts or (str, Any)
+        return {_of(keyed, k, where): _of(of, v, join(where, str(k))) for k, v in value.items()}
+    if isinstance(origin, type) and is_dataclass(origin):
+        return value if isinstance(value, origin) else typed(origin, value, where)
+    if origin in _SCALARS:
+        what, convert = _SCALARS[origin]
+        found = convert(value)
+        if found is not None:
+            return found
+        raise ConfigError(f"{where} must be {what}, got {value!r}")
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        require_choice(where, value, [e.name for e in origin])
+        return origin[value]
+    if origin in _SEQUENCES + _MAPPINGS:
+        raise ConfigError(f"{where} must be a {'list' if origin in _SEQUENCES else 'mapping'}, got {value!r}")
+    raise PluginError(f"{where}: options are numbers, words, lists, mappings and dataclasses of them, not {hint}")
+
+
+def _of_one(parts: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The value as the first of several types that takes it as it is, else as the first that takes it at all."""
+    if value is None and type(None) in parts:
+        return None
+    parts = tuple(p for p in parts if p is not type(None))
+    errors = []
+    for part in sorted(parts, key=lambda p: type(value) not in (p, typing.get_origin(p))):
+        try:
+            return _of(part, value, where)
+        except ConfigError as e:
+            errors.append(e)
+    raise errors[0]
+
+
+def _bool(value: Any) -> bool | None:
+    words = {"true": True, "false": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def _int(value: Any) -> int | None:
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        value = plain(int(value), "")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value.replace(".inf", "inf").replace(".nan", "nan"))
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _str(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def _path(value: Any) -> Path | None:
+    return Path(value) if isinstance(value, str) else None
+
+
+_SCALARS: dict[Any, tuple[str, Any]] = {
+    bool: ("true or false", _bool),
+    int: ("a whole number", _int),
+    float: ("a number", _float),
+    str: ("a word (in quotes, if it looks like something else)", _str),
+    Path: ("a path", _path),
+}
