@@ -16,7 +16,7 @@ from fedsim import probe, suitable, tracking
 from fedsim.core import config as configs
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec
+from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec, require_finite
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
@@ -249,6 +249,7 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:
     """The config says which rule made the numbers, even if it came from Python."""
+    require_finite(rule, "aggregator")
     described: Mapping[str, Any] = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     section = {"name": f"python:{type(rule).__module__}.{type(rule).__qualname__}", **described}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, aggregator=section))

@@ -21,6 +21,7 @@ from fedsim.core.config.resolve import (
 from fedsim.core.config.schema import (
     MOVES_BITS,
     PLUGIN_KEYS,
+    SECTIONS,
     SERVER_PLUGIN_KEYS,
     ClientConfig,
     ModelConfig,
@@ -37,6 +38,7 @@ from fedsim.core.config.typed import typed
 __all__ = [
     "MOVES_BITS",
     "PLUGIN_KEYS",
+    "SECTIONS",
     "SERVER_PLUGIN_KEYS",
     "ClientConfig",
     "ModelConfig",
