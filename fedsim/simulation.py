@@ -21,6 +21,7 @@ from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.data import door
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
 from fedsim.models import backbone, fits
@@ -132,14 +133,14 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     rule = aggregator if aggregator is not None else configs.build_aggregator(config.server.aggregator)
     check(config)
     suitable.require(config, rule)
-    manifest, spec = prepare_data(config)
+    manifest, spec, notes = prepare_data(config)
     suitable.require_clients(config, manifest)
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
     state, trained = first_state(config, model, rule)
     optim.check(config.client, {state.params[n].dim() for n in trained} or {2}, most_steps(config, manifest))
     probe.require(config, model, spec, state.params, trained)
-    return Prepared(config, rule, manifest, spec, model, state)
+    return Prepared(config, rule, manifest, spec, model, state, notes)
 
 
 @contextmanager
@@ -181,13 +182,14 @@ def check(config: SimConfig) -> None:
     sampling.num_sampled(config.partition["clients"], config.server.participation)
 
 
-def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec]:
-    """Load the source, split it over tasks and clients (or load the split from a manifest)."""
-    dataset = configs.build("sources", config.data).load(backbone.tokenizer_name(config.model))
+def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec, tuple[str, ...]]:
+    """Load the source, split it over tasks and clients (or load the split from a manifest); and what must be said of the data."""
+    dataset = door.load(config, backbone.tokenizer_name(config.model))
     manifest = manifests.make(config, dataset)
     sampling.num_sampled(manifest.num_clients, config.server.participation)
     files = tuple((path, plugins.fingerprint(path)) for path in config.user_files())
-    return manifest, dataclasses.replace(manifests.work_spec(manifest, dataset, config), user_files=files)
+    spec = dataclasses.replace(manifests.work_spec(manifest, dataset, config), user_files=files)
+    return manifest, spec, door.notes(dataset, manifest)
 
 
 def most_steps(config: SimConfig, manifest: Manifest) -> int:

@@ -26,7 +26,7 @@ from tests.tiny import tiny
 def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
     """estimate <= length of the safetensors file <= estimate + its header, for a job and for the update it makes."""
     config = tiny()
-    manifest, spec = prepare_data(config)
+    manifest, spec, _ = prepare_data(config)
     rule = build_aggregator(config.server.aggregator)
     state, _ = first_state(config, models.build(config, len(manifest.class_order)), rule)
     job = ClientJob(0, 0, round, state.params, rule.plan(rule.init(state.params), round))

@@ -27,10 +27,12 @@ def run(args: argparse.Namespace) -> int:
     from fedsim.core import config as configs
     from fedsim.data import show
 
-    manifest, _ = simulation.prepare_data(configs.load(args.configs, args.overrides))
+    manifest, _, notes = simulation.prepare_data(configs.load(args.configs, args.overrides))
     out = console()
     out.print(show.table(manifest))
     print_line = line_printer(out)
+    for note in notes:
+        print_line(f"note: {note}")
     print_line(f"manifest hash: {manifest.hash}")
     if args.picture:
         show.picture(manifest, args.picture)

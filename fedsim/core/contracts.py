@@ -274,7 +274,8 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a source gives. `groups`: name of a grouping (e.g. "alphabet") -> group id of every class."""
+    """What a source gives. `groups`: name of a grouping (e.g. "alphabet") -> group id of every class; `notes`: lines about what
+    reading changed or left out, which results and log then say."""
 
     train: ArraySplit
     test: ArraySplit
@@ -282,15 +283,20 @@ class Dataset:
     groups: Mapping[str, IntArray] = field(default_factory=dict)
     group_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     domain_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Loads a data set. `tokenizer_of` is the backbone's name or folder, for sources of text."""
+    """Loads a data set. What it gives is held against `Dataset`'s promises, and its classes are looked at, in `fedsim.data.door`:
+    a source need not do that itself."""
 
     @abstractmethod
-    def load(self, tokenizer_of: str | None = None) -> Dataset:
-        """Raises DataError (one line: which file, what is wrong, what to do)."""
+    def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
+        """tokenizer_of: the backbone's name or folder, for sources of text; by_domain: tasks are domains, so that an option that
+        counts samples per class counts them per class and domain.
+
+        Raises DataError (one line: which file, what is wrong, what to do)."""
 
 
 @dataclass(frozen=True)

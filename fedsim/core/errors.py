@@ -114,6 +114,13 @@ def require_choice(key: str, value: object, known: Sequence[Any]) -> None:
         raise ConfigError(f"{key} {said} Choose from: {', '.join(map(str, known))}.")
 
 
+def named(what: str, names: Sequence[str], most: int = 5) -> str:
+    """class 'a' | classes 'a', 'b' | classes 'a', 'b', 'c', 'd', 'e' and 7 more."""
+    plural = what if len(names) == 1 else f"{what}es" if what.endswith("s") else f"{what}s"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{plural} {', '.join(repr(n) for n in names[:most])}{more}"
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them. Starts with a space, for appending."""
     names = sorted(known)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedsim.core import rng
 from fedsim.core.config import StreamConfig
 from fedsim.core.contracts import ArraySplit, Dataset, IntArray
-from fedsim.core.errors import ConfigError, DataError, did_you_mean
+from fedsim.core.errors import ConfigError, DataError, did_you_mean, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +40,12 @@ def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
         first tasks × classes_per_task classes are used; with `tasks` null all are, and the last task may be smaller.
         With `group` every group is a task (all its classes, in the data's order), and `order` is one of groups.
     domain_incremental: every domain is a task over all classes, and `order` is one of domains.
+    Classes without a sample are never used: they are no rows of the head.
 
     With `joint` all of these tasks are one.
 
-    Raises ConfigError that names the key (`stream.order`, ...), and DataError for a task without samples.
+    Raises ConfigError that names the key (`stream.order`, ...), and DataError for a task without samples, or for a class that has
+    test samples but none to learn from.
     """
     make = _by_domain if config.name == "domain_incremental" else _by_class
     stream = make(config, dataset, seed)
@@ -64,10 +66,14 @@ def _joined(stream: Stream) -> Stream:
 
 
 def _by_class(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
+    trained, tested = (occurring(split.labels, dataset) for split in (dataset.train, dataset.test))
     if config.group is None:
-        tasks, names = _cut(config, _ordered(config.order, dataset.class_names, "class", seed)), None
+        usable = trained if isinstance(config.order, list) else trained | tested
+        order = _ordered(config.order, dataset.class_names, "class", seed, np.flatnonzero(usable).tolist())
+        tasks, names = _cut(config, order, len(dataset.class_names)), None
     else:
-        tasks, names = _grouped(config, dataset, seed)
+        tasks, names = _grouped(config, dataset, seed, trained | tested)
+    _require_training([c for task in tasks for c in task], trained, dataset.class_names)
     order = [c for task in tasks for c in task]
     row_of = rows(order, len(dataset.class_names))
     task_of_row = np.repeat(np.arange(len(tasks)), [len(task) for task in tasks])
@@ -95,20 +101,50 @@ def _by_domain(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
         )
     order = _first(config, _ordered(config.order, dataset.domain_names, "domain", seed), "domains")
     task_of_domain = rows(order, len(dataset.domain_names))
-    classes = tuple(range(len(dataset.class_names)))
+    train, test = (_positions(task_of_domain[_domains(split)], len(order)) for split in (dataset.train, dataset.test))
+    trained, tested = (
+        occurring(split.labels[np.concatenate(positions)], dataset)
+        for split, positions in ((dataset.train, train), (dataset.test, test))
+    )
+    classes = np.flatnonzero(trained | tested).tolist()
+    _require_training(classes, trained, dataset.class_names)
     return Stream(
-        class_order=classes,
-        class_names=dataset.class_names,
+        class_order=tuple(classes),
+        class_names=tuple(dataset.class_names[c] for c in classes),
         task_names=tuple(dataset.domain_names[d] for d in order),
-        task_classes=(classes,) * len(order),
-        train=_positions(task_of_domain[_domains(dataset.train)], len(order)),
-        test=_positions(task_of_domain[_domains(dataset.test)], len(order)),
+        task_classes=(tuple(range(len(classes))),) * len(order),
+        train=train,
+        test=test,
     )
 
 
-def _cut(config: StreamConfig, order: Sequence[int]) -> list[list[int]]:
-    """Classes in order, cut into tasks by `tasks` and `classes_per_task`."""
+def occurring(labels: IntArray, dataset: Dataset) -> NDArray[np.bool_]:
+    """Of every class of the data, whether it is among the labels."""
+    return np.bincount(labels, minlength=len(dataset.class_names)) > 0
+
+
+def _require_training(classes: Sequence[int], trained: NDArray[np.bool_], names: Sequence[str]) -> None:
+    """Raise DataError for classes that are tested but that nobody can learn."""
+    unseen = [names[c] for c in classes if not trained[c]]
+    if not unseen:
+        return
+    alike = {_plain_name(name): name for name, known in zip(names, trained, strict=True) if known}
+    near = [f"'{name}' and '{alike[_plain_name(name)]}'" for name in unseen if _plain_name(name) in alike]
+    hint = f"{near[0]} differ in blanks or case only, make them one" if near else "mend the data"
+    raise DataError(
+        f"{named('class', unseen)} of the test samples: there are no training samples to learn from: {hint}, or list the classes "
+        "to be used in stream.order"
+    )
+
+
+def _plain_name(name: str) -> str:
+    return "".join(name.split()).casefold()
+
+
+def _cut(config: StreamConfig, order: Sequence[int], known: int) -> list[list[int]]:
+    """Classes in order, cut into tasks by `tasks` and `classes_per_task`. known: classes that the data names."""
     tasks, size = config.tasks, config.classes_per_task
+    there = f"{len(order)} classes{' with samples' if len(order) < known and isinstance(config.order, str) else ''}"
     if tasks is None and size is None:
         raise ConfigError(
             "stream.tasks or stream.classes_per_task must be given (stream.tasks may be null only with a grouping or domains)"
@@ -116,19 +152,19 @@ def _cut(config: StreamConfig, order: Sequence[int]) -> list[list[int]]:
     if size is None:
         assert tasks is not None
         if tasks > len(order):
-            raise ConfigError(f"stream.tasks is {tasks}, but there are only {len(order)} classes: use at most {len(order)} tasks")
+            raise ConfigError(f"stream.tasks is {tasks}, but there are only {there}: use at most {len(order)} tasks")
         return [part.tolist() for part in np.array_split(np.asarray(order), tasks)]
     if tasks is None:
         return [list(order[i : i + size]) for i in range(0, len(order), size)]
     if tasks * size > len(order):
         raise ConfigError(
             f"stream.tasks × stream.classes_per_task is {tasks} × {size} = {tasks * size}, but there are only "
-            f"{len(order)} classes: use at most {len(order) // size} tasks of {size}"
+            f"{there}: use at most {len(order) // size} tasks of {size}"
         )
     return [list(order[t * size : (t + 1) * size]) for t in range(tasks)]
 
 
-def _grouped(config: StreamConfig, dataset: Dataset, seed: int) -> tuple[list[list[int]], list[str]]:
+def _grouped(config: StreamConfig, dataset: Dataset, seed: int, used: NDArray[np.bool_]) -> tuple[list[list[int]], list[str]]:
     """Classes of every group that is a task, and the names of these groups."""
     group = config.group
     assert group is not None
@@ -141,7 +177,7 @@ def _grouped(config: StreamConfig, dataset: Dataset, seed: int) -> tuple[list[li
         )
     group_of = dataset.groups[group]
     order = _ordered(config.order, dataset.group_names[group], group, seed)
-    members = {g: np.flatnonzero(group_of == g).tolist() for g in order}
+    members = {g: np.flatnonzero((group_of == g) & used).tolist() for g in order}
     chosen = _first(config, [g for g in order if members[g]], "groups")
     return [members[g] for g in chosen], [dataset.group_names[group][g] for g in chosen]
 
@@ -155,13 +191,16 @@ def _first(config: StreamConfig, order: list[int], what: str) -> list[int]:
     return order[: config.tasks]
 
 
-def _ordered(order: Any, names: Sequence[str], what: str, seed: int) -> list[int]:
-    """Ids in the order asked for: "given", "shuffle", or a list of names or ids (those not listed are left out)."""
+def _ordered(order: Any, names: Sequence[str], what: str, seed: int, usable: Sequence[int] | None = None) -> list[int]:
+    """Ids in the order asked for: "given", "shuffle", or a list of names or ids (those not listed are left out).
+
+    usable: the ids that are there at all (default: every one that has a name).
+    """
+    there = list(range(len(names))) if usable is None else list(usable)
     if order == "given":
-        return list(range(len(names)))
+        return there
     if order == "shuffle":
-        shuffled: list[int] = rng.stream(seed, "stream").permutation(len(names)).tolist()
-        return shuffled
+        return [there[i] for i in rng.stream(seed, "stream").permutation(len(there)).tolist()]
     if not order:
         raise ConfigError(f"stream.order is an empty list: name at least one {what}")
     ids = {name: i for i, name in enumerate(names)}
@@ -170,6 +209,8 @@ def _ordered(order: Any, names: Sequence[str], what: str, seed: int) -> list[int
     for item, i in zip(order, found, strict=True):
         if i in seen:
             raise ConfigError(f"stream.order names {what} {item!r} twice")
+        if i not in there:
+            raise ConfigError(f"stream.order names {what} {item!r}, which has no training samples: leave it out")
         seen.add(i)
     return found
 
@@ -181,6 +222,10 @@ def _find(item: Any, ids: dict[str, int], what: str) -> int:
         return ids[item]
     if isinstance(item, bool) or not isinstance(item, int):
         raise ConfigError(f"stream.order must hold names or ids, got {item!r}")
+    if all(name.isdecimal() for name in ids):  # a number is then what the data calls it, whatever place that has
+        if str(item) not in ids:
+            raise ConfigError(f"stream.order: the data has no {what} {item}.{_near(str(item), ids)}")
+        return ids[str(item)]
     if not 0 <= item < len(ids):
         raise ConfigError(f"stream.order: the data has no {what} {item}, ids go from 0 to {len(ids) - 1}")
     return item

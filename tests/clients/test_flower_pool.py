@@ -187,7 +187,7 @@ def test_what_is_shared_by_a_round_is_converted_once() -> None:
 
 
 def test_the_spec_comes_back_and_its_arrays_map_one_file(tmp_path: Path) -> None:
-    _, spec = prepare_data(tiny())
+    _, spec, _ = prepare_data(tiny())
     flower.write_spec(spec, tmp_path)
     back = flower.read_spec(tmp_path)
     assert back.config == spec.config
@@ -336,7 +336,7 @@ def test_a_pool_that_never_worked_starts_and_stops_nothing(spec: WorkSpec) -> No
 
 
 def test_a_cluster_elsewhere_is_refused() -> None:
-    _, spec = prepare_data(tiny("runtime.pool=flower", "runtime.address=10.0.0.1:6379"))
+    _, spec, _ = prepare_data(tiny("runtime.pool=flower", "runtime.address=10.0.0.1:6379"))
     with pytest.raises(PoolError, match=r"cannot join runtime\.address: use runtime\.pool=ray"):
         flower.Pool(spec)
 

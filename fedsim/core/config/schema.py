@@ -29,7 +29,8 @@ class StreamConfig:
         time) | domain_incremental (every task brings a new domain of the same classes).
     tasks: number of tasks; null: all that the grouping or the domains give.
     classes_per_task: null: all classes are divided evenly; else the first tasks × classes_per_task in order are used.
-    order: "given" | "shuffle" (by seed) | a list of class names or ids (domain names or ids for domain_incremental).
+    order: "given" | "shuffle" (by seed) | a list of class names or ids (domain names or ids for domain_incremental); where all
+        names are numbers, a number is the name.
     group: tasks by a grouping of the source (alphabet, superclass, domain of intents), instead of by number.
     online: single pass: the shard of a task is divided over its rounds, so that every sample is seen once.
     joint: all these tasks at once, as one task: with the partition `joint` the upper bound of the stream.

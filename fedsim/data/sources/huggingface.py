@@ -56,7 +56,7 @@ class Source(contracts.Source):
         if self.image_key is not None and self.text_key is not None:
             raise ConfigError("image_key and text_key do not go together: name one of them")
 
-    def load(self, tokenizer_of: str | None = None) -> Dataset:
+    def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
         train, test = (self._load_split(_datasets().load_dataset, split) for split in (self.train_split, self.test_split))
         label_key = self._label_key(train)
         names = _names(train, test, label_key)

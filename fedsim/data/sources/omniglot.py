@@ -42,7 +42,7 @@ class Source(contracts.Source):
         else:
             _check_names(self.alphabets)
 
-    def load(self, tokenizer_of: str | None = None) -> Dataset:
+    def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
         arrays = _read(None)
         chosen_alphabets = self._chosen(arrays["alphabet_names"].tolist(), arrays["alphabet_is_evaluation"])
         alphabet_of = arrays["class_alphabet"].astype(np.int64)

@@ -54,7 +54,7 @@ class Source(contracts.Source):
         if self.vocab < 6:
             raise ConfigError(f"vocab must be at least 6, got {self.vocab}")
 
-    def load(self, tokenizer_of: str | None = None) -> Dataset:
+    def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
         return Dataset(
             train=self._split("train", self.train_per_class),
             test=self._split("test", self.test_per_class),

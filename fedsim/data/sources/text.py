@@ -40,7 +40,7 @@ class Source(contracts.Source):
     def __post_init__(self) -> None:
         _common.at_least_one(max_length=self.max_length, train_per_class=self.train_per_class)
 
-    def load(self, tokenizer_of: str | None = None) -> Dataset:
+    def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
         train, test = self._pairs()
         grouping = _read_groups(self.groups_path) if self.groups_path is not None else None
         names = list(dict.fromkeys(label for _, label in train))
