@@ -34,7 +34,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -50,7 +50,7 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.events import ClassRow, DriftRow, Kept, Row
-from fedsim.core.files import remove_leftovers, storage_errors, write_atomic
+from fedsim.core.files import LOCK, held, remove_leftovers, storage_errors, write_atomic
 from server import metrics
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class RunDir:
         """
         if output is not None:
             path = Path(output).absolute()
-            if path.is_dir() and not {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} <= BEFORE_STATUS:
+            if path.is_dir() and not {p.name for p in path.iterdir() if not _is_passing(p.name)} <= BEFORE_STATUS:
                 raise RunDirError(_in_the_way(path, config))
             if path.exists() and not path.is_dir():
                 raise RunDirError(f"{path} is a file: choose another --output")
@@ -259,6 +259,18 @@ class RunDir:
         with storage_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
             return cls(_first_free(parent, f"{config.name}-{config.identity()[:8]}"), config)
+
+    @contextmanager
+    def begun(self) -> Iterator[RunDir]:
+        """A new folder, kept to this process while open. Raises InUse, and RunDirError if another process was there before."""
+        with self.held():
+            if (self.path / "status.json").is_file():
+                raise RunDirError(_in_the_way(self.path, self.config))
+            yield self
+
+    def held(self) -> AbstractContextManager[None]:
+        """The folder, kept to this process while open. Raises InUse."""
+        return held(self.path, "fedsim run")
 
     @classmethod
     def read(cls, path: str | Path) -> RunDir:
@@ -487,6 +499,11 @@ def _read_status(folder: Path) -> dict[str, Any]:
         if missing:
             raise KeyError(", ".join(sorted(missing)))
         return dict(status)
+
+
+def _is_passing(name: str) -> bool:
+    """Whether it is a file that a process leaves behind when it is killed."""
+    return name.endswith(".tmp") or name.startswith(LOCK)
 
 
 def _in_the_way(path: Path, config: SimConfig) -> str:

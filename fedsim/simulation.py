@@ -56,9 +56,19 @@ def run(
     begun = None if resume is None else RunDir.open(resume, config)
     if begun is not None and begun.finished:
         return Results.load(begun.path)
-    parts = prepare(config, aggregator)
-    state = parts.state
-    run_dir = begun or RunDir.create(config, output)
+    if begun is None:
+        parts = prepare(config, aggregator)
+        with RunDir.create(config, output).begun() as run_dir:
+            return _run(parts, run_dir, progress, start)
+    with begun.held():  # before anything else: whoever goes on with it now may have ended it by the time
+        if begun.finished:
+            return Results.load(begun.path)
+        return _run(prepare(config, aggregator), begun, progress, start)
+
+
+def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | None, start: float) -> Results:
+    """From the last checkpoint, if there is one, to the end. start: when the clock was at which all began."""
+    config, state = parts.config, parts.state
     if run_dir.checkpoint.exists():
         with torch_defaults(config.runtime.threads):
             state = checkpoint.load(run_dir.checkpoint, run_dir.identity)

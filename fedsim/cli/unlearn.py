@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """fedsim unlearn: write the model without the clients, and what it knows, beside what it knew before."""
     from fedsim import unlearning
     from fedsim.core.errors import ConfigError
+    from fedsim.core.files import held
 
     if args.renormalise and args.alpha:
         raise ConfigError("--renormalise and --alpha exclude each other: renormalising goes with the shares of samples")
@@ -48,14 +49,23 @@ def run(args: argparse.Namespace) -> int:
     alphas: list[float | None] = args.alpha or [None]
     ways = [unlearning.remove(found, clients, args.task, args.how, alpha, args.renormalise) for alpha in alphas]
     out = Path(args.output or found.dir.path / "unlearned" / _folder(clients, args.task)).absolute()
+    with held(out, "fedsim unlearn"):
+        rows = _measured(args, found, clients, ways, out)
+        _write(out, found, clients, args.task, ways, rows)
+    _show(found, clients, args.task, ways, rows, out)
+    return 0
+
+
+def _measured(args: argparse.Namespace, found: FinishedRun, clients: list[int], ways: list[Removed], out: Path) -> list[Measured]:
+    """What every model knows: before, without the clients, and retrained without them if that is asked for."""
+    from fedsim import unlearning
+
     rows = [unlearning.measure(found, "before", found.deployed, clients, args.task)]
     rows += [unlearning.measure(found, removed.name, removed.deployed, clients, args.task) for removed in ways]
     if args.verify:
         again = unlearning.retrained(found, clients, out / "retrained")
         rows.append(unlearning.measure(found, "retrained without", again, clients))
-    _write(out, found, clients, args.task, ways, rows)
-    _show(found, clients, args.task, ways, rows, out)
-    return 0
+    return rows
 
 
 def _folder(clients: list[int], tasks: list[int] | None) -> str:
@@ -71,10 +81,8 @@ def _write(
 
     from safetensors.torch import save
 
-    from fedsim.core.files import storage_errors, write_atomic
+    from fedsim.core.files import write_atomic
 
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "deployed.safetensors", save({n: t.contiguous() for n, t in ways[0].deployed.items()}))
     told: dict[str, Any] = {
         "run": str(found.dir.path),

@@ -7,6 +7,7 @@
     ├── PartitionError       a split that is impossible                            exit code 2
     ├── ModelError           weights or layers that do not fit                     exit code 2
     ├── RunDirError          a run directory that is in the way or damaged         exit code 2
+    ├── InUse                a folder or file that another process writes          exit code 1
     ├── StorageError         a disk that is full or cannot be written              exit code 1
     ├── AggregationError     a merge that is impossible                            exit code 1
     ├── ClientFailed         a client that raised or sent numbers that are not finite  exit code 1
@@ -54,6 +55,10 @@ class ModelError(FedsimError):
 
 class RunDirError(FedsimError):
     exit_code = 2
+
+
+class InUse(FedsimError):
+    pass
 
 
 class StorageError(FedsimError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedsim.collection import Collection
 from fedsim.core.errors import ConfigError, did_you_mean
-from fedsim.core.files import storage_errors, write_atomic
+from fedsim.core.files import held, storage_errors, write_atomic
 
 if TYPE_CHECKING:
     from fedsim.report.data import Study
@@ -38,7 +38,7 @@ class Written:
 def write(collection: Collection, path: str | Path, figures: str | Path | None = None, format: str = "svg") -> Written:
     """Write the page to `path`, and with `figures` every chart into that folder as svg, png or pdf, in light colours.
 
-    Raises StorageError, and ConfigError for another format.
+    Raises StorageError, InUse while another process writes that page, and ConfigError for another format.
     """
     if format not in FORMATS:
         raise ConfigError(f"no figures as '{format}'.{did_you_mean(format, FORMATS)}")
@@ -46,14 +46,14 @@ def write(collection: Collection, path: str | Path, figures: str | Path | None =
     from fedsim.report.data import Study
     from fedsim.report.figures import figures as figures_of
 
-    study = Study.of(collection)
-    drawn = figures_of(study)
-    target, content = Path(path).absolute(), page.render(study, drawn).encode()
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, content, "free space, then try again")
-    files = () if figures is None else _write_figures(study, drawn, Path(figures).absolute(), format)
-    return Written(target, len(content), len(drawn), len(study.runs), files)
+    target = Path(path).absolute()
+    with held(target, "fedsim report", file=True):
+        study = Study.of(collection)
+        drawn = figures_of(study)
+        content = page.render(study, drawn).encode()
+        write_atomic(target, content, "free space, then try again")
+        files = () if figures is None else _write_figures(study, drawn, Path(figures).absolute(), format)
+        return Written(target, len(content), len(drawn), len(study.runs), files)
 
 
 def _write_figures(study: Study, drawn: list[Figure], folder: Path, format: str) -> tuple[Path, ...]:

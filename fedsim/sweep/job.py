@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from fedsim import simulation
 from fedsim.collection import Entry, failure_file, verified
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import ConfigError, FedsimError, RunDirError, one_line
+from fedsim.core.errors import ConfigError, FedsimError, InUse, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.results import Results
 
@@ -50,7 +50,7 @@ def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outc
             results, note = _in_its_folder(config, folder, entry)
             failure_file(folder, entry).unlink(missing_ok=True)
             return Outcome("finished", time.perf_counter() - start, results.metrics["final_average_accuracy"], note=note)
-    except Timeout:
+    except (Timeout, InUse):  # a sweep that makes the same run, or `fedsim run --resume`
         return Outcome("elsewhere")
     except Exception as e:
         final = isinstance(e, FedsimError) and e.exit_code == 2

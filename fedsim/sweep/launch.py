@@ -26,6 +26,7 @@ from clients import cluster
 from fedsim.collection import verified
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, RunDirError, StorageError
+from fedsim.core.files import in_use
 from fedsim.results import Results
 from fedsim.sweep.job import Cost, Outcome, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
@@ -246,4 +247,4 @@ def _free(folder: Path, run: PlannedRun) -> bool:
     except (Timeout, StorageError):
         return False
     lock.release()
-    return True
+    return not in_use(folder / run.entry.folder)
