@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedsim import report
 from fedsim.cli import main
-from fedsim.collection import Entry, collect
-from fedsim.core.errors import FedsimError, InUse, RunDirError
+from fedsim.collection import Entry
+from fedsim.core.errors import InUse, RunDirError
 from fedsim.core.files import held, in_use
 from fedsim.results import Results, RunDir
 from fedsim.simulation import run
@@ -23,7 +20,13 @@ from fedsim.sweep.job import perform
 from tests.run_dirs import write_run
 from tests.tiny import final_state, learned, same_bits, stopping, tiny
 
-HOLD = "import sys, time; from fedsim.core.files import held\nwith held(sys.argv[1], 'fedsim run', file={file}): print(flush=True), time.sleep(60)"
+HOLD = """
+import sys, time
+from fedsim.core.files import held
+with held(sys.argv[1], "fedsim run", file={file}):
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -71,9 +74,10 @@ def test_a_run_that_goes_elsewhere_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Callable[..., subprocess.Popen[str]]
 ) -> None:
     config = tiny("stream.tasks=1", output=tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("server.checkpoint.save", stopping(1))
-        run(config, output=tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=tmp_path / "out")
     (tmp_path / "out" / ".costs.json.1.tmp").write_text("what the other process is about to put in place")
     before, holder = files(tmp_path / "out"), elsewhere(tmp_path / "out")
     with pytest.raises(InUse, match=f"process {holder.pid}"):
