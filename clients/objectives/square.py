@@ -36,8 +36,8 @@ class Objective(contracts.Objective):
     classes: str = TASK
 
     def __post_init__(self) -> None:
-        if not 0 < self.kappa < float("inf"):
-            raise ConfigError(f"kappa must be positive and finite, got {self.kappa}")
+        if not self.kappa > 0:
+            raise ConfigError(f"kappa must be positive, got {self.kappa}")
         if self.classes not in (TASK, ALL):
             raise ConfigError(f"classes must be '{TASK}' or '{ALL}', got '{self.classes}'")
 

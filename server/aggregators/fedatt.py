@@ -6,7 +6,6 @@ Shapes: K clients with samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,9 +52,9 @@ class Aggregator(contracts.Aggregator):
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, NORMS)
-        if not 0 < self.step < math.inf:
-            raise ConfigError(f"step must be above 0 and finite, got {self.step}")
-        if not 0 <= self.noise < math.inf:
+        if not self.step > 0:
+            raise ConfigError(f"step must be positive, got {self.step}")
+        if not self.noise >= 0:
             raise ConfigError(f"noise must not be negative, got {self.noise}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")

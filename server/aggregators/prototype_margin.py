@@ -6,7 +6,6 @@ Shapes: K clients with samples, C classes, H classes that are there, D features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -59,8 +58,8 @@ class Aggregator(contracts.Aggregator):
     def __post_init__(self) -> None:
         for key, known in CHOICES.items():
             require_choice(key, getattr(self, key), known)
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
         if self.gamma not in (0, 1):
             raise ConfigError(f"gamma must be 0 (samples do not count) or 1 (they do), got {self.gamma}")
 

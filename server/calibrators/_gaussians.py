@@ -75,8 +75,8 @@ class GaussianCalibrator(contracts.Calibrator):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         for name, number in (("temperature", self.temperature), ("lr", self.lr)):
-            if not 0 < number < math.inf:
-                raise ConfigError(f"{name} must be a number above 0, got {number}")
+            if not number > 0:
+                raise ConfigError(f"{name} must be positive, got {number}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be in [0, 1), got {self.momentum}")
 

@@ -5,7 +5,6 @@ After the code of fed-mammoth (older public commits); the paper itself could onl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from fedsim.core.errors import ConfigError
@@ -40,8 +39,8 @@ class Calibrator(GaussianCalibrator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor is not None and not 0 <= self.factor < math.inf:
-            raise ConfigError(f"factor must be a number of at least 0, got {self.factor}")
+        if self.factor is not None and not self.factor >= 0:
+            raise ConfigError(f"factor must not be negative, got {self.factor}")
 
     @property
     def pools(self) -> bool:

@@ -172,8 +172,8 @@ def test_nobody_holds_any_class(rule: GaussianCalibrator) -> None:
         ({"samples_per_class": 0}, "samples_per_class must be at least 1, got 0"),
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be a number above 0, got 0"),
-        ({"lr": math.nan}, "lr must be a number above 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0"),
+        ({"lr": math.nan}, "lr must be a finite number, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
     ],
 )
@@ -183,7 +183,7 @@ def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
 
 
 def test_bad_options_of_one() -> None:
-    with pytest.raises(ConfigError, match="factor must be a number of at least 0, got -1"):
+    with pytest.raises(ConfigError, match="factor must not be negative, got -1"):
         Hgp(factor=-1.0)
     with pytest.raises(ConfigError, match=r"gaussian 'pool' is unknown\. Did you mean 'pooled'\?"):
         Ccvr(gaussian="pool")

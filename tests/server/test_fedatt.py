@@ -221,7 +221,7 @@ def test_a_noisy_run_repeats_to_the_bit(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"norm": "spectrl"}, "norm 'spectrl' is unknown. Did you mean 'spectral'"),
-        ({"step": 0.0}, "step must be above 0 and finite, got 0.0"),
+        ({"step": 0.0}, "step must be positive, got 0.0"),
         ({"noise": -0.1}, "noise must not be negative, got -0.1"),
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],

@@ -234,7 +234,7 @@ def test_it_needs_the_heads_weight_and_its_statistics() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"gamma": 2}, r"gamma must be 0 \(samples do not count\) or 1 \(they do\), got 2"),
         ({"deviation": "ration"}, "deviation 'ration' is unknown. Did you mean 'ratio'"),
         ({"distance": "cosinus"}, "distance 'cosinus' is unknown. Did you mean 'cosine'"),

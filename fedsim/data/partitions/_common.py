@@ -16,9 +16,9 @@ from fedsim.core.errors import ConfigError, PartitionError
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise ConfigError unless a number is positive and finite."""
-    if not (value > 0 and np.isfinite(value)):
-        raise ConfigError(f"{name} must be positive{'' if value <= 0 else ' and finite'}, got {value}")
+    """Raise ConfigError unless a number is positive."""
+    if not value > 0:
+        raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def check_possible(partition: Partition, num_samples: int) -> None:
