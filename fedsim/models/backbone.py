@@ -70,17 +70,17 @@ class Backbone:
         out: Any = self.encoder(pixel_values=pixels.bfloat16() if self.half else pixels, **options)
         if self.by_encoder:
             return self._of_width(_single(out.pooler_output).flatten(1))
-        states: Tensor = out.last_hidden_state  # (b, L, D), or (b, D, H, W)
-        if states.dim() == 4:
+        states: Tensor = out.last_hidden_state  # (b, L, D), (b, D, H, W), or (b, L, S, D) of an adapter with sources
+        if states.dim() == 4 and states.shape[1] == self.width:
             return self._of_width(_single(states).mean(dim=(2, 3)))
         return self._of_width(
             _single(states[:, 0]) if self.pooling == "cls" else _single(states[:, self.first_patch : self.last_patch]).mean(dim=1)
         )
 
     def _of_width(self, features_bD: Tensor) -> Tensor:
-        if features_bD.shape[1] != self.width:
+        if features_bD.shape[-1] != self.width:
             raise ModelError(
-                f"a {type(self.encoder).__name__} as backbone gives {features_bD.shape[1]} features, its config says {self.width}"
+                f"a {type(self.encoder).__name__} as backbone gives {features_bD.shape[-1]} features, its config says {self.width}"
             )
         return features_bD
 

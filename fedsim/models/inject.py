@@ -65,7 +65,8 @@ def match_linear(encoder: nn.Module, targets: str | Sequence[str]) -> dict[str, 
     for pattern in [targets] if isinstance(targets, str) else targets:
         hits = [n for n in names if _matches(n, pattern)]
         if not hits:
-            raise ModelError(f"adapter target '{pattern}' matches no linear layer of the backbone, which has {_summary(names)}")
+            has = _summary(names) if names else "none: use the adapter none, which trains the head alone"
+            raise ModelError(f"adapter target '{pattern}' matches no linear layer of the backbone, which has {has}")
         chosen.update(hits)
     return {n: linear(encoder, n) for n in names if n in chosen}
 

@@ -33,7 +33,7 @@ TWO_BLOCKS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 
 IMAGES = {"image_size": SIDE, "num_channels": 1}
 PATCHES = {**TWO_BLOCKS, **IMAGES, "patch_size": 4}
 TOKENS = {**TWO_BLOCKS, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
-STAGES = {**IMAGES, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+STAGES = {**IMAGES, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 2}
 DECODER = {**TOKENS, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "vit": _image("vit", "cls", **PATCHES),
     "deit": _image("deit", "cls", **PATCHES),
     "beit": _image("beit", "pooler", **PATCHES),
+    "beit_relative": _image("beit", "cls", **PATCHES, use_relative_position_bias=True),
     "dinov2": _image("dinov2", "cls", **PATCHES, mlp_ratio=2),
     "dinov2_with_registers": _image("dinov2_with_registers", "cls", **PATCHES, mlp_ratio=2, num_register_tokens=3),
     "vit_msn": _image("vit_msn", "cls", **PATCHES),

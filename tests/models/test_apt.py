@@ -330,7 +330,7 @@ def test_everything_comes_off(several: bool) -> None:
 def test_a_backbone_that_is_no_plain_vit_is_refused() -> None:
     for layout in (BERT, {**VIT, "model_type": "beit"}):
         built = model(layout, {"name": "apt"}, double=False)
-        with pytest.raises(ModelError, match=rf"a '{layout['model_type']}': use the adapter vpt"):
+        with pytest.raises(ModelError, match=rf"a '{layout['model_type']}': use the adapter lora"):
             built.init_adapter(torch.Generator())
 
 

@@ -175,8 +175,8 @@ def test_block_that_is_not_there(name: str) -> None:
 
 def test_encoder_without_blocks_or_attention_is_refused() -> None:
     built = model(VIT, {"name": "prefix"}, double=False)
-    with pytest.raises(ModelError, match=r"block 'layers\.0' .* no attention that takes prefixes"):
-        prefix._attention("layers.0", nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ModelError, match=r"block '1' has no attention that takes more keys and values; use the adapter lora"):
+        prefix._attention(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "1")
     with pytest.raises(ModelError, match="Linear has no list of blocks"):
         inject.blocks(nn.Linear(2, 2))
     assert list(inject.blocks(built.backbone.encoder, [-1, 0])) == ["layers.0", "layers.1"]
@@ -201,3 +201,40 @@ def test_widened_masks(additive: bool) -> None:
     assert torch.equal(_prompts.widened(seen, 1, 2, queries=True), wide)
     assert torch.equal(_prompts.widened(seen, 1, 2), wide[..., :3, :])
     assert torch.equal(_prompts.widened(seen[..., :1, :], 1, 2, queries=True), wide[..., :1, :])
+
+
+def test_prefix_of_a_causal_model_is_seen_by_all_and_hides_nothing() -> None:
+    """Without a mask, attention is causal by itself: every query sees the prefix, and of the tokens those up to its own."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64, generator=generator)  # 2 samples, 2 heads, 5 tokens
+    keys, values = torch.randn(2, 3, 8, dtype=torch.float64, generator=generator)
+    module = nn.Module()
+    module.is_causal = True  # type: ignore[assignment]
+    module.__dict__[prefix.SLOT] = keys, values
+    got, _ = prefix.prefix_attention(module, q, k, v, None, scaling=0.5)
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
+        own = slice(4 * h, 4 * h + 4)
+        seen, read = torch.cat([keys[:, own], k[b, h, : i + 1]]), torch.cat([values[:, own], v[b, h, : i + 1]])
+        want = (0.5 * seen @ q[b, h, i]).softmax(0) @ read
+        assert torch.allclose(got[b, i, h], want, rtol=0, atol=1e-12)
+
+
+def test_deep_prompts_of_a_causal_model_with_rotary_positions() -> None:
+    """Tokens keep their positions and see all prompts, as if these were tokens at the first one's place that nobody hides."""
+    from tests.models.families import FAMILIES
+
+    built = model(FAMILIES["llama"].layout, {"name": "vpt", "length": 2}, pooling="mean")
+    params, encoder = trained(built), built.backbone.encoder
+    ids = torch.tensor([[5, 9, 3, 7]])
+    with built.applied(params):
+        got = built.features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    where = torch.tensor([[0, 0, 0, 1, 2, 3]])  # positions of x_1, two prompts, x_2 … x_4
+    sees = torch.ones(6, 6, dtype=torch.bool).tril()
+    sees[:, :3] = True  # prompts, and x_1, which is before all of them
+    x = encoder.embed_tokens(ids)  # type: ignore[operator]
+    rotation = encoder.rotary_emb(x, where)  # type: ignore[operator]
+    for i, block in enumerate(encoder.layers):  # type: ignore[arg-type]
+        x = torch.cat([x[:, :1], params[f"adapter.layers.{i}.prompt"][None], x[:, 1:]], dim=1)
+        x = block(x, attention_mask=sees[None, None], position_embeddings=rotation)
+        x = torch.cat([x[:, :1], x[:, 3:]], dim=1)
+    assert torch.allclose(got, encoder.norm(x).mean(dim=1), rtol=0, atol=1e-12)  # type: ignore[operator]

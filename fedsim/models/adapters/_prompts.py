@@ -1,4 +1,4 @@
-"""What the two kinds of prompts have in common."""
+"""What the two kinds of prompts have in common: options, masks, and which blocks they go into."""
 
 # b samples, q queries, k keys, P prompts, D width, K clients
 
@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, ModelError
 
 
 def check_options(length: int, blocks: Any, init_std: float) -> None:
@@ -21,6 +21,21 @@ def check_options(length: int, blocks: Any, init_std: float) -> None:
         raise ConfigError(f"blocks must be 'all' or a list of indices such as [0, 1], got {blocks!r}")
     if init_std < 0:
         raise ConfigError(f"init_std must not be negative, got {init_std}")
+
+
+def attention_of(block: nn.Module) -> list[nn.Module]:
+    """The attention modules of a block that go through transformers' attention interface, which reads `is_causal` of them."""
+    return [module for module in block.modules() if hasattr(module, "is_causal")]
+
+
+def refuse(adapter: str, encoder: nn.Module, why: str) -> ModelError:
+    """The error of an encoder that prompts do not fit, with an adapter that does: LoRA, which needs nothing but linear layers."""
+    return ModelError(f"the adapter {adapter} does not fit a {type(encoder).__name__}: {why}; use the adapter lora")
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(1, 1, q, k), True where a query sees a key: what attention does by itself where it is causal and has no mask."""
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def normal(length: int, width: int, std: float, generator: torch.Generator) -> Tensor:

@@ -189,5 +189,5 @@ def _require_plain(encoder: nn.Module) -> None:
     if kind not in PLAIN:
         raise ModelError(
             f"the adapter apt goes through the blocks of a plain vision transformer ({', '.join(PLAIN)}), and the backbone is a "
-            f"'{kind}': use the adapter vpt, prefix or lora"
+            f"'{kind}': use the adapter lora"
         )

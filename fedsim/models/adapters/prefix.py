@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fedsim.core import contracts
 from fedsim.core.contracts import BackboneLike, Slots
-from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models import inject
 from fedsim.models.adapters import _prompts
@@ -24,6 +23,7 @@ KEY, VALUE = ".prefix_key", ".prefix_value"
 ATTENTION = "fedsim_prefix"  # our name in transformers' table of attention functions
 SLOT = "_fedsim_prefix"  # attribute of an attention module that holds its (keys, values) while an adapter is applied
 KEY_LAYERS = ("k_proj", "key", "k_lin", "k")
+FUSED_LAYERS = ("Wqkv", "c_attn")  # queries, keys and values in one product, of one width each
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Adapter(contracts.Adapter):
     """`softmax(Q [K_p; K]ᵀ / √e) [V_p; V]` in each chosen block, K_p and V_p (P, D) being trained, for all samples the same.
 
     A fresh prompt is random and changes the outputs: prompts take part in the softmax whatever their values are.
-    Padding stays masked, prompts are visible to every token. Works on encoders that use transformers' attention interface.
+    Padding stays masked, prompts are visible to every token, in causal models too; they have no position (a bias of 0).
+    Works on encoders whose blocks have one attention each, through transformers' attention interface; others are refused.
 
     length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of keys and values.
     """
@@ -47,8 +48,8 @@ class Adapter(contracts.Adapter):
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<block>.prefix_key` and `<block>.prefix_value` (P, D). Raises ModelError if a block has no such attention."""
         tensors: dict[str, Tensor] = {}
-        for name, block in inject.blocks(backbone.encoder, self.blocks).items():
-            _, width = _attention(name, block)
+        for name in inject.blocks(backbone.encoder, self.blocks):
+            _, width = _attention(backbone.encoder, name)
             for part in (KEY, VALUE):
                 tensors[name + part] = _prompts.normal(self.length, width, self.init_std, generator)
         return tensors
@@ -66,7 +67,7 @@ class Adapter(contracts.Adapter):
         try:
             config._attn_implementation = ATTENTION
             for name in names:
-                module, _ = _attention(name, inject.submodule(backbone.encoder, name))
+                module, _ = _attention(backbone.encoder, name)
                 module.__dict__[SLOT] = tensors[name + KEY], tensors[name + VALUE]
                 changed.append(module)
             yield
@@ -88,9 +89,14 @@ def prefix_attention(
 
     prefix = module.__dict__.get(SLOT)
     if prefix is not None:
+        causal = options.get("is_causal")
+        if attention_mask is None and (module.is_causal if causal is None else causal) and query.shape[2] > 1:
+            attention_mask = _prompts.causal_mask(query.shape[2], key.shape[2], query.device)
         key, value = (torch.cat([_heads(p.to(kv.dtype), kv), kv], dim=2) for p, kv in zip(prefix, (key, value), strict=True))
         if attention_mask is not None:
             attention_mask = _prompts.widened(attention_mask, 0, prefix[0].shape[-2])
+        if options.get("position_bias") is not None:
+            options["position_bias"] = _prompts.widened(options["position_bias"], 0, prefix[0].shape[-2])
     out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     return out, None
 
@@ -103,15 +109,19 @@ def _heads(prefix: Tensor, like_bhLe: Tensor) -> Tensor:
     return _prompts.per_sample(prefix, b).view(b, -1, h, e).transpose(1, 2)
 
 
-def _attention(name: str, block: nn.Module) -> tuple[nn.Module, int]:
-    """The self-attention module of a block and the width of its keys."""
-    for module in block.modules():
-        if hasattr(module, "is_causal"):  # what transformers' attention functions read
-            for child in KEY_LAYERS:
-                layer = getattr(module, child, None)
-                if isinstance(layer, nn.Linear):
-                    return module, layer.out_features
-    raise ModelError(f"block '{name}' of the backbone has no attention that takes prefixes: use the adapter 'vpt' or 'lora'")
+def _attention(encoder: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """The self-attention module of a block and the width of its keys. Raises ModelError if it takes no prefixes."""
+    modules = _prompts.attention_of(inject.submodule(encoder, name))
+    for child in KEY_LAYERS + FUSED_LAYERS if len(modules) == 1 else ():
+        layer = getattr(modules[0], child, None)
+        if isinstance(layer, nn.Linear):
+            return modules[0], layer.out_features // (3 if child in FUSED_LAYERS else 1)
+    has = (
+        "no attention that takes",
+        "an attention of unknown layout, and no place for",
+        "several attentions, and no one place for",
+    )
+    raise _prompts.refuse("prefix", encoder, f"block '{name}' has {has[min(len(modules), 2)]} more keys and values")
 
 
 def _register() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,14 +22,24 @@ from fedsim.models.adapters import _prompts
 
 PROMPT = ".prompt"
 PLACE = 1  # prompts go in after the class token, as published; attention does not care where
+MASK, ROTATION, POSITIONS = "attention_mask", "position_embeddings", "position_ids"
+WITHOUT_TOKENS = frozenset(  # what a block may be given beside these: nothing of it has an axis of tokens
+    (
+        "args", "kwargs", "first", "encoder_hidden_states", "encoder_attention_mask", "past_key_value", "past_key_values",
+        "use_cache", "cache_position", "output_attentions", "output_hidden_states", "interpolate_pos_encoding", "resolution",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Adapter(contracts.Adapter):
     """`[x_1; P_i; x_2 … x_L]` (x_1: the class token) goes into each chosen block i; the outputs at P_i are dropped after it.
 
-    P_i (P, D) are trained, for all samples the same. Works on any encoder with a list of blocks; padding stays masked.
-    A fresh prompt is random and changes the outputs: prompts take part in the softmax whatever their values are.
+    P_i (P, D) are trained, for all samples the same. Padding stays masked. A prompt sees what the first token sees, and all
+    prompts of its block; every token sees the prompts, in causal models too; with rotary positions they stand where the first
+    token does. A fresh prompt is random and changes the outputs: prompts take part in the softmax whatever their values are.
+    Works on encoders with a list of attention blocks that know tokens by states, mask and rotation alone; where a block is also
+    told how tokens lie to each other (relative positions, windows), and in state space models, it is refused.
 
     length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of the prompts.
     """
@@ -44,6 +55,10 @@ class Adapter(contracts.Adapter):
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<block>.prompt` (P, D)."""
         names = inject.blocks(backbone.encoder, self.blocks)
+        for name, block in names.items():
+            why = _obstacle(block)
+            if why is not None:
+                raise _prompts.refuse("vpt", backbone.encoder, f"block '{name}' {why}")
         return {n + PROMPT: _prompts.normal(self.length, backbone.width, self.init_std, generator) for n in names}
 
     @contextmanager
@@ -52,7 +67,7 @@ class Adapter(contracts.Adapter):
         hooks: list[Callable[..., Any]] = []
         for name in (n for n in tensors if n.endswith(PROMPT)):
             block = inject.submodule(backbone.encoder, name.removesuffix(PROMPT))
-            hooks.append(partial(block.register_forward_pre_hook, _inserting(tensors[name]), with_kwargs=True))
+            hooks.append(partial(block.register_forward_pre_hook, _inserting(block, tensors[name]), with_kwargs=True))
             hooks.append(partial(block.register_forward_hook, _dropping(tensors[name].shape[-2])))
         with inject.installed(hooks):
             yield
@@ -62,21 +77,56 @@ class Adapter(contracts.Adapter):
         return self.applied(backbone, tensors)
 
 
-def _inserting(prompt: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A pre-hook that puts the prompts, (P, D) or (K, P, D), into a block's tokens (b, L, D) and makes room for them in its
-    attention mask."""
-    length = prompt.shape[-2]
+def _obstacle(block: nn.Module) -> str | None:
+    """Why tokens cannot be put into a block and taken out again; None if they can."""
+    _, *others = _signature(block).parameters
+    unknown = [n for n in others if n not in {MASK, ROTATION, POSITIONS, *WITHOUT_TOKENS}]
+    if unknown:
+        return f"reads '{unknown[0]}', in which prompts have no place"
+    if not _prompts.attention_of(block):
+        return "has no attention that prompts could take part in"
+    relative = next((n for n, _ in block.named_parameters() if "relative" in n), None)
+    return None if relative is None else f"has '{relative}' for as many tokens as an image has"
+
+
+def _signature(block: nn.Module) -> inspect.Signature:
+    return inspect.signature(block.forward)
+
+
+def _inserting(block: nn.Module, prompt: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A pre-hook that puts the prompts, (P, D) or (K, P, D), into a block's tokens (b, L, D) and makes room for them in all that
+    the block is told of its tokens."""
+    length, signature = prompt.shape[-2], _signature(block)
+    causal = any(module.is_causal for module in _prompts.attention_of(block))
+    wideners: dict[str, Callable[[Any], Any]] = {
+        MASK: lambda mask: _prompts.widened(mask, PLACE, length, queries=True),
+        ROTATION: lambda parts: tuple(_repeated(part_bLe, length) for part_bLe in parts),
+        POSITIONS: lambda ids_bL: _repeated(ids_bL[..., None], length)[..., 0],
+    }
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x_bLD, *rest = args
-        x_bLD = torch.cat([x_bLD[:, :PLACE], _prompts.per_sample(prompt.to(x_bLD.dtype), len(x_bLD)), x_bLD[:, PLACE:]], dim=1)
-        if rest and rest[0] is not None:
-            rest[0] = _prompts.widened(rest[0], PLACE, length, queries=True)
-        if kwargs.get("attention_mask") is not None:
-            kwargs = kwargs | {"attention_mask": _prompts.widened(kwargs["attention_mask"], PLACE, length, queries=True)}
-        return (x_bLD, *rest), kwargs
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        named, unnamed = given.arguments, given.arguments.get("kwargs", {})
+        states = next(iter(named))
+        x_bLD = named[states]
+        named[states] = torch.cat(
+            [x_bLD[:, :PLACE], _prompts.per_sample(prompt.to(x_bLD.dtype), len(x_bLD)), x_bLD[:, PLACE:]], 1
+        )
+        for name, wider in wideners.items():
+            told = named if name in named else unnamed
+            if told.get(name) is not None:
+                told[name] = wider(told[name])
+            elif name == MASK and causal:
+                told[name] = wider(_prompts.causal_mask(x_bLD.shape[1], x_bLD.shape[1], x_bLD.device))
+        return given.args, given.kwargs
 
     return hook
+
+
+def _repeated(x_bLe: Tensor, length: int) -> Tensor:
+    """With `length` copies of the first token's row at the prompts' place."""
+    return torch.cat([x_bLe[:, :PLACE], x_bLe[:, :1].expand(-1, length, -1), x_bLe[:, PLACE:]], dim=1)
 
 
 def _dropping(length: int) -> Callable[..., Any]:
