@@ -78,10 +78,9 @@ class Backbone:
         )
 
     def _of_width(self, features_bD: Tensor) -> Tensor:
-        if features_bD.shape[-1] != self.width:
-            raise ModelError(
-                f"a {type(self.encoder).__name__} as backbone gives {features_bD.shape[-1]} features, its config says {self.width}"
-            )
+        width = features_bD.shape[-1]
+        if width != self.width:
+            raise ModelError(f"a {type(self.encoder).__name__} as backbone gives {width} features, its config says {self.width}")
         return features_bD
 
     @cached_property
