@@ -1,34 +1,80 @@
-"""What a round cost: bytes by direction and kind of object, and the clients' loss."""
+"""What a round cost: bytes by direction and kind of object, and the clients' loss.
+
+The bytes are those of the run's own messages with clients that keep what they were sent, as a deployment would send them; that a
+simulator hands out references, or sums on the way, changes nothing.
+
+Down, to every client of a round or of a statistics pass, those that fail included: the parameters (adapter, head), and, where the
+plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself. Of these only
+tensors that it does not have: a client keeps the last message that it got and the last one whose work looks through past
+modules, and what has been in every such message since is not sent again. So it gets what changed since it last took part, and a
+past module once, or never if it had it as parameters in the pass at that task's end. It is an upper bound in two places: a fresh
+adapter is counted whole, where a seed would do, and what was left out of a message and comes back in a later one is sent again
+to those who missed both.
+
+Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
+same inputs). Client memory does not travel; neither do data, names, and the head that an evaluation on the server uses.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
-from fedsim.core.messages import ClientJob, ClientUpdate, bytes_down, bytes_up
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fedsim.core.messages import ClientJob, ClientUpdate, Tensors, bytes_up
+from server.state import NEVER, ServerState, Simulation
+
+_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, digest): what stays is looked at once
 
 
-def add_traffic(
-    before: Mapping[str, Mapping[str, int]],
-    jobs: Sequence[ClientJob],
-    updates: Sequence[ClientUpdate],
-    holders: Collection[int] = (),
-) -> tuple[dict[str, dict[str, int]], tuple[int, ...]]:
-    """The running totals plus one round's messages, and the clients that now hold this task's background.
-
-    Down is counted per receiving client. The background changes only between tasks, so it is counted once per client and
-    task: what a deployment sends, not what a simulator without client state copies.
-    """
-    total = {direction: dict(before.get(direction, {})) for direction in ("down", "up")}
-    new = [job.client_id for job in jobs if job.plan.background and job.client_id not in set(holders)]
-    if jobs:  # every client of a round receives the same
-        for kind, count in bytes_down(jobs[0]).items():
-            receivers = len(new) if kind == "background" else len(jobs)
-            total["down"][kind] = total["down"].get(kind, 0) + count * receivers
+def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], updates: Sequence[ClientUpdate]) -> ServerState:
+    """The state with one round's messages in its ledger. Every client of a round receives the same job."""
+    total = {direction: dict(kinds) for direction, kinds in state.bytes.items()}
+    plan, delivered = jobs[0].plan, state.delivered
+    past: Sequence[Tensors] = ()
+    if plan.background:  # it travels as it is if the consolidator does not say what it is made of
+        past = sim.consolidator.modules(state.consolidator) or (plan.background,)
+    with_past = bool(past) or plan.beside or any(r.blended for r in plan.statistics)  # in the first task there are none yet
+    message = _message(jobs[0].params, past)
+    for kind in (*(name.partition(".")[0] for name in jobs[0].params), "background"):
+        total["down"].setdefault(kind, 0)
+    receivers = Counter(delivered.last.get(job.client_id, NEVER) for job in jobs)
+    for content, (kind, size) in message.items():
+        count = sum(n for last, n in receivers.items() if delivered.lacked(content, last))
+        total["down"][kind] += count * size
     for update in updates:
-        for kind, count in bytes_up(update).items():
-            total["up"][kind] = total["up"].get(kind, 0) + count
-    return total, (*holders, *new)
+        for kind, size in bytes_up(update).items():
+            total["up"][kind] = total["up"].get(kind, 0) + size
+    return replace(state, bytes=total, delivered=delivered.after(list(message), [j.client_id for j in jobs], with_past))
+
+
+def _message(params: Tensors, past: Sequence[Tensors]) -> dict[str, tuple[str, int]]:
+    """Content (name and digest) -> (kind, bytes) of all that a message is about; a module that is both is a parameter."""
+    found: dict[str, tuple[str, int]] = {}
+    for name, tensor in params.items():
+        found[f"{name} {_digest(tensor)}"] = name.partition(".")[0], tensor.nbytes
+    for module in past:
+        for name, tensor in module.items():
+            found.setdefault(f"{name} {_digest(tensor)}", ("background", tensor.nbytes))
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of type, shape and bytes."""
+    version = None if tensor.is_inference() else tensor._version
+    known = _digests.get(tensor)  # type: ignore[no-untyped-call]
+    if version is None or known is None or known[0] != version:
+        content = hashlib.sha1(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), usedforsecurity=False)
+        content.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        known = _digests[tensor] = version, content.hexdigest()
+    digest: str = known[1]
+    return digest
 
 
 def mean_loss(updates: Sequence[ClientUpdate]) -> float:

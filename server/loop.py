@@ -28,7 +28,7 @@ from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate
 from server.gather import Gathering, Round, merge, say
 from server.isolation import isolated_clients
-from server.ledger import add_traffic, mean_loss
+from server.ledger import charged, mean_loss
 from server.state import ServerState, Simulation
 
 
@@ -49,7 +49,7 @@ def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
 def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Parameters and rule states that a task starts with."""
     opening = sim.consolidator.opening(state.consolidator, state.params)
-    total, state = yield from sums(sim, replace(state, holders=()), opening)
+    total, state = yield from sums(sim, state, opening)
     params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
     state = replace(state, params=params, aggregator=sim.aggregator.init(params, state.task), calibrator=calibrator)
@@ -128,11 +128,11 @@ def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generat
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
     round = gathering.result()
     memories = {u.client_id: u.memory for u in round.updates if u.memory}
-    traffic, holders = add_traffic(state.bytes, jobs, round.updates, state.holders)
+    state = charged(sim, state, jobs, round.updates)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
-    state = replace(state, memories={**state.memories, **memories} if memories else state.memories, holders=holders)
+    state = replace(state, memories={**state.memories, **memories} if memories else state.memories)
     failures = (*state.failures, *sorted(gathering.failures, key=lambda f: f.client_id))
-    return round, replace(state, failures=failures, bytes=traffic, seconds=spent, client_rounds=state.client_rounds + len(jobs))
+    return round, replace(state, failures=failures, seconds=spent, client_rounds=state.client_rounds + len(jobs))
 
 
 def measure(sim: Simulation, state: ServerState, deployed: Tensors, stage: str) -> tuple[tuple[Row, ...], ServerState]:

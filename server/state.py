@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Pool
@@ -13,6 +15,7 @@ from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
 
 ROWS: Mapping[str, type[Any]] = {"rows": Row, "classes": ClassRow, "drifts": DriftRow}
+NEVER = (-1, -1)
 Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 
 
@@ -35,6 +38,34 @@ class Simulation:
 
 
 @dataclass(frozen=True)
+class Delivered:
+    """Which client was sent what, for the ledger. Messages are numbered from 0; all clients of one are to have the same.
+
+    since, since_past: content -> the first of the messages (of those that look through past modules) that held it, with no gap
+    up to the latest. last: client -> the last message that it took part in, and the last such one (`NEVER`: none); clients that
+    never took part are not in it.
+    """
+
+    count: int = 0
+    since: Mapping[str, int] = field(default_factory=dict)
+    since_past: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def lacked(self, content: str, last: tuple[int, int]) -> bool:
+        """Whether a client with these last messages has to be sent this."""
+        message, with_past = last
+        return self.since.get(content, self.count) > message and self.since_past.get(content, self.count) > with_past
+
+    def after(self, contents: Sequence[str], clients: Sequence[int], with_past: bool) -> Delivered:
+        """When one more message has gone to these clients."""
+        now = self.count
+        since = {c: self.since.get(c, now) for c in contents}
+        since_past = {c: self.since_past.get(c, now) for c in contents} if with_past else self.since_past
+        new = {k: (now, now if with_past else self.last.get(k, NEVER)[1]) for k in clients}
+        return Delivered(now + 1, since, since_past, {**self.last, **new})
+
+
+@dataclass(frozen=True)
 class ServerState:
     """What a checkpoint holds, and nothing else. `task` and `round` come next; round 0: the task has not begun."""
 
@@ -45,7 +76,7 @@ class ServerState:
     calibrator: State = None
     aggregator: State = None
     memories: Mapping[int, Tensors] = field(default_factory=dict)
-    holders: tuple[int, ...] = ()  # clients that have received the background of this task
+    delivered: Delivered = field(default_factory=Delivered)
     rows: tuple[Row, ...] = ()
     classes: tuple[ClassRow, ...] = ()  # of every task's end, and of the latest round
     drifts: tuple[DriftRow, ...] = ()
@@ -73,10 +104,14 @@ class ServerState:
         plain["memories"] = {k: dict(v) for k, v in self.memories.items()}
         plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}
         plain["seconds"] = dict(self.seconds)
+        last = [(k, *numbers) for k, numbers in self.delivered.last.items()]
+        plain["delivered"] = {**vars(self.delivered), "last": torch.tensor(last, dtype=torch.int64).reshape(-1, 3)}
         return plain
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ServerState:
         """The inverse of `to_plain`."""
         rows = {name: tuple(kind(*r) for r in plain[name]) for name, kind in ROWS.items()}
-        return cls(**{**plain, **rows, "failures": tuple(ClientFailed(*f) for f in plain["failures"])})
+        failures = tuple(ClientFailed(*f) for f in plain["failures"])
+        last = {k: (message, past) for k, message, past in plain["delivered"]["last"].tolist()}
+        return cls(**{**plain, **rows, "failures": failures, "delivered": Delivered(**{**plain["delivered"], "last": last})})

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
@@ -14,17 +19,20 @@ from clients import optim
 from clients.pools.serial import Pool
 from fedsim.core.config import ClientConfig, build_aggregator
 from fedsim.core.errors import ConfigError
-from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, bytes_down, bytes_up
+from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors, bytes_up
+from fedsim.core.tensors import stack_modules
 from fedsim.models import model as models
-from fedsim.simulation import first_state, prepare_data
+from fedsim.simulation import first_state, prepare_data, run
 from server import sampling
-from server.ledger import add_traffic, mean_loss
-from tests.tiny import tiny
+from server.consolidators.mean import Consolidator as Mean
+from server.ledger import charged, mean_loss
+from server.state import ServerState
+from tests.tiny import final_state, tiny
 
 
 @pytest.mark.parametrize("round", [0, 1], ids=["B-round", "A-round"])
 def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
-    """estimate <= length of the safetensors file <= estimate + its header, for a job and for the update it makes."""
+    """estimate <= length of the safetensors file <= estimate + its header; energies of q, k and v, which are equal, once."""
     config = tiny()
     manifest, spec, _ = prepare_data(config)
     rule = build_aggregator(config.server.aggregator)
@@ -33,34 +41,113 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
     with Pool(spec) as pool:
         ((update,),) = (bundle.results for bundle in pool.train([job]))
     assert isinstance(update, ClientUpdate)
-    for counted, tensors in [
-        (bytes_down(job), {**job.params, **job.plan.background}),
-        (bytes_up(update), {**update.params, **update.statistics}),
-    ]:
-        estimate, length = sum(counted.values()), len(save({n: t.contiguous() for n, t in tensors.items()}))
-        header = 8 + 2 + sum(len(n) + 90 for n in tensors) + 16
-        assert estimate <= length <= estimate + header
+    distinct: dict[str, Tensor] = {}
+    for name, tensor in {**update.params, **update.statistics}.items():
+        if name not in update.statistics or not any(
+            n in update.statistics and torch.equal(tensor, t) for n, t in distinct.items()
+        ):
+            distinct[name] = tensor
+    estimate, length = sum(bytes_up(update).values()), len(save({n: t.contiguous() for n, t in distinct.items()}))
+    assert estimate <= length <= estimate + 8 + 2 + sum(len(n) + 90 for n in distinct) + 16
+    thrice = sum(t.nbytes for t in update.statistics.values()) - sum(
+        distinct[n].nbytes for n in distinct if n in update.statistics
+    )
+    assert thrice == (0 if round == 0 else 2 * 2 * 16 * 4)  # blocks x (k and v beside q) x width x float32
     other = "lora_A" if round == 0 else "lora_B"
     assert not any(n.endswith(other) for n in update.params)
     assert not any(t.shape == (16, 16) for n, t in update.statistics.items() if "head" not in n)  # no d x d matrix travels
 
 
+def charge(
+    state: ServerState, clients: Sequence[int], params: Tensors, past: Sequence[Tensors] = (), looks: bool = False
+) -> ServerState:
+    """One message to these clients in the ledger."""
+    request = StatisticRequest("gram", blended=looks)
+    plan = RoundPlan(statistics=(request,), background=stack_modules(past, [1.0] * len(past)) if past else {})
+    state = replace(state, consolidator={"past": list(past)})
+    jobs = [ClientJob(c, 0, 0, params, plan) for c in clients]
+    return charged(SimpleNamespace(consolidator=Mean()), state, jobs, [])  # type: ignore[arg-type]
+
+
+def empty() -> ServerState:
+    return ServerState(0, 0, {}, {"past": []})
+
+
 def test_the_ledger_adds_up() -> None:
-    job = ClientJob(0, 0, 0, {"adapter.x": torch.zeros(3), "head.weight": torch.zeros(2)}, RoundPlan())
+    params = {"adapter.x": torch.ones(3), "head.weight": torch.ones(2)}
     update = ClientUpdate(0, 4, {"head.weight": torch.zeros(2)}, {"gram.full/head.weight": torch.zeros(5)})
-    first, _ = add_traffic({}, [job, job], [update, update])
-    assert first["down"] == {"adapter": 24, "head": 16, "background": 0}
-    assert first["up"] == {"head": 16, "statistics": 40}
-    assert add_traffic(first, [job], [update])[0]["up"] == {"head": 24, "statistics": 60}
+    jobs = [ClientJob(c, 0, 0, params, RoundPlan()) for c in (0, 1)]
+    state = charged(SimpleNamespace(consolidator=Mean()), empty(), jobs, [update, update])  # type: ignore[arg-type]
+    assert state.bytes == {
+        "down": {"adapter": 24, "head": 16, "background": 0}, "up": {"head": 16, "statistics": 40},
+    }  # fmt: skip
 
 
-def test_the_background_is_sent_once_per_client_and_task() -> None:
-    plan = RoundPlan(background={"adapter.x": torch.zeros(10)})
-    jobs = [ClientJob(c, 1, 0, {}, plan) for c in (0, 1, 2)]
-    first, holders = add_traffic({}, jobs[:2], [])
-    assert (first["down"]["background"], holders) == (80, (0, 1))
-    second, holders = add_traffic(first, jobs, [], holders)
-    assert (second["down"]["background"], holders) == (120, (0, 1, 2))
+def test_what_a_client_has_is_not_sent_again() -> None:
+    """Client 0 takes part in every message, 1 in the first and the third: it gets what changed in one of two rounds."""
+    a, b = (
+        {"adapter.a": torch.ones(10), "head.weight": torch.ones(2)},
+        {"adapter.a": torch.ones(10), "head.weight": torch.zeros(2)},
+    )
+    state = charge(empty(), [0, 1], a)
+    assert state.bytes["down"] == {"adapter": 80, "head": 16, "background": 0}
+    state = charge(state, [0], b)
+    assert state.bytes["down"] == {"adapter": 80, "head": 24, "background": 0}
+    state = charge(state, [0, 1, 2], b)
+    assert state.bytes["down"] == {"adapter": 120, "head": 40, "background": 0}
+
+
+def test_past_modules_travel_once_and_never_if_they_were_had_as_parameters() -> None:
+    modules = [{"adapter.a": torch.full((10,), float(t))} for t in range(3)]
+    state = charge(empty(), [0, 1], modules[0], looks=True)  # the pass at the end of the first task
+    state = charge(state, [0], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
+    assert state.bytes["down"] == {"adapter": 120, "background": 0}
+    state = charge(state, [2], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
+    assert state.bytes["down"] == {"adapter": 160, "background": 40}
+    state = charge(state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)})  # a round that looks through no past module
+    state = charge(state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)}, modules[:2], looks=True)
+    assert state.bytes["down"] == {"adapter": 280, "background": 160}  # module 1 to all three; module 0 all had
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_ledger_is_that_of_clients_that_keep_their_messages(data: st.DataObject) -> None:
+    """Against clients that each hold a set of contents: those of the last message, and of the last that looked at the past."""
+    names, past = ["adapter.a", "adapter.b", "head.weight"], list[Tensors]()
+    values = {n: -1 - i for i, n in enumerate(names)}
+    held: dict[int, tuple[set[float], set[float]]] = {}
+    state, sent, number, always = empty(), 0, 0, data.draw(st.booleans())
+    for _ in range(data.draw(st.integers(2, 9))):
+        for name in data.draw(st.sets(st.sampled_from(names))):
+            values[name] = number = number + 1
+        if data.draw(st.integers(0, 3)) == 0:  # a task ends
+            past.append({n: torch.full((4,), float(values[n])) for n in names if n.startswith("adapter.")})
+            values |= {n: number + 1 + i for i, n in enumerate(names[:2])}
+            number += 2
+        params, looks = {n: torch.full((4,), float(v)) for n, v in values.items()}, always or data.draw(st.booleans())
+        modules = past if looks else []
+        clients = sorted(data.draw(st.sets(st.integers(0, 10**6), min_size=1, max_size=3) | st.just({0, 1})))
+        message = {float(t[0]) for group in (params, *modules) for t in group.values()}
+        for client in clients:
+            latest, looking = held.get(client, (set(), set()))
+            sent += 16 * len(message - latest - looking)
+            held[client] = (message, message if looks else looking)
+        state = ServerState.from_plain(charge(state, clients, params, modules, looks).to_plain())
+    counted = sum(state.bytes["down"].values())
+    assert counted >= sent
+    if always:
+        assert counted == sent
+    assert state.delivered.last.keys() == held.keys()
+
+
+def test_what_a_lorm_run_sends_down(tmp_path: Path) -> None:
+    """Two tasks of three rounds (B, A, B) and a pass, everybody takes part: what the round before trained, and fresh modules."""
+    config = tiny("server.rounds=3", output=tmp_path)
+    results = run(config)
+    params = final_state(results.path, config).params
+    a, b, head = (sum(t.nbytes for n, t in params.items() if part in n) for part in ("lora_A", "lora_B", "head."))
+    down = results.costs["bytes"]["down"]
+    assert down == {"adapter": 3 * 2 * (2 * a + 3 * b), "head": 3 * (1 + 2 * 3) * head, "background": 0}
 
 
 def test_mean_loss_is_weighted_by_samples() -> None:

@@ -202,6 +202,11 @@ class Consolidator(ABC):
         beside them."""
         return {}, 1.0
 
+    def modules(self, state: State) -> Sequence[Tensors]:
+        """The modules that `background` is made of, as their tasks left them: what travels in a deployment, each once, where a
+        client weighs and stacks them itself. None: the background travels as it is."""
+        return ()
+
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
         """A statistics pass at the task's end, over clients drawn as for a round; None if none is needed."""
         return None

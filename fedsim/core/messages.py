@@ -8,10 +8,11 @@ Statistics are named `<statistic>.<form>/<subject>`, e.g. `gram.diagonal/adapter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fedsim.core.errors import ClientFailed
@@ -139,22 +140,24 @@ def num_bytes(tensors: Tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def bytes_down(job: ClientJob) -> dict[str, int]:
-    """Bytes that a client needs for this job, by kind of object. Memory is the client's own and does not travel; the
-    background changes only between tasks, so a client that has had it in this task keeps it (`server.ledger` counts so)."""
-    return _by_kind(job.params) | {"background": num_bytes(job.plan.background)}
-
-
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
-    """Bytes that a client sends, by kind of object: its update in a deployment, whether it is summed here on the way or not."""
+    """Bytes that a client sends, by kind of object: its update in a deployment, whether it is summed here on the way or not.
+    Statistics that are equal are sent once (see `server.ledger`)."""
     if update.sent is not None:
         return dict(update.sent)
-    return _by_kind(update.params) | {"statistics": num_bytes(update.statistics)}
-
-
-def _by_kind(params: Tensors) -> dict[str, int]:
     kinds: dict[str, int] = {}
-    for name, tensor in params.items():
+    for name, tensor in update.params.items():
         kind = name.partition(".")[0]
-        kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
-    return kinds
+        kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
+    return kinds | {"statistics": sum(t.nbytes for t in _distinct(update.statistics.values()))}
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each of several equal tensors once."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        ends = tensor.reshape(-1)[:: max(1, tensor.numel() - 1)].tolist()  # a cheap look before the dear one
+        alike = found.setdefault((tensor.shape, tensor.dtype, *ends), [])
+        if not any(known is tensor or torch.equal(known, tensor) for known in alike):
+            alike.append(tensor)
+    return [tensor for alike in found.values() for tensor in alike]

@@ -6,7 +6,7 @@ Shapes: D inputs of a layer, O outputs, R rank (A_RD, B_OR, gram_DD = Σ x xᵀ)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ class Consolidator(contracts.Consolidator):
     when_full: error | shrink (use the free directions there are, the rest of D_t is zero) when fewer than r are free.
     shared_inputs: names of layers (globs) that get the same inputs where one module holds them. A wrong entry voids D_t M = 0.
 
-    State: `task`, `past` (one stacked module), `memory` per layer (float64). Raises ConfigError when the adapter is not made of
+    State: `task`, `past` (a list of modules), `memory` per layer (float64). Raises ConfigError when the adapter is not made of
     LoRA pairs or no direction is left, and AggregationError when nobody sent statistics.
 
     Sources: the method by the paper's abstract and a review of it; D_t and DualGPM by the published code of InfLoRA. Ours: the
@@ -80,7 +80,7 @@ class Consolidator(contracts.Consolidator):
         require_choice("when_full", self.when_full, ("error", "shrink"))
 
     def init(self) -> State:
-        return {"task": 0, "past": {}, "memory": {}}
+        return {"task": 0, "past": [], "memory": {}}
 
     def opening(self, state: State, params: Tensors) -> RoundPlan:
         # The last task's module is among those of the past already: `params` holds it still, so it gets no weight of its own.
@@ -101,7 +101,11 @@ class Consolidator(contracts.Consolidator):
         return started
 
     def background(self, state: State) -> tuple[Tensors, float]:
-        return state["past"], 1.0
+        return _together(state["past"]), 1.0
+
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
 
     def plan(self, state: State, params: Tensors) -> RoundPlan:
         return self._asking(state, params, share=1.0)
@@ -113,15 +117,15 @@ class Consolidator(contracts.Consolidator):
         for first in self._groups(params):
             old = _memory(state, first, params[first + LORA_A])
             memory[first] = dict(vars(gpm.updated(old, _sent(total, first), threshold, self.guarantee)))
-        return {"task": task + 1, "past": _beside(state["past"], params), "memory": memory}
+        return {"task": task + 1, "past": [*state["past"], with_prefix(params, "adapter.")], "memory": memory}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
-        return {**params, **(state["past"] if finished else _beside(state["past"], params))}
+        return {**params, **_together(state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")])}
 
     def _asking(self, state: State, params: Tensors, share: float) -> RoundPlan:
         subjects = tuple(first + LORA_A for first in self._groups(params))
         request = StatisticRequest("gram", subjects, {"form": "full", "decay": 1.0}, blended=True)
-        return RoundPlan(train=(), statistics=(request,), background=state["past"], share=share)
+        return RoundPlan(train=(), statistics=(request,), background=_together(state["past"]), share=share)
 
     def _groups(self, params: Tensors) -> dict[str, list[str]]:
         """Layers that share their inputs, by the first of them."""
@@ -156,10 +160,9 @@ class Consolidator(contracts.Consolidator):
         return directions_DF[:, :rank].T / math.sqrt(3)
 
 
-def _beside(past: Tensors, params: Tensors) -> Tensors:
-    """The past modules and the one of the parameters as one."""
-    module = with_prefix(params, "adapter.")
-    return stack_modules([past, module], [1.0, 1.0]) if past else module
+def _together(modules: Sequence[Tensors]) -> Tensors:
+    """Modules at full weight as one; nothing of none."""
+    return stack_modules(modules, [1.0] * len(modules)) if modules else {}
 
 
 def _memory(state: State, layer: str, a_RD: Tensor) -> Memory:

@@ -29,6 +29,10 @@ class Consolidator(contracts.Consolidator):
     def background(self, state: State) -> tuple[Tensors, float]:
         return mean_background(state["past"])
 
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
+
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         return {"past": [*state["past"], with_prefix(params, "adapter.")]}
 

@@ -52,6 +52,10 @@ class Consolidator(contracts.Consolidator):
     def background(self, state: State) -> tuple[Tensors, float]:
         return mean_background(state["past"])
 
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
+
     def plan(self, state: State, params: Tensors) -> RoundPlan:
         past, share = self.background(state)
         request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
