@@ -25,7 +25,7 @@ import numpy as np
 
 import fedsim
 from fedsim.core import plugins
-from fedsim.core.config import MOVES_BITS, SimConfig
+from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data.manifest import estimate_alpha
@@ -60,12 +60,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What a sweep consists of. `axes`: name -> labels in the order of the YAML; "seed" is the last one."""
+    """What a sweep consists of. `axes`: name -> labels in the order of the YAML; "seed" is the last one, None stands for runs to
+    which the axis does not apply."""
 
     name: str
     axes: Mapping[str, Sequence[Label]]
     runs: Sequence[Entry]
     text: str = ""  # of the YAML
+    notes: Sequence[str] = ()  # keys that do not apply to some of the runs
 
     def save(self, folder: Path) -> Path:
         """Write it into a folder of runs. Raises StorageError."""
@@ -86,7 +88,8 @@ class SweepRecord:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise ValueError(f"not of format {FORMAT}")
-            return cls(**{**content, "runs": tuple(Entry(**entry) for entry in content["runs"])})
+            entries, notes = content.pop("runs"), content.pop("notes", ())
+            return cls(**content, runs=tuple(Entry(**entry) for entry in entries), notes=tuple(notes))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise RunDirError(
                 f"{path} is damaged ({type(e).__name__}: {e}): start the sweep again, finished runs are kept"
@@ -252,8 +255,7 @@ def flatten(config: SimConfig) -> dict[str, Label]:
     "adapter.*: lorm, head.*: fedavg", and their options by number.
     """
     plain = config.to_dict()
-    runtime = plain.pop("runtime")
-    plain["runtime"] = {k: runtime[k] for k in MOVES_BITS}
+    plain["runtime"] = {key: _file_name(value) for key, value in config.runtime.moves_bits().items()}
     for key in ("name", "trackers"):
         plain.pop(key, None)
     rules = plain["server"]["aggregator"]
@@ -305,8 +307,8 @@ def cost_figures(results: Results) -> dict[str, float]:
 
 
 def label_text(labels: Mapping[str, Label]) -> str:
-    """method=lorm alpha=0.1 seed=0"""
-    return " ".join(f"{name}={value}" for name, value in labels.items())
+    """method=lorm alpha=0.1 seed=0; – where an axis does not apply"""
+    return " ".join(f"{name}={'–' if value is None else value}" for name, value in labels.items())
 
 
 def failure_file(folder: Path, entry: Entry) -> Path:

@@ -542,6 +542,7 @@ def _renamed(config: SimConfig, old: str, new: str) -> SimConfig:
         ),
         client=dataclasses.replace(client, objectives=_replaced(client.objectives, old, new)),
         trackers=_replaced(config.trackers, old, new),
+        runtime=dataclasses.replace(config.runtime, pool=new if config.runtime.pool == old else config.runtime.pool),
     )
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim.collection import flatten
 from fedsim.core import config as configs
 from fedsim.core import files
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import RunDirError, StorageError
+from fedsim.core.errors import FedsimError, RunDirError, StorageError
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.results import Holding, Results, RunDir
 from tests.tiny import tiny
@@ -255,6 +256,39 @@ def test_plugin_files_travel_with_the_run(tmp_path: Path, run_dirs: Path) -> Non
     (moved / "plugins" / "rule.py").write_text(RULE)
     with pytest.raises(RunDirError, match="plugins/ were changed"):
         RunDir.open(moved)
+
+
+def test_a_pool_of_the_users_own_travels_with_the_run(tmp_path: Path, run_dirs: Path) -> None:
+    (tmp_path / "pool.py").write_text("from clients.pools.serial import Pool as Serial\n\n\nclass Pool(Serial):\n    pass\n")
+    config = tiny(f"runtime.pool={tmp_path / 'pool.py'}", output=run_dirs)
+    assert config.identity() != tiny(output=run_dirs).identity()
+    assert flatten(config)["runtime.pool"].startswith("pool.py ") and "runtime.pool" not in flatten(tiny())  # type: ignore[union-attr]
+    run_dir = begun(config)
+    (tmp_path / "pool.py").unlink()
+    moved = run_dir.path.rename(tmp_path / "elsewhere")
+    found = RunDir.open(moved)
+    assert found.config.runtime.pool == str(moved / "plugins" / "pool.py")
+    assert found.config.identity() == run_dir.identity
+    (moved / "plugins" / "pool.py").write_text(
+        "from clients.pools.serial import Pool as Serial\n\n\nclass Pool(Serial):\n    x = 1\n"
+    )
+    with pytest.raises(RunDirError, match="plugins/ were changed"):
+        RunDir.open(moved)
+
+
+@pytest.mark.parametrize(
+    ("pool", "said"),
+    [
+        ("seriel", "runtime.pool 'seriel' is unknown. Did you mean 'serial'"),
+        ("./gone.py", "runtime.pool: no file .*gone.py"),
+        ("./empty.py", "runtime.pool: .*empty.py defines no class named Pool"),
+    ],
+)
+def test_a_pool_is_looked_at_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(FedsimError, match=said):
+        tiny(f"runtime.pool={pool}")
 
 
 def test_a_rule_object_stays_as_a_description(run_dirs: Path) -> None:

@@ -135,6 +135,8 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
     from fedsim import compare
     from fedsim.collection import sweeps
 
+    for note in collection.sweep.notes if collection.sweep else ():
+        yield f"{note}: left out there."
     names = sweeps(args.paths)
     if collection.sweep is None and not args.all and len(names) > 1:
         yield f"The sweeps {', '.join(names)} lie there: all runs are taken (--sweep NAME takes those of one)."

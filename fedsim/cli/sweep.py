@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
         print_line(f"folder: {_short(plan.folder)}")
+        for note in plan.record.notes:
+            print_line(f"{note}: left out there")
     verify(plan, missing)
     if args.dry_run:
         return _dry_run(plan, done, missing)
@@ -112,7 +114,7 @@ def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[Pla
         table.add_column(name, justify="left" if name == "state" else "right")
     total = []
     for run in plan.runs:
-        cells = [str(value) for value in run.entry.labels.values()]
+        cells = ["–" if value is None else str(value) for value in run.entry.labels.values()]
         if run.entry.identity in done:
             table.add_row(*cells, "finished", "", "", "")
             continue

@@ -88,6 +88,11 @@ def is_path(name: str) -> bool:
     return name.endswith(".py")
 
 
+def is_own(kind: str, name: str) -> bool:
+    """Whether a plug-in is the user's own, a file or a module, not one of fedsim's."""
+    return name.removeprefix(f"{KINDS[kind].package}.") not in names(kind)
+
+
 def fingerprint(name: str) -> str:
     """What a plug-in's name adds to the identity of a run: the content of a user's file, else the name itself."""
     return hashlib.sha256(Path(name).read_bytes()).hexdigest() if is_path(name) else name

@@ -14,7 +14,8 @@
     output: runs/my_sweep                 # default: runs/<name of the YAML>
 
 Every combination is a run. The layers of a config, the later one winning: base, what variants extend, set, what variants change,
-zip, grid, seed, overrides of the command line.
+zip, grid, seed, overrides of the command line. An option that the plug-in of a variant does not have (`adapter.rank` of prompts)
+is left out there, which the plan's notes say; runs that become equal thereby are one, without a label on that axis.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from typing import Any
 
 from fedsim.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.core import config as configs
+from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
+from fedsim.sweep.fit import Fitted, fit, notes
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
 
@@ -101,6 +104,12 @@ class Level:
     changes: Mapping[str, Any] = field(default_factory=dict)
     by_key: bool = True  # the labels are the values of `changes`
 
+    def steps(self) -> list[Level]:
+        """Key by key where each has a label of its own, else itself."""
+        if not self.by_key:
+            return [self]
+        return [Level({key: self.labels[key]}, (), {key: value}) for key, value in self.changes.items()]
+
 
 def expand(
     path: str | Path,
@@ -126,28 +135,42 @@ def expand(
     base = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
-    for layer in (common, last):
-        if "pool" in layer.get("runtime", {}):
-            raise ConfigError("runtime.pool: in a sweep launch.pool decides (serial: one run per core; ray: one run at a time)")
-    how: Launch = configs.typed(Launch, {**_mapping(sweep.get("launch") or {}, "launch"), **launch}, "launch")
+    told = {**_mapping(sweep.get("launch") or {}, "launch"), **launch}
+    how: Launch = configs.typed(Launch, told, "launch")
     axes = [*_named(sweep.get("list") or {}), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
     _require_distinct_axes([name for axis in axes for name in axis[0].labels])
     seeds = _seeds(sweep.get("seeds"), [*base, common, last])
     files = {f: configs.read_layers(path.parent / f) for axis in axes for level in axis for f in level.extends}
-    runs = []
+    runs: list[PlannedRun] = []
+    fits: list[tuple[Mapping[str, Label], Fitted]] = []
     for seed, levels in itertools.product(seeds, itertools.product(*axes)):  # every setting has a first result soon
         labels = {name: value for level in levels for name, value in level.labels.items()} | {"seed": seed}
-        extended = [layer for level in levels for file in level.extends for layer in files[file]]
-        changed = [configs.nested(level.changes) for level in levels]
-        name = {"name": "-".join(str(v) for v in labels.values())}
-        run = _planned([*base, *extended, common, *changed, {"seed": seed}, last, name], labels, how)
-        keys = {key: value for level in levels if level.by_key for key, value in level.changes.items()}
-        _require_as_labelled(run, keys | {"seed": seed})
-        runs.append(run)
+        steps = [step for level in levels for step in level.steps()]
+        extended = [[layer for file in step.extends for layer in files[file]] for step in steps]
+        fitted = fit(base, extended, [common, *(configs.nested(step.changes) for step in steps), {"seed": seed}, last])
+        fits.append((labels, fitted))
+        config = _config(_on_pool(fitted, how, "pool" in told, labels), labels)
+        flags = zip(steps, fitted.gone_files, fitted.gone[1:], strict=False)  # the first change is `set`
+        gone = [step for step, *nothing_left in flags if all(nothing_left) and (step.extends or step.changes)]
+        values = {key: value for step in steps if step.by_key and step not in gone for key, value in step.changes.items()}
+        _require_as_labelled(config, labels, values | {"seed": seed})
+        labels = labels | {name: None for step in gone for name in step.labels}
+        name = "-".join(str(v) for v in labels.values() if v is not None)
+        run = PlannedRun(Entry(config.identity(), labels), replace(config, name=name))
+        if not gone or all(run.entry != other.entry for other in runs):
+            runs.append(run)
+    _require_used(fits)
     _require_distinct(runs)
     order = {name: [level.labels[name] for level in axis] for axis in axes for name in axis[0].labels} | {"seed": list(seeds)}
+    for name in order:
+        if None not in order[name] and any(run.entry.labels[name] is None for run in runs):
+            order[name].append(None)
     record = SweepRecord(
-        path.stem if path.stem != "sweep" else path.parent.name, order, [r.entry for r in runs], path.read_text()
+        path.stem if path.stem != "sweep" else path.parent.name,
+        order,
+        tuple(run.entry for run in runs),
+        path.read_text(),
+        notes(fits),
     )
     where = output or configs.resolved({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
     if not isinstance(where, str | Path):
@@ -156,25 +179,58 @@ def expand(
     return SweepPlan(record, tuple(runs), how, folder)
 
 
-def _planned(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], launch: Launch) -> PlannedRun:
+def _config(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label]) -> SimConfig:
     try:
-        config = configs.compose([*layers, {"runtime": {"pool": launch.pool}}])
+        return configs.compose(layers)
     except FedsimError as e:
         raise type(e)(f"{label_text(labels)}: {e}") from e
-    return PlannedRun(Entry(config.identity(), labels), config)
 
 
-def _require_as_labelled(run: PlannedRun, values: Mapping[str, Any]) -> None:
+def _on_pool(fitted: Fitted, launch: Launch, chosen: bool, labels: Mapping[str, Label]) -> Sequence[Mapping[str, Any]]:
+    """The layers with the pool of `launch`, which decides among ours only: they give the same bits, a user's own may not.
+
+    chosen: launch names a pool. Raises ConfigError for two pools of one run.
+    """
+    pools = [pool for layer in fitted.layers if isinstance(pool := _pool(layer), str)]
+    if pools and plugins.is_own("pools", pools[-1]):
+        if chosen:
+            raise ConfigError(
+                f"{label_text(labels)}: runtime.pool is {pools[-1]}, which launch.pool cannot replace: leave that out"
+            )
+        return fitted.layers
+    asked = [pool for layer in fitted.changes if (pool := _pool(layer)) not in (None, launch.pool)]
+    if asked:
+        raise ConfigError(
+            f"{label_text(labels)}: runtime.pool cannot be {asked[-1]}: in a sweep launch.pool decides among the pools that give "
+            "the same bits (serial: one run per core; ray: one run at a time)"
+        )
+    return [*fitted.layers, {"runtime": {"pool": launch.pool}}]
+
+
+def _pool(layer: Mapping[str, Any]) -> Any:
+    runtime = layer.get("runtime")
+    return runtime.get("pool") if isinstance(runtime, Mapping) else None
+
+
+def _require_used(fits: Sequence[tuple[Mapping[str, Label], Fitted]]) -> None:
+    """A key that applies to no run is misspelt, or meant for other plug-ins."""
+    used = {key for _, fitted in fits for key in fitted.offered - fitted.dropped}
+    for labels, fitted in fits:
+        for key in sorted(fitted.dropped - used):
+            _config(fitted.as_given, labels)
+            raise ConfigError(f"{label_text(labels)}: {key} applies to none of the runs: leave it out")
+
+
+def _require_as_labelled(config: SimConfig, labels: Mapping[str, Label], values: Mapping[str, Any]) -> None:
     """A later axis or an override may have set a key again, and then the label would lie."""
-    plain = run.config.to_dict()
+    plain = config.to_dict()
     for key, value in values.items():
         found: Any = plain
         for part in key.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None
         if not _holds(found, value):
             raise ConfigError(
-                f"{run.label}: {key} is {found!r} in the end, not {value!r}: another axis, an override or a change of plug-in "
-                "sets it again (name an axis of plug-ins before the axes of their options)"
+                f"{label_text(labels)}: {key} is {found!r} in the end, not {value!r}: another axis or an override sets it again"
             )
 
 

@@ -107,6 +107,101 @@ def test_a_variant_that_extends_a_preset_does_not_undo_another_axis(tmp_path: Pa
     assert {r.config.partition["clients"] for r in plan.runs} == {3}
 
 
+def test_what_a_variant_lacks_is_left_out_there_and_said(tmp_path: Path) -> None:
+    """Shared options hold for the variants that have them, whatever the order; runs that differ in nothing are one."""
+    methods = {"lora": {}, "tangent": {"adapter": "tangent"}, "prompts": {"adapter": "prefix"}, "head": {"adapter": "none"}}
+    plan = plan_of(tmp_path, set={"adapter.rank": 7}, list={"method": methods}, grid={"adapter.targets": ["all-linear", ["fc1"]]})
+    found = {(r.entry.labels["method"], r.entry.labels["adapter.targets"]): r.config.adapter for r in plan.runs}
+    lora = [(method, targets) for method in ("lora", "tangent") for targets in ("all-linear", '["fc1"]')]
+    assert list(found) == [*lora, ("prompts", None), ("head", None)]
+    assert [found[key].get("rank") for key in found] == [7, 7, 7, 7, None, None]
+    assert [found[key]["targets"] for key in lora] == ["all-linear", ["fc1"]] * 2
+    assert plan.record.axes["adapter.targets"] == ["all-linear", '["fc1"]', None]
+    assert plan.record.notes == (
+        "adapter.rank does not apply to method=prompts, head",
+        "adapter.targets does not apply to method=prompts, head",
+    )
+    assert {r.config.name for r in plan.runs} >= {"prompts-0", "lora-all-linear-0"}
+    alone = plan_of(tmp_path, list={"method": {"prompts": methods["prompts"]}})
+    assert alone.runs[0].entry.identity == plan.runs[4].entry.identity
+
+
+def test_options_of_plugins_that_are_not_there(tmp_path: Path) -> None:
+    """No calibrator, and a list of rules, have no option that could be set for them."""
+    groups = [{"match": "*", "name": "fedavg"}]
+    plan = plan_of(
+        tmp_path,
+        "server.aggregator.ridge=0.5",
+        base={**TINY, "server": {"aggregator": {"name": "lorm"}}},
+        list={
+            "repair": {"none": {}, "hgp": {"server.calibrator": "hgp"}},
+            "rule": {"one": {}, "some": {"server.aggregator": groups}},
+        },
+        set={"server.calibrator.epochs": 3},
+    )  # fmt: skip
+    assert [(r.config.server.calibrator or {}).get("epochs") for r in plan.runs] == [None, None, 3, 3]
+    assert [isinstance(r.config.server.aggregator, list) for r in plan.runs] == [False, True, False, True]
+    assert [r.config.server.aggregator["ridge"] for r in plan.runs[::2]] == [0.5, 0.5]
+    assert plan.record.notes == (
+        "server.calibrator.epochs does not apply to repair=none", "server.aggregator.ridge does not apply to rule=some"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["method", "heterogeneity"])
+def test_a_joint_run_is_one_whatever_the_heterogeneity(tmp_path: Path, first: str) -> None:
+    (tmp_path / "joint.yaml").write_text("stream: {joint: true}\npartition: {name: joint, clients: 1, min_samples: 1}\n")
+    axes: dict[str, Any] = {
+        "method": {"lorm": {}, "joint": {"extends": "joint.yaml"}},
+        "heterogeneity": {"low": {"partition.alpha": 0.1}, "iid": {"partition": "iid"}, "other": {"extends": "other.yaml"}},
+    }
+    (tmp_path / "other.yaml").write_text("partition: {name: quantity}\n")
+    plan = plan_of(tmp_path, list={first: axes.pop(first), **axes}, grid={"partition.clients": [2, 3]}, seeds=2)
+    joint = [r for r in plan.runs if r.entry.labels["method"] == "joint"]
+    assert {r.config.partition["name"] for r in joint} == {"joint"}
+    assert len({r.entry.identity for r in joint}) == 2 and len(plan.runs) == 2 * (3 * 2) + len(joint)
+    assert {r.entry.labels["heterogeneity"] for r in joint} == {None}
+    assert {r.entry.labels["partition.clients"] for r in joint} == {None}
+    assert [r.config.partition["clients"] for r in plan.runs if r not in joint] == [2, 3] * 6
+    assert "partition.alpha does not apply to method=joint" in plan.record.notes
+
+
+POOL = """
+from clients.pools import serial
+
+
+class Pool(serial.Pool):
+    scale = SCALE
+"""
+
+
+def test_a_pool_of_the_users_own_is_swept_as_it_is(tmp_path: Path) -> None:
+    """It may compute otherwise, so it is part of what a run is; `launch` decides among ours, which give the same bits."""
+    (tmp_path / "pool.py").write_text(POOL.replace("SCALE", "1"))
+    mine = str(tmp_path / "pool.py")
+    base = {**TINY, "runtime": {**TINY["runtime"], "pool": "./pool.py"}}
+    (own,) = plan_of(tmp_path, base=base).runs
+    (ours,) = plan_of(tmp_path).runs
+    assert (own.config.runtime.pool, ours.config.runtime.pool) == (mine, "serial")
+    assert own.entry.identity != ours.entry.identity
+    axis = plan_of(tmp_path, grid={"runtime.pool": ["./pool.py", "serial"]}, seeds=2).runs
+    assert [r.config.runtime.pool for r in axis] == [mine, "serial"] * 2
+    assert [axis[0].entry.identity, axis[1].entry.identity] == [own.entry.identity, ours.entry.identity]
+    (again,) = plan_of(tmp_path, f"runtime.pool={mine}").runs
+    assert again.entry.identity == own.entry.identity
+    with pytest.raises(ConfigError, match=rf"^seed=0: runtime.pool is {mine}, which launch.pool cannot replace: leave that out"):
+        plan_of(tmp_path, base=base, launch={"pool": "ray"})
+    (tmp_path / "pool.py").write_text(POOL.replace("SCALE", "2"))
+    assert plan_of(tmp_path, base=base).runs[0].entry.identity != own.entry.identity
+
+
+def test_several_files_as_the_base(tmp_path: Path) -> None:
+    """The later one wins."""
+    (tmp_path / "base.yaml").write_text(json.dumps(TINY))
+    (tmp_path / "method.yaml").write_text("adapter: prefix\nclient: {lr: 0.125}\n")
+    (run,) = plan_of(tmp_path, base=["base.yaml", "method.yaml"]).runs
+    assert (run.config.adapter["name"], run.config.client.lr, run.config.stream.tasks) == ("prefix", 0.125, 2)
+
+
 def test_where_it_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
     serial = plan_of(tmp_path, seeds=2)
     ray = plan_of(tmp_path, seeds=2, launch={"pool": "ray", "jobs": 3, "retry": 1})
@@ -141,7 +236,7 @@ def test_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_record_comes_back(tmp_path: Path) -> None:
     record = plan_of(tmp_path, grid={"partition.alpha": [0.1, 1.0]}, seeds=2).record
-    assert SweepRecord.load(record.save(tmp_path)) == SweepRecord(record.name, record.axes, tuple(record.runs), record.text)
+    assert SweepRecord.load(record.save(tmp_path)) == record
     (tmp_path / "sweeps" / "my_sweep.json").write_text('{"format": "fedsim-sweep-1", "name"')
     with pytest.raises(RunDirError, match=r"my_sweep.json is damaged .* start the sweep again"):
         SweepRecord.load(tmp_path / "sweeps" / "my_sweep.json")
@@ -154,7 +249,6 @@ def test_the_record_comes_back(tmp_path: Path) -> None:
         ({"zip": {"client.lr": [0.1, 0.2], "client.epochs": [1, 2]}}, "client.epochs=7", "client.epochs is 7 in the end, not 1"),
         ({"seeds": [0]}, "seed=5", "seed is 5 in the end, not 0"),
         ({"grid": {"partition.alpha": [0.1], "client.lr": [1.0, 2.0]}}, "partition.alpha=9", "alpha is 9.0 in the end, not 0.1"),
-        ({"grid": {"partition.alpha": [0.1], "partition": ["dirichlet", "iid"]}}, "name=x", "partition.alpha is None in the end"),
     ],
 )
 def test_a_label_never_lies(tmp_path: Path, sweep: dict[str, Any], override: str, message: str) -> None:
@@ -189,7 +283,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a seed in a variant": ({"list": {"m": {"a": {"seed": 3}}}}, "list.m.a: a variant cannot set the seed, use seeds"),
     "a variant called on": ({"list": {"m": {True: {}}}}, "named by a word or a number: put True in quotes"),
     "a preset that is a number": ({"list": {"m": {"a": {"extends": 5}}}}, "list.m.a.extends must name a config file, got 5"),
-    "the pool of the runs": ({"set": {"runtime.pool": "ray"}}, "in a sweep launch.pool decides"),
+    "the pool of the runs": ({"set": {"runtime.pool": "ray"}}, "runtime.pool cannot be ray: in a sweep launch.pool decides"),
+    "pools as an axis": (
+        {"grid": {"runtime.pool": ["serial", "ray"]}},
+        "^runtime.pool=ray seed=0: runtime.pool cannot be ray: in a",
+    ),
+    "an option of no variant": (
+        {"list": {"m": {"a": {"adapter": "none"}, "b": {"adapter": {"name": "prefix"}}}}, "set": {"adapter.rank": 2}},
+        "^m=a seed=0: adapter.rank applies to none of the runs: leave it out",
+    ),
+    "an option beside another plug-in's name": (
+        {"list": {"m": {"a": {}, "b": {"adapter.rank": 2, "adapter.name": "prefix"}}}},
+        "^m=b seed=0: unknown key 'adapter.rank'",
+    ),
+    "a split of a joint run alone": (
+        {"list": {"m": {"a": {"partition": {"name": "joint", "clients": 1}}}}, "grid": {"partition": ["iid"]}},
+        "^m=a partition=iid seed=0: partition applies to none of the runs: leave it out",
+    ),
     "a base that extends": ({"base": {"extends": "base.yaml"}}, "name the file itself as the base"),
     "gpus of a run on Ray": ({"launch": {"pool": "ray", "gpus": 1}}, "launch.gpus is for runs in one process"),
     "no jobs": ({"launch": {"jobs": 0}}, "launch.jobs must be 'auto' or at least 1"),

@@ -19,7 +19,6 @@ from fedsim.core.config.resolve import (
     resolve_kernels,
 )
 from fedsim.core.config.schema import (
-    MOVES_BITS,
     PLUGIN_KEYS,
     SECTIONS,
     SERVER_PLUGIN_KEYS,
@@ -36,7 +35,6 @@ from fedsim.core.config.text import resolved
 from fedsim.core.config.typed import typed
 
 __all__ = [
-    "MOVES_BITS",
     "PLUGIN_KEYS",
     "SECTIONS",
     "SERVER_PLUGIN_KEYS",

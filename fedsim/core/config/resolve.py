@@ -76,18 +76,30 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
     for i, tracker in enumerate(trackers):
         if tracker["name"] in [t["name"] for t in trackers[:i]]:
             raise ConfigError(f"trackers.{i}: '{tracker['name']}' is there already: name a tracker once")
-    pool, pools = config.runtime.pool, plugins.names("pools")
-    if pool not in pools and "." not in pool:
-        raise ConfigError(f"runtime.pool '{pool}' is unknown.{did_you_mean(pool, pools)}")
+    pool = _known_pool(config.runtime.pool)
     device = resolve_device(config.runtime.device)
     runtime = dataclasses.replace(
         config.runtime,
+        pool=pool,
         device=device,
         kernels=resolve_kernels(config.runtime.kernels, device),
         fused=resolve_fused(config.runtime.fused, device, pool),
     )
     sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
     return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
+
+
+def _known_pool(name: str) -> str:
+    """The pool by its name, a user's file by its whole path. Ours are not loaded: a config is read without Ray."""
+    if not plugins.is_own("pools", name):
+        return name
+    if "." not in name:
+        raise ConfigError(f"runtime.pool '{name}' is unknown.{did_you_mean(name, plugins.names('pools'))}")
+    try:
+        plugins.load("pools", name)
+    except PluginError as e:
+        raise PluginError(f"runtime.pool: {e}") from e
+    return str(Path(name).resolve()) if plugins.is_path(name) else name
 
 
 def resolve_device(name: str) -> str:

@@ -162,9 +162,10 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs. Only threads, device, kernels, precision, fused and eval_batch may move bits; the rest never does.
+    """Where and how it runs. Only threads, device, kernels, precision, fused, eval_batch and a pool of your own may move bits.
 
-    pool: serial | ray | flower; workers: processes, "auto": CPU cores / threads (at most one per client).
+    pool: serial | ray | flower, or one of your own, which is part of what a run is.
+    workers: processes, "auto": CPU cores / threads (at most one per client).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
     kernels: of the CPU's products in float32: torch | onednn | auto (onednn where it makes use of AVX-512, else torch).
     precision: fp32 | bf16 (the frozen backbone in half precision, all that is trained in float32). A machine that was not made
@@ -203,6 +204,11 @@ class RuntimeConfig:
         _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
         if self.fused is True and self.pool == "flower":
             raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
+
+    def moves_bits(self) -> dict[str, Any]:
+        """What may move bits, and so is part of what a run is. fedsim's own pools give the same bits, a user's may not."""
+        own = {"pool": self.pool} if plugins.is_own("pools", self.pool) else {}
+        return {key: getattr(self, key) for key in MOVES_BITS} | own
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ class SimConfig:
         """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
         plain = self.to_dict()
         del plain["name"], plain["trackers"]
-        plain["runtime"] = {k: plain["runtime"][k] for k in MOVES_BITS}
+        plain["runtime"] = self.runtime.moves_bits()
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
         said = json.dumps(plain, sort_keys=True)
@@ -258,7 +264,8 @@ class SimConfig:
 
     def user_files(self) -> list[str]:
         """Paths of plug-ins that are files of the user's own."""
-        return sorted({s[name_key(k)] for k, _, s in _plugin_sections(self) if plugins.is_path(s[name_key(k)])})
+        names = {s[name_key(k)] for k, _, s in _plugin_sections(self)} | {self.runtime.pool}
+        return sorted(filter(plugins.is_path, names))
 
 
 SECTIONS = {f.name: f.default_factory for f in fields(SimConfig) if dataclasses.is_dataclass(f.default_factory)}
