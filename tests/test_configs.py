@@ -73,7 +73,7 @@ def test_any_method_goes_on_any_stream(stream: Path) -> None:
 def test_joint_is_one_client_with_all_tasks_at_once_whatever_the_stream() -> None:
     for words in ([], ["stream.name=task_incremental"], ["stream.tasks=2", "stream.classes_per_task=7"]):
         files = [ROOT / "configs/streams/omniglot.yaml", ROOT / "configs/methods/joint.yaml"]
-        manifest, _ = prepare_data(load(files, words))
+        manifest, _, _ = prepare_data(load(files, words))
         parts, _ = prepare_data(load(files[0], words))
         assert (manifest.num_clients, manifest.task_names) == (1, ("all tasks",))
         assert manifest.class_names == parts.class_names

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from logging import CRITICAL
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import config as configs
+from fedsim.core import hub
 from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
@@ -285,10 +286,12 @@ def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]
         if config.backbone.endswith(".safetensors"):
             encoder: Any = timm_names.load(Path(config.backbone).expanduser())
             return encoder, IMAGENET if encoder.config.num_channels == 3 else {}
-        return _from_pretrained(_source(config.backbone), config.pooling)
+        name = _source(config.backbone)
+        with nullcontext("") if Path(name).is_dir() else hub.reached() as unreachable:
+            return _from_pretrained(name, config.pooling, unreachable)
 
 
-def _from_pretrained(name: str, pooling: str) -> tuple[nn.Module, Mapping[str, Any]]:
+def _from_pretrained(name: str, pooling: str, unreachable: str = "") -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import AutoConfig
 
     folder = Path(name).is_dir()
@@ -310,7 +313,7 @@ def _from_pretrained(name: str, pooling: str) -> tuple[nn.Module, Mapping[str, A
         raise
     except Exception as e:  # OSError, SafetensorError, JSON and pickle errors, hub errors: all mean that it cannot be read
         where = f"folder {name}" if folder else f"'{name}', which is neither a folder nor a hub id that can be reached"
-        raise ModelError(f"the backbone cannot be loaded from {where}: {_one_line(e)}") from e
+        raise ModelError(f"the backbone cannot be loaded from {where}: {unreachable or _one_line(e)}") from e
     _refuse_misfits(name, info)
     return _encoder_of(encoder), preprocessor
 

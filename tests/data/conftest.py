@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,3 +24,13 @@ def make_config() -> Callable[..., SimConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def local_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The datasets library, offline, with its cache in the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return datasets

@@ -285,10 +285,9 @@ def test_text_in_two_lists_with_groups_and_fewer_samples(tokenizer_folder: str, 
         ([["a", "x"]], "holds one list: name the test list with data.test_path"),
         ({"train": [["a", "x"], ["b"]], "test": [["a", "x"]]}, "train sample 1 must be [text, label]"),
         ({"train": [["a", "x"], [3, "x"]], "test": [["a", "x"]]}, "train sample 1 must be [text, label]"),
-        (
-            {"train": [["a", "x"]], "test": [["a", "x"], ["a", "y"]]},
-            "label 'y' of test sample 1 is not among the training labels",
-        ),
+        ({"train": [["a", "x"], ["b", -1]], "test": [["a", "x"]]}, "train sample 1 has no label ('-1'): leave it out"),
+        ({"train": [["a", "x"]], "test": [["a", "x"], ["b", " "]]}, "test sample 1 has no label (' '): leave it out"),
+        ({"train": [["a", "x"], ["b", None]], "test": [["a", "x"]]}, "train sample 1 must be [text, label]"),
     ],
 )
 def test_text_that_does_not_fit(tokenizer_folder: str, write_json: Callable[[str, Any], str], content: Any, message: str) -> None:
@@ -301,7 +300,7 @@ def test_text_that_does_not_fit(tokenizer_folder: str, write_json: Callable[[str
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"g": ["greet", "prat", "ask"]}, "names class 'prat', which the training data does not hold. Did you mean 'part'?"),
+        ({"g": ["greet", "prat", "ask"]}, "names class 'prat', which the data does not hold. Did you mean 'part'?"),
         ({"g": ["greet", "part"]}, "has no group for class 'ask'"),
         ({"g": ["greet", "part"], "h": ["ask", "part"]}, "names class 'part' twice"),
         ([["greet"]], "must hold {group: [class names]}"),
@@ -326,22 +325,13 @@ def test_text_needs_a_tokenizer(tmp_path: Path, write_json: Callable[[str, Any],
 
 
 def test_tokenise_of_nothing(tokenizer_folder: str) -> None:
-    ids = tokenise.tokenise([[], ["a"]], tokenizer_folder, 8)
+    ids, notes = tokenise.tokenise([[], ["a"]], tokenizer_folder, 8)
+    assert notes == ()
     assert ids[0]["input_ids"].shape == (0, 3)
     assert ids[1]["input_ids"].tolist() == [[2, 4, 3]]
 
 
 # ---------------------------------------------------------------- huggingface
-
-
-@pytest.fixture
-def local_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The datasets library, offline, with its cache in the test's own folder."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    return datasets
 
 
 def picture(value: int, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> Image.Image:

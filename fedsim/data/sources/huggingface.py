@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core import contracts
+from fedsim.core import contracts, hub
 from fedsim.core.contracts import ArraySplit, Dataset, IntArray
-from fedsim.core.errors import ConfigError, DataError, PluginError, did_you_mean
+from fedsim.core.errors import ConfigError, DataError, PluginError, did_you_mean, require_choice
 from fedsim.data.sources import _common
 from fedsim.data.tokenise import tokenise
 
@@ -30,10 +34,14 @@ class Source(contracts.Source):
     image_key, text_key, label_key: columns; null: found by their types (an image column, else a text column; the class labels).
     group_key, domain_key: columns that give a grouping of the classes (named like the column), and every sample's domain.
     image_size: side in pixels; the shorter side is resized (bicubic) and the middle is cut out. Needed when sizes differ.
-    max_length: tokens per text at most. train_per_class: only the first n training samples of every class.
+    background: white | black, what transparent pixels are laid on.
+    max_length: tokens per text at most. train_per_class: only the first n training samples of every class (of every class and
+        domain, where tasks are domains).
+    drop_unlabelled: leave out samples whose label is null, empty or -1, which are an error otherwise.
 
-    Classes are in the order of the ClassLabel feature; labels of another type are sorted. Images become grey (N, H, W) when all
-    are grey, else RGB (N, H, W, 3), uint8.
+    Classes are in the order of the ClassLabel feature; labels of another type are sorted, integers by size. Images are decoded
+    columns, or the bytes of image files as pandas writes them. They become grey (N, H, W) when all are grey, else RGB
+    (N, H, W, 3), uint8: 16 bits are scaled to 8, transparency is laid on the background, and results say so.
     """
 
     path: str
@@ -48,25 +56,36 @@ class Source(contracts.Source):
     group_key: str | None = None
     domain_key: str | None = None
     image_size: int | None = None
+    background: str = "white"
     max_length: int = 64
     train_per_class: int | None = None
+    drop_unlabelled: bool = False
 
     def __post_init__(self) -> None:
         _common.at_least_one(image_size=self.image_size, max_length=self.max_length, train_per_class=self.train_per_class)
+        require_choice("background", self.background, ("white", "black"))
         if self.image_key is not None and self.text_key is not None:
             raise ConfigError("image_key and text_key do not go together: name one of them")
 
     def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
-        train, test = (self._load_split(_datasets().load_dataset, split) for split in (self.train_split, self.test_split))
-        label_key = self._label_key(train)
-        names = _names(train, test, label_key)
-        labels = [_ids(part, label_key, names) for part in (train, test)]
-        kept = _common.first_per_class(labels[0], self.train_per_class)
-        groups, group_names = self._groups(train, labels[0], names)
-        domain_names = () if self.domain_key is None else _names(train, test, _column(train, self.domain_key))
-        train, labels[0] = train.select(kept), labels[0][kept]
-        domains = [_ids(part, self.domain_key, domain_names) if self.domain_key else None for part in (train, test)]
-        inputs = self._inputs(train, test, label_key, tokenizer_of)
+        parts = self._load_splits()
+        label_key = self._label_key(parts[0])
+        names, labels = _coded(parts, label_key, self.path, optional=True)
+        notes = []
+        for i, split in enumerate((self.train_split, self.test_split)):
+            if len(there := np.flatnonzero(labels[i] >= 0)) < len(labels[i]):
+                notes.append(self._labelled(labels[i], label_key, split))
+                parts[i], labels[i] = parts[i].select(there), labels[i][there]
+        groups, group_names = self._groups(parts[0], labels[0], names)
+        domain_names: tuple[str, ...] = ()
+        domains: list[IntArray | None] = [None, None]
+        if self.domain_key is not None:
+            domain_names, found = _coded(parts, self.domain_key, self.path)
+            domains = [*found]
+        kept = _common.first_per_class(labels[0], self.train_per_class, domains[0] if by_domain else None)
+        parts[0], labels[0] = parts[0].select(kept), labels[0][kept]
+        domains[0] = None if domains[0] is None else domains[0][kept]
+        inputs, said = self._inputs(parts, label_key, tokenizer_of)
         return Dataset(
             train=ArraySplit(inputs[0], labels[0], domains[0]),
             test=ArraySplit(inputs[1], labels[1], domains[1]),
@@ -74,16 +93,24 @@ class Source(contracts.Source):
             groups=groups,
             group_names=group_names,
             domain_names=domain_names,
+            notes=(*notes, *said),
         )
 
-    def _load_split(self, load_dataset: Callable[..., Any], split: str) -> Any:
-        files = self.data_files
+    def _load_splits(self) -> list[Any]:
+        load_dataset, files, folder = _datasets().load_dataset, _expanded(self.data_files), _expanded(self.data_dir)
         path = os.path.expanduser(self.path)
-        try:
-            return load_dataset(path, self.config, data_files=files, data_dir=self.data_dir, split=split)
-        except Exception as e:  # datasets, hub client, parsers and file systems each have their own
-            reason = " ".join(str(e).split())
-            raise DataError(f"datasets cannot load split '{split}' of {self.path}: {type(e).__name__}: {reason[:300]}") from e
+        local = [Path(f) for f in _flat(files) if "://" not in f] or [p for p in (Path(folder or path),) if p.exists()]
+        with nullcontext("") if local else hub.reached() as unreachable:
+            found = []
+            for split in (self.train_split, self.test_split):
+                try:
+                    part = load_dataset(path, self.config, data_files=files, data_dir=folder, split=split)
+                except Exception as e:  # datasets, hub client, parsers and file systems each have their own
+                    raise DataError(f"datasets cannot load split '{split}' of {self.path}: {_why(e, local, unreachable)}") from e
+                if not len(part):
+                    raise DataError(f"split '{split}' of {self.path} holds no samples")
+                found.append(part)
+        return found
 
     def _label_key(self, train: Any) -> str:
         if self.label_key is not None:
@@ -95,25 +122,43 @@ class Source(contracts.Source):
             raise DataError(f"which column of {self.path} holds the label? Set data.label_key to one of: {many}")
         return str(found[0])
 
-    def _inputs(self, train: Any, test: Any, label_key: str, tokenizer_of: str | None) -> list[dict[str, NDArray[Any]]]:
+    def _labelled(self, ids: IntArray, key: str, split: str) -> str:
+        """The line that says how many samples without a label are left out. Raises DataError unless that was asked for."""
+        without = np.flatnonzero(ids < 0)
+        of = f"{len(without)} of {len(ids)} samples of split '{split}' of {self.path}"
+        if not self.drop_unlabelled:
+            raise DataError(
+                f"{of} have no label in column '{key}' (null, empty or -1; the first is sample {without[0]}): set "
+                "data.drop_unlabelled to true to leave them out (where -1 is a class: write labels as strings)"
+            )
+        if len(without) == len(ids):
+            raise DataError(f"{of} have no label in column '{key}': choose another split")
+        return f"{of} have no label and are left out"
+
+    def _inputs(
+        self, parts: Sequence[Any], label_key: str, tokenizer_of: str | None
+    ) -> tuple[list[dict[str, NDArray[Any]]], Sequence[str]]:
+        """The inputs of both splits, and what was lost on the way."""
         image_key, text_key = self.image_key, self.text_key
         if image_key is None and text_key is None:
-            image_key, text_key = self._input_key(train, label_key)
+            image_key, text_key = self._input_key(parts[0], label_key)
         if image_key is not None:
-            grids = [self._images(part, _column(part, image_key)) for part in (train, test)]
-            return [{"pixel_values": images} for images in _alike(grids, self.path)]
+            decoder = _Decoder(self.image_size, self.background, self.path)
+            grids = [
+                [decoder.array(value, f"{image_key} of sample {i}") for i, value in enumerate(part[_column(part, image_key)])]
+                for part in parts
+            ]
+            return [{"pixel_values": images} for images in _alike(grids, self.path)], decoder.notes()
         assert text_key is not None
-        texts = [[str(text) for text in part[_column(part, text_key)]] for part in (train, test)]
-        return [dict(one) for one in tokenise(texts, tokenizer_of, self.max_length)]
+        texts = [_texts(part[_column(part, text_key)][:], f"{self.path}: {text_key}") for part in parts]
+        encoded, notes = tokenise(texts, tokenizer_of, self.max_length)
+        return [dict(one) for one in encoded], notes
 
     def _input_key(self, train: Any, label_key: str) -> tuple[str | None, str | None]:
         """The only image column, else the only text column."""
-        lib = _datasets()
         taken = (label_key, self.group_key, self.domain_key)
-        images = [name for name, feature in train.features.items() if isinstance(feature, lib.Image)]
-        texts = [
-            name for name, f in train.features.items() if isinstance(f, lib.Value) and "string" in f.dtype and name not in taken
-        ]
+        images = [name for name, feature in train.features.items() if _holds_images(feature)]
+        texts = [name for name, feature in train.features.items() if _holds_texts(feature) and name not in taken]
         if len(images) == 1:
             return str(images[0]), None
         if not images and len(texts) == 1:
@@ -121,27 +166,19 @@ class Source(contracts.Source):
         many = ", ".join(images or texts or train.column_names)
         raise DataError(f"which column of {self.path} holds the inputs? Set data.image_key or data.text_key to one of: {many}")
 
-    def _images(self, part: Any, key: str) -> list[NDArray[np.uint8]]:
-        return [_to_array(image, self.image_size, f"{self.path}: {key} of sample {i}") for i, image in enumerate(part[key])]
-
     def _groups(
         self, train: Any, labels: IntArray, names: tuple[str, ...]
     ) -> tuple[dict[str, IntArray], dict[str, tuple[str, ...]]]:
         key = self.group_key
         if key is None:
             return {}, {}
-        group_names = _names(train, train, _column(train, key))
-        ids = _ids(train, key, group_names)
-        group_of = np.full(len(names), -1, dtype=np.int64)
+        group_names, (ids,) = _coded([train], key, self.path)
+        group_of = np.zeros(len(names), dtype=np.int64)  # a class without samples is never used: any group will do
         group_of[labels] = ids
         wrong = np.flatnonzero(group_of[labels] != ids)
         if len(wrong):
             raise DataError(
                 f"data.group_key '{key}' is no grouping of the classes: class '{names[labels[wrong[0]]]}' is in several groups"
-            )
-        if (group_of < 0).any():
-            raise DataError(
-                f"data.group_key '{key}': class '{names[int(np.argmin(group_of))]}' has no training sample that tells its group"
             )
         return {key: group_of}, {key: group_names}
 
@@ -153,47 +190,204 @@ def _datasets() -> Any:
         raise PluginError("data source 'huggingface' needs the package 'datasets': pip install 'fedsim[huggingface]'") from e
 
 
+def _expanded(value: Any) -> Any:
+    """Paths in whatever `data_files` holds, with ~ in its meaning."""
+    if isinstance(value, Mapping):
+        return {k: _expanded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_expanded(v) for v in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _flat(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _flat(inner)
+
+
+def _why(error: Exception, local: Sequence[Path], unreachable: str) -> str:
+    """Why nothing was loaded, in words that help."""
+    if empty := [str(file) for path in local for file in _files(path) if _is_empty(file)]:
+        return f"{empty[0]} is empty, it holds no rows"
+    if unreachable:
+        return f"it is not cached, and the hub is not there ({unreachable})"
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:300]
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+
+
+def _is_empty(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.stat().st_size == 0:
+        return True
+    try:
+        return path.suffix == ".parquet" and importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows == 0
+    except Exception:  # damaged: what datasets says of it is better
+        return False
+
+
 def _column(part: Any, key: str) -> str:
     if key not in part.column_names:
         raise DataError(f"the data has no column '{key}'.{did_you_mean(key, part.column_names)}")
     return key
 
 
-def _names(train: Any, test: Any, key: str) -> tuple[str, ...]:
-    """Names of a ClassLabel feature, or the sorted values of both splits."""
-    feature = train.features[key]
-    if isinstance(feature, _datasets().ClassLabel):
-        return tuple(feature.names)
-    values: set[Any] = set()
-    for part in (train, test):
-        values |= set(part[_column(part, key)])
-    if not all(isinstance(v, (str, int)) for v in values):
-        raise DataError(f"column '{key}' must hold class labels, strings or integers")
-    return tuple(str(v) for v in sorted(values, key=lambda v: (isinstance(v, str), v)))
+def _holds_images(feature: Any) -> bool:
+    """An image column, or what pandas makes of one: bytes of a file, alone or in a struct."""
+    lib = _datasets()
+    if isinstance(feature, Mapping):
+        return "bytes" in feature
+    return isinstance(feature, lib.Image) or (isinstance(feature, lib.Value) and "binary" in feature.dtype)
 
 
-def _ids(part: Any, key: str, names: tuple[str, ...]) -> IntArray:
-    """Ids of a column's values in `names`."""
-    feature = part.features[_column(part, key)]
-    values: Iterable[Any] = part[key]
-    if isinstance(feature, _datasets().ClassLabel):
-        if tuple(feature.names) != names:
-            raise DataError(f"the splits name different classes in column '{key}'")
-        return _common.check_ids(np.array(list(values), dtype=np.int64), len(part), len(names), f"column '{key}'")
-    ids: Mapping[str, int] = {name: i for i, name in enumerate(names)}
-    return np.array([ids[str(v)] for v in values], dtype=np.int64)
+def _holds_texts(feature: Any) -> bool:
+    return isinstance(feature, _datasets().Value) and "string" in feature.dtype
 
 
-def _to_array(image: Any, size: int | None, what: str) -> NDArray[np.uint8]:
-    """A decoded PIL image as uint8, grey (H, W) or RGB (H, W, 3)."""
-    from PIL import Image, ImageOps
+def _coded(parts: Sequence[Any], key: str, path: str, optional: bool = False) -> tuple[tuple[str, ...], list[IntArray]]:
+    """The distinct values of a column as names, and every part's values as positions among them.
 
-    if not isinstance(image, Image.Image):
-        raise DataError(f"{what} is not an image")
-    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8)
+    Names of a ClassLabel feature keep their order. Where no value is -1 if it may be missing (`optional`: null, empty and -1
+    then count as missing), an error otherwise.
+    """
+    columns = [_values(part, _column(part, key), f"{path}: column '{key}'", optional) for part in parts]
+    if not optional:
+        for column in columns:
+            if None in column:
+                raise DataError(f"{path}: column '{key}' holds nothing at sample {column.index(None)}")
+    feature = parts[0].features[key]
+    names = dict.fromkeys(feature.names if isinstance(feature, _datasets().ClassLabel) else ())
+    distinct = {value for column in columns for value in column if value is not None}
+    numbers = all(isinstance(value, int) for value in distinct)
+    names |= dict.fromkeys(map(str, sorted(distinct) if numbers else sorted(map(str, distinct))))
+    place: dict[str | None, int] = {name: i for i, name in enumerate(names)} | {None: -1}
+    coded = [[place[None if value is None else str(value)] for value in column] for column in columns]
+    return tuple(names), [np.array(ids, dtype=np.int64) for ids in coded]
+
+
+def _values(part: Any, key: str, what: str, optional: bool) -> list[str | int | None]:
+    """What a column holds: strings, integers, or None for nothing. Raises DataError for anything else."""
+    feature, lib = part.features[key], _datasets()
+    names = feature.names if isinstance(feature, lib.ClassLabel) else None
+    found: list[str | int | None] = []
+    for i, value in enumerate(part[key][:]):
+        if isinstance(value, float) and (math.isnan(value) or value.is_integer()):  # integers beside nulls, as pandas has them
+            value = None if math.isnan(value) else int(value)
+        if value is not None and not isinstance(value, str | int):
+            kind = "lists, where one value per sample is needed" if isinstance(value, list) else f"{type(value).__name__}s"
+            raise DataError(f"{what} must hold class labels, strings or integers, and sample {i} is {str(value)[:40]!r}: {kind}")
+        if optional and (value == -1 or (isinstance(value, str) and not value.strip())):
+            value = None
+        if names is not None and value is not None:
+            value = names[value] if 0 <= value < len(names) else str(value)
+        found.append(str(value) if isinstance(value, bool) else value)
+    return found
+
+
+def _texts(values: Sequence[Any], what: str) -> list[str]:
+    for i, value in enumerate(values):
+        if value is None:
+            raise DataError(f"{what} of sample {i} is null: leave out samples without a text")
+    return [str(value) for value in values]
+
+
+@dataclass
+class _Decoder:
+    """Images as uint8, grey (H, W) or RGB (H, W, 3), and what was lost on the way."""
+
+    size: int | None
+    background: str
+    path: str
+    done: Counter[str] = field(default_factory=Counter)
+    brightest: int = 0  # of images of 16 bits
+
+    def array(self, value: Any, where: str) -> NDArray[np.uint8]:
+        """What a column holds of one image: decoded, the bytes of a file, or rows of pixels."""
+        from PIL import Image, ImageOps
+
+        image = self._eight_bits(self._opened(value, where), where)
+        if self.size is not None and image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+        return np.asarray(image, dtype=np.uint8)
+
+    def notes(self) -> list[str]:
+        """One line for each thing that was done."""
+        return [
+            f"{count} images of {self.path}: {what.format(brightest=self.brightest)}" for what, count in sorted(self.done.items())
+        ]
+
+    def _opened(self, value: Any, where: str) -> Any:
+        from PIL import Image
+
+        if isinstance(value, bytes):
+            value = {"bytes": value}
+        try:
+            if isinstance(value, Mapping):
+                return _datasets().Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
+            if isinstance(value, list | np.ndarray):
+                return Image.fromarray(_pixels(np.asarray(value), f"{self.path}: {where}"))
+        except DataError:
+            raise
+        except Exception as e:  # Pillow's own, of the operating system, of a format that is cut short
+            raise DataError(f"{self.path}: {where} cannot be decoded: {' '.join(str(e).split())[:200]}") from e
+        if not isinstance(value, Image.Image):
+            raise DataError(f"{self.path}: {where} is not an image")
+        return value
+
+    def _eight_bits(self, image: Any, where: str) -> Any:
+        """Mode L or RGB."""
+
+        mode = image.mode
+        if mode in ("1", "L", "RGB") and "transparency" not in image.info:
+            return image.convert("L") if mode == "1" else image
+        if mode == "I" or mode.startswith("I;16"):
+            return self._scaled(np.asarray(image).astype(np.int64), where)
+        if mode == "F":
+            raise DataError(f"{self.path}: {where} holds real numbers, whose white nobody knows: save it with 8 or 16 bits")
+        if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            return self._on_background(image, where)
+        if mode != "P":
+            self.done[f"{mode} converted to RGB"] += 1
+        plain = image.convert("RGB")
+        red, green, blue = (plain.getchannel(c).tobytes() for c in "RGB")
+        return plain.getchannel("R") if mode == "P" and red == green == blue else plain
+
+    def _scaled(self, values: NDArray[np.int64], where: str) -> Any:
+        from PIL import Image
+
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise DataError(f"{self.path}: {where} holds numbers from {low} to {high}, beyond 16 bits: save it with 8 or 16 bits")
+        self.brightest = max(self.brightest, high)
+        self.done["16 bits scaled to 8, 65535 becomes 255 (the largest value is {brightest})"] += 1
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+    def _on_background(self, image: Any, where: str) -> Any:
+        from PIL import Image
+
+        grey, opaque = image.mode in ("L", "LA", "La", "1"), image.convert("RGBA")
+        alpha_HW = np.asarray(opaque.getchannel("A"))
+        plain = Image.alpha_composite(Image.new("RGBA", image.size, self.background), opaque).convert("RGB")
+        if alpha_HW.min() < 255:
+            self.done[f"transparent pixels laid on {self.background}"] += 1
+        if alpha_HW.min() < alpha_HW.max() and not np.ptp(np.asarray(plain), axis=(0, 1)).any():
+            other = "black" if self.background == "white" else "white"
+            raise DataError(f"{self.path}: {where} vanishes on {self.background}: set data.background to {other}")
+        return plain.convert("L") if grey else plain
+
+
+def _pixels(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
+    """Rows of pixels as a column of lists holds them: integers of any type, but of 8 bits."""
+    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 255:
+        values = values.astype(np.uint8)
+    whole: NDArray[np.uint8] = _common.check_images(values[None], what)[0]
+    return whole
 
 
 def _alike(grids: list[list[NDArray[np.uint8]]], path: str) -> list[NDArray[np.uint8]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.core import contracts
-from fedsim.core.contracts import ArraySplit, Dataset, IntArray
+from fedsim.core.contracts import ArraySplit, Dataset
 from fedsim.core.errors import DataError, did_you_mean
 from fedsim.data.sources import _common
 from fedsim.data.tokenise import tokenise
@@ -26,7 +26,8 @@ class Source(contracts.Source):
     path: JSON, either {"train": [...], "test": [...]} (other keys, such as val, are ignored), or a list for training with
         `test_path` naming the other list. An item is [text, label] or {"text": ..., "label": ...}.
     groups_path: JSON {group: [class names]}; the grouping is called "domain", and every class must be in one group.
-    Classes are in the order of `groups_path` if it is given, else by first appearance in the training list.
+    Classes are in the order of `groups_path` if it is given, else by first appearance in the training list. Texts that are cut or
+        blank are said in the results.
     max_length: tokens per text at most; shorter data is padded only to its longest text.
     train_per_class: only the first n training texts of every class.
     """
@@ -43,14 +44,14 @@ class Source(contracts.Source):
     def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
         train, test = self._pairs()
         grouping = _read_groups(self.groups_path) if self.groups_path is not None else None
-        names = list(dict.fromkeys(label for _, label in train))
+        names = list(dict.fromkeys(label for _, label in [*train, *test]))
         if grouping is not None:
             names = _grouped_names(grouping, names, str(self.groups_path))
         ids = {name: i for i, name in enumerate(names)}
-        labels = [_labels(pairs, ids, self.path) for pairs in (train, test)]
+        labels = [np.array([ids[label] for _, label in pairs], dtype=np.int64) for pairs in (train, test)]
         kept = _common.first_per_class(labels[0], self.train_per_class)
         texts = [[train[i][0] for i in kept], [text for text, _ in test]]
-        inputs = tokenise(texts, tokenizer_of, self.max_length)
+        inputs, notes = tokenise(texts, tokenizer_of, self.max_length)
         groups = {} if grouping is None else {"domain": np.repeat(np.arange(len(grouping)), [len(g) for g in grouping.values()])}
         return Dataset(
             train=ArraySplit(inputs[0], labels[0][kept]),
@@ -58,6 +59,7 @@ class Source(contracts.Source):
             class_names=tuple(names),
             groups=groups,
             group_names={} if grouping is None else {"domain": tuple(grouping)},
+            notes=notes,
         )
 
     def _pairs(self) -> tuple[Pairs, Pairs]:
@@ -93,14 +95,10 @@ def _pair(item: Any, where: str) -> tuple[str, str]:
         item = [item["text"], item["label"]]
     if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], (str, int))):
         raise DataError(f"{where} must be [text, label] or {{'text': ..., 'label': ...}}, got {str(item)[:80]}")
-    return item[0], str(item[1])
-
-
-def _labels(pairs: Iterable[tuple[str, str]], ids: Mapping[str, int], path: str) -> IntArray:
-    for i, (_, label) in enumerate(pairs):
-        if label not in ids:
-            raise DataError(f"{path}: label '{label}' of test sample {i} is not among the training labels")
-    return np.array([ids[label] for _, label in pairs], dtype=np.int64)
+    label = str(item[1])
+    if label == "-1" or not label.strip():
+        raise DataError(f"{where} has no label ({label!r}): leave it out")
+    return item[0], label
 
 
 def _read_groups(path: str) -> dict[str, list[str]]:
@@ -115,7 +113,7 @@ def _grouped_names(grouping: Mapping[str, list[str]], names: list[str], path: st
     ordered = [name for members in grouping.values() for name in members]
     for i, name in enumerate(ordered):
         if name not in names:
-            raise DataError(f"{path} names class '{name}', which the training data does not hold.{did_you_mean(name, names)}")
+            raise DataError(f"{path} names class '{name}', which the data does not hold.{did_you_mean(name, names)}")
         if name in ordered[:i]:
             raise DataError(f"{path} names class '{name}' twice")
     for name in names:
