@@ -76,11 +76,10 @@ def blocks(encoder: nn.Module, which: str | Sequence[int] = "all") -> dict[str, 
 
     which: "all", or indices from 0 (negative ones count from the end). Raises ModelError for an index that is not there.
     """
-    depth = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
-    stacks = [(n, m) for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not stacks:
-        raise ModelError(f"{type(encoder).__name__} has no list of blocks that prompts could go into: use the adapter 'lora'")
-    prefix, stack = stacks[0]
+    found = _stack(encoder)
+    if found is None:
+        raise ModelError(f"{type(encoder).__name__} has no list of blocks that prompts could go into: use the adapter lora")
+    prefix, stack = found
     if isinstance(which, str):
         indices = list(range(len(stack)))
     else:
@@ -89,6 +88,17 @@ def blocks(encoder: nn.Module, which: str | Sequence[int] = "all") -> dict[str, 
             raise ModelError(f"adapter.blocks names block {wrong[0]}, but the backbone has blocks 0 to {len(stack) - 1}")
         indices = sorted({i % len(stack) for i in which})
     return {f"{prefix}.{i}": stack[i] for i in indices}
+
+
+def has_blocks(encoder: nn.Module) -> bool:
+    """Whether there is a list of as many blocks as the config says."""
+    return _stack(encoder) is not None
+
+
+def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    depth = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
+    stacks = [(n, m) for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return stacks[0] if stacks else None
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def blocks(encoder: nn.Module) -> Mapping[str, nn.Module]:
     known = {n for n, _ in encoder.named_modules()}
     if not plain or not {"embeddings", "layers.0", FINAL} <= known:
         raise ModelError(
-            f"the adapter 'tangent' knows plain ViTs with GELU only, and the backbone is a {type(encoder).__name__}: use "
-            f"'omniglot-vit', a checkpoint of model_type vit or a ViT with timm's names, or the adapter 'lora'"
+            "the adapter tangent knows plain ViTs with GELU only (model_type vit), and the backbone is a "
+            f"{type(encoder).__name__}: use the adapter lora"
         )
     return inject.blocks(encoder)
 

@@ -457,7 +457,7 @@ def test_options_that_do_not_fit_a_backbone(options: dict[str, Any], message: st
 
 @pytest.mark.parametrize("layout", [BERT, VIT | {"hidden_act": "relu"}])
 def test_other_backbones_are_refused(layout: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=r"plain ViTs with GELU only, .*use 'omniglot-vit'"):
+    with pytest.raises(ModelError, match=r"plain ViTs with GELU only .*use the adapter lora"):
         run(model(layout, {"name": "tangent", "targets": "all-linear"}, double=False))
     assert texts()
 

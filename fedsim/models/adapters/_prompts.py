@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core.errors import ConfigError, ModelError
+from fedsim.models import inject
 
 
 def check_options(length: int, blocks: Any, init_std: float) -> None:
@@ -21,6 +22,13 @@ def check_options(length: int, blocks: Any, init_std: float) -> None:
         raise ConfigError(f"blocks must be 'all' or a list of indices such as [0, 1], got {blocks!r}")
     if init_std < 0:
         raise ConfigError(f"init_std must not be negative, got {init_std}")
+
+
+def blocks(adapter: str, encoder: nn.Module, which: Any) -> dict[str, nn.Module]:
+    """The chosen blocks by name. Raises ModelError for an encoder without a list of blocks."""
+    if not inject.has_blocks(encoder):
+        raise refuse(adapter, encoder, "it has no list of blocks that prompts could go into")
+    return inject.blocks(encoder, which)
 
 
 def attention_of(block: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,7 @@ class Adapter(contracts.Adapter):
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<block>.prefix_key` and `<block>.prefix_value` (P, D). Raises ModelError if a block has no such attention."""
         tensors: dict[str, Tensor] = {}
-        for name in inject.blocks(backbone.encoder, self.blocks):
+        for name in _prompts.blocks("prefix", backbone.encoder, self.blocks):
             _, width = _attention(backbone.encoder, name)
             for part in (KEY, VALUE):
                 tensors[name + part] = _prompts.normal(self.length, width, self.init_std, generator)

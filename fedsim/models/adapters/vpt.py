@@ -54,7 +54,7 @@ class Adapter(contracts.Adapter):
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<block>.prompt` (P, D)."""
-        names = inject.blocks(backbone.encoder, self.blocks)
+        names = _prompts.blocks("vpt", backbone.encoder, self.blocks)
         for name, block in names.items():
             why = _obstacle(block)
             if why is not None:

@@ -1,0 +1,242 @@
+"""Every family of backbones with every adapter, held against what an adapter promises; and the page of what goes with what.
+
+`python -m tests.models.conformance` prints the page, which is `docs/backbones.md` (`make docs`). Families are those of
+`families.py`, adapters those of their folder: a new file of either kind is looked at without being named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients import local
+from clients.samples import Samples
+from fedsim.core import config as configs
+from fedsim.core import plugins
+from fedsim.core.config import ModelConfig, TransformConfig
+from fedsim.core.contracts import ArraySplit, Slots
+from fedsim.core.errors import FedsimError, ModelError
+from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
+from fedsim.core.tensors import LORA_B, lora_layers
+from fedsim.matrix import SMALL
+from fedsim.models import backbone as backbones
+from fedsim.models import transform
+from fedsim.models.backbone import Backbone
+from fedsim.models.model import Model
+from tests.models.families import FAMILIES, TEXT_LENGTHS, Family, batch
+
+CLASSES = 4
+CLOSE = 1e-10  # of features of about 1, in float64
+PROMPTS = ("apt", "prefix", "vpt")  # fresh ones take part in the softmax and change the features
+ONE_BY_ONE = "cannot be told apart"  # a layer whose input is the same for all samples: clients are then trained one by one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an adapter works on a family. refused: why not, in one line; together: whether clients can train in one batch."""
+
+    refused: str | None = None
+    together: bool = True
+
+
+@cache
+def backbone(name: str) -> tuple[Backbone, transform.Transform | None]:
+    """A family's encoder in float64, with weights that are large enough for every part to matter, and its transform."""
+    family = FAMILIES[name]
+    loaded = backbones.load(ModelConfig(backbone="random", config=family.layout))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in loaded.encoder.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    loaded.encoder.double()
+    if family.kind == "text":
+        return loaded, None
+    scales = loaded.image_size, loaded.num_channels, loaded.mean, loaded.std
+    images = transform.build(TransformConfig(), *scales, torch.device("cpu"))
+    return loaded, dataclasses.replace(images, mean=images.mean.double(), std=images.std.double())
+
+
+def model(name: str, adapter: str, **options: Any) -> Model:
+    """A family with an adapter, small."""
+    encoder, images = backbone(name)
+    section = {"name": adapter, **SMALL.get(("adapters", adapter), {}), **options}
+    return Model(encoder, configs.build("adapters", section), CLASSES, torch.device("cpu"), images)
+
+
+def moved(tensors: Tensors, seed: int) -> dict[str, Tensor]:
+    """The tensors as after training, nothing being where it began."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in tensors.items()}
+
+
+@cache
+def verdict(name: str, adapter: str) -> Verdict:
+    """Hold a pair against every promise; an AssertionError where one is broken."""
+    built, family = model(name, adapter), FAMILIES[name]
+    weights = {n: t.clone() for n, t in built.backbone.encoder.state_dict().items()}
+    try:
+        fresh = {n: t.double() for n, t in built.init_adapter(torch.Generator().manual_seed(0)).items()}
+    except ModelError as e:
+        told = str(e)
+        assert "\n" not in told, told
+        return Verdict(told)
+    if fresh:
+        _holds_effect_and_gradient(built, family, fresh, adapter)
+        _holds_merged(built, family, fresh)
+    if family.kind == "text":
+        _holds_padding(built, family, moved(fresh, 4))
+    together = _holds_stacked(built, family, fresh)
+    _holds_statistics(built, family, moved(fresh, 4))
+    after = built.backbone.encoder.state_dict()
+    assert all(torch.equal(t, after[n]) for n, t in weights.items()), f"{adapter} leaves weights of {name} changed"
+    return Verdict(together=together)
+
+
+@torch.no_grad()
+def features(built: Model, inputs: Tensors, params: Tensors | None = None) -> Tensor:
+    """(b, D) with an adapter's tensors, or without an adapter."""
+    if params is None:
+        return built.features(inputs)
+    with built.applied(params):
+        return built.features(inputs)
+
+
+def _holds_effect_and_gradient(built: Model, family: Family, fresh: Tensors, adapter: str) -> None:
+    inputs = batch(family)
+    bare = features(built, inputs)
+    change = float((features(built, inputs, fresh) - bare).abs().max())
+    assert change > CLOSE if adapter in PROMPTS else change < CLOSE, f"a fresh {adapter} changes features by {change}"
+    away = {n: t.requires_grad_() for n, t in moved(fresh, 4).items()}
+    with built.applied(away):
+        out = built.features(inputs)
+    assert float((out.detach() - bare).abs().max()) > 1e-4, f"{adapter} has no effect"
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)).sum().backward()  # type: ignore[no-untyped-call]
+    for n, t in away.items():
+        assert t.grad is not None and bool(t.grad.any()), f"'{n}' gets no gradient"
+        assert bool(torch.isfinite(t.grad).all()), n
+
+
+@torch.no_grad()
+def _holds_merged(built: Model, family: Family, fresh: Tensors) -> None:
+    inputs, params = batch(family), moved(fresh, 4)
+    applied = features(built, inputs, params)
+    with built.merged(params):
+        assert _close(built.features(inputs), applied), "merged is not applied"
+
+
+def _holds_padding(built: Model, family: Family, params: Tensors) -> None:
+    """A text's features do not depend on how long the other texts of its batch are."""
+    inputs = batch(family)
+    together = features(built, inputs, params)
+    for i, length in enumerate(TEXT_LENGTHS):
+        alone = features(built, {n: t[i : i + 1, :length] for n, t in inputs.items()}, params)
+        assert _close(alone[0], together[i]), f"text {i} depends on its padding"
+
+
+@torch.no_grad()
+def _holds_stacked(built: Model, family: Family, fresh: Tensors) -> bool:
+    """Two clients in one batch have the features that each has alone; or the pair says that they cannot be told apart."""
+    inputs = batch(family)
+    own = [moved(fresh, seed) for seed in (4, 6)]
+    stacked = {n: torch.stack([params[n] for params in own]) for n in fresh}
+    count = len(next(iter(inputs.values())))
+    slots = Slots(count, (count, count))
+    try:
+        with built.stacked(stacked, slots):
+            got = built.stacked_features({n: torch.cat([t, t]) for n, t in inputs.items()}, slots, [torch.Generator()] * 2)
+    except ModelError as e:
+        if ONE_BY_ONE in str(e):
+            return False
+        raise
+    assert _close(got, torch.cat([features(built, inputs, params) for params in own])), "stacked is not one by one"
+    return True
+
+
+def _holds_statistics(built: Model, family: Family, adapter: Tensors) -> None:
+    """Grams of the head and of all LoRA pairs, and moments of the classes, in every form, of the shapes that they document."""
+    inputs, labels = batch(family), np.array([0, 2, 2])
+    samples = Samples(ArraySplit({n: t.numpy() for n, t in inputs.items()}, labels), torch.device("cpu"))
+    width = built.backbone.width
+    local_params = {"head.weight": torch.zeros(CLASSES, width).double(), "head.bias": torch.zeros(CLASSES), **adapter}
+    requests, shapes = [], {}
+
+    def ask(name: str, form: str, subjects: Mapping[str, tuple[int, ...]]) -> None:
+        requests.append(StatisticRequest(name, tuple(subjects), {"form": form}))
+        shapes.update({f"{name}.{form}/{subject}": shape for subject, shape in subjects.items()})
+
+    upper = {d: d * (d + 1) // 2 for d in (width, *(t.shape[k] for t in adapter.values() for k in range(t.dim())))}
+    pairs = {layer + LORA_B: adapter[layer + ".lora_A"].shape for layer in lora_layers(adapter)}
+    ask("gram", "diagonal", {"head.weight": (width,), **{layer: (r,) for layer, (r, _) in pairs.items()}})
+    ask("gram", "full", {"head.weight": (upper[width],), **{n.replace("_B", "_A"): (upper[d],) for n, (_, d) in pairs.items()}})
+    if pairs:
+        ask("gram", "projected", {n: (r, r) for n, (r, _) in pairs.items()})
+        ask("gram", "cross", {n: (r, d) for n, (r, d) in pairs.items()})
+    for form, more in (("full", {"mean": (2, width), "variance": (2, width)}), ("covariance", {"covariance": (1, upper[width])})):
+        requests.append(StatisticRequest("class_moments", ("head.weight",), {"form": form}))
+        shapes |= {f"class_moments.{key}/head.weight": shape for key, shape in {"count": (CLASSES,), **more}.items()}
+    plan = RoundPlan(train=(), statistics=tuple(requests))
+    found = local.collect(built, samples, np.arange(3), local_params, plan, batch_size=2)
+    got = {n: tuple(t.shape) for n, t in found.items()}
+    assert {n: got.get(n) for n in shapes} == shapes
+    assert all(bool(torch.isfinite(t).all()) for t in found.values())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=CLOSE, atol=CLOSE)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def suggested(refused: str) -> list[str]:
+    """The adapters that a refusal says to use."""
+    return re.findall(r"use the adapter '?(\w+)", refused)
+
+
+def page() -> str:
+    """Families and adapters as Markdown."""
+    adapters = plugins.names("adapters")
+    reasons: dict[str, int] = {}
+    lines = [
+        "# Backbones", "",
+        "Generated by `make docs` from the encoders and adapters themselves; a test keeps it true.", "",
+        "Every family with random weights of a small config, every adapter with default options (LoRA on all linear layers).", "",
+        "- ✓: the adapter moves the features, and every tensor gets a gradient; fresh tensors change nothing (prompts apart);",
+        "  merged weights give what applied ones give; a text's features do not depend on its padding; several clients in one",
+        "  batch (`runtime.fused`) give what each gives alone; statistics have the shapes that rules expect; weights come back",
+        "  bit for bit.",
+        "- (✓): the same, but clients train one by one, since a layer's input is common to all samples.",
+        "- A number: refused before any training, in the line below.", "",
+        f"| family | kind | pooling `auto` | {' | '.join(adapters)} |", "|---" * (3 + len(adapters)) + "|",
+    ]  # fmt: skip
+    for name, family in FAMILIES.items():
+        cells = list(_cells(name, adapters, reasons))
+        lines.append(f"| {name} | {family.kind} | {family.pooling} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]) + "\n"
+
+
+def _cells(name: str, adapters: list[str], reasons: dict[str, int]) -> Iterator[str]:
+    for adapter in adapters:
+        found = verdict(name, adapter)
+        if found.refused is None:
+            yield "✓" if found.together else "(✓)"
+        else:
+            encoder: Any = backbone(name)[0].encoder
+            own = rf"{type(encoder).__name__}|'{re.escape(encoder.config.model_type)}'|(?<=block ')[\w.]+(?=')"
+            yield str(reasons.setdefault(re.sub(own, "…", found.refused), len(reasons) + 1))
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(page())
+    except FedsimError as e:
+        sys.exit(str(e))
