@@ -150,7 +150,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     state, trained = first_state(config, model, rule)
     optim.check(config.client, {state.params[n].dim() for n in trained} or {2}, most_steps(config, manifest))
     probe.require(config, model, spec, state.params, trained)
-    return Prepared(config, rule, manifest, spec, model, state, notes)
+    return Prepared(config, rule, manifest, spec, model, state, (*notes, *suitable.notes(config, manifest)))
 
 
 @contextmanager

@@ -81,6 +81,18 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
         )
 
 
+def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
+    """What is allowed, but hardly what anybody wants: tasks of a single class, of which nothing is learned."""
+    alone = [name for name, classes in zip(manifest.task_names, manifest.task_classes, strict=True) if len(classes) == 1]
+    learned = any(configs.build("objectives", o).learns_one_class for o in config.client.objectives)
+    if not alone or learned or config.server.calibrator is not None:
+        return ()
+    return (
+        f"{len(alone)} of {manifest.num_tasks} tasks have a single class ('{alone[0]}' first): the cross-entropy over a task's "
+        "own classes is 0 there and trains nothing. Use more classes per task, client.objectives: [square], or a calibrator",
+    )
+
+
 def require_somebody(config: SimConfig, manifest: Manifest) -> None:
     """Raise ConfigError if there is a round in which nobody is left of the clients that are drawn."""
     server = config.server

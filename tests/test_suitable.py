@@ -7,10 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError
-from fedsim.simulation import prepare, rehearse
+from fedsim.core.events import Event, RoundDone
+from fedsim.simulation import prepare, rehearse, run
 from server import sampling
 from tests.tiny import tiny
+
+
+def events_of(config: SimConfig, folder: Path) -> list[Event]:
+    """What a run tells."""
+    events: list[Event] = []
+    run(config, output=folder, progress=events.append)
+    return events
+
 
 COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
 
@@ -85,3 +95,28 @@ def test_a_rehearsal_plays_the_whole_run_or_its_first_rounds_and_keeps_nothing(t
     assert whole.accuracy.shape == (2, 2)
     assert {(r.task, r.round) for r in first.rows} == {(0, 0)}
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_of_a_single_class_are_said(tmp_path: Path) -> None:
+    """The loss of such a round is 0, and nothing moves; with the square loss it is not."""
+    alone = (
+        "stream.tasks=null",
+        "stream.classes_per_task=1",
+        "stream.order=[0,1]",
+        "server.aggregator=fedavg",
+        "server.consolidator=none",
+    )
+    parts = prepare(tiny(*alone))
+    assert parts.notes == (
+        "2 of 2 tasks have a single class ('task 0' first): the cross-entropy over a task's own classes is 0 there and trains "
+        "nothing. Use more classes per task, client.objectives: [square], or a calibrator",
+    )
+    assert [e.loss for e in events_of(tiny(*alone), tmp_path / "a") if isinstance(e, RoundDone)] == [0.0] * 4
+    for other in ("client.objectives=[square]", "server.calibrator=ccvr", "stream.classes_per_task=2"):
+        assert prepare(tiny(*alone, other)).notes == ()
+    assert all(
+        e.loss > 0 for e in events_of(tiny(*alone, "client.objectives=[square]"), tmp_path / "b") if isinstance(e, RoundDone)
+    )
+    some = prepare(tiny("stream.tasks=null", "stream.classes_per_task=5")).notes
+    assert len(some) == 1
+    assert some[0].startswith("1 of 2 tasks have a single class ('task 1' first)")

@@ -32,6 +32,7 @@ class Objective(contracts.Objective):
     """
 
     replaces_cross_entropy: ClassVar[bool] = True
+    learns_one_class: ClassVar[bool] = True
     kappa: float = 15.0
     classes: str = TASK
 

@@ -437,9 +437,11 @@ class Objective(ABC):
     """An extra loss term of local training.
 
     replaces_cross_entropy: it stands in the place of the cross-entropy, which is left out.
+    learns_one_class: it teaches something even where a task has a single class, of which the cross-entropy is 0.
     """
 
     replaces_cross_entropy: ClassVar[bool] = False
+    learns_one_class: ClassVar[bool] = False
 
     @abstractmethod
     def term(self, step: TrainStep) -> Tensor:
