@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,17 +36,22 @@ def say(state: ServerState, notes: Iterable[str]) -> Generator[Note, None, Serve
 
 
 class Gathering:
-    """Takes bundles in, in any order, and gives the round out. Bundles that nobody summed yet are summed here."""
+    """Takes bundles in, in any order, and gives the round out. Bundles that nobody summed yet are summed here.
 
-    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, rule: Aggregator) -> None:
+    skip: a round goes on without clients that fail, as long as there are others; else the first failure is raised.
+    """
+
+    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, rule: Aggregator, skip: bool = True) -> None:
         self.failures: list[ClientFailed] = []
+        self._skip = skip
         self._jobs, self._plan = jobs, plan
         self._updates: list[ClientUpdate] = []
         self._lift = lift_of(plan, rule)
         self._sum = BlockSum()
 
     def add(self, bundle: Bundle) -> Iterator[ClientUpdate | ClientFailed]:
-        """The results of a bundle, one by one, as they are taken in."""
+        """The results of a bundle, one by one, as they are taken in. Raises a client's failure where none is skipped, but only
+        once another client has not failed: what is wrong for all of them is told as that by `result`."""
         if bundle.total is not None:
             self._sum.add(bundle.start, len(bundle.results), bundle.total)
         for place, result in enumerate(bundle.results, bundle.start):
@@ -55,6 +61,8 @@ class Gathering:
                 self.failures.append(result)
             else:
                 self._updates.append(self._kept(result))
+            if self.failures and self._updates and not self._skip:
+                raise self.failures[0]
             yield result
 
     def _kept(self, update: ClientUpdate) -> ClientUpdate:
@@ -69,11 +77,7 @@ class Gathering:
     def result(self) -> Round:
         """Raises AggregationError when nobody is left, and when nobody of those who are summed holds samples."""
         if not self._updates:
-            job = self._jobs[0]
-            raise AggregationError(
-                f"task {job.task}, round {job.round}: nobody is left, all {len(self._jobs)} clients failed; "
-                f"the last: {self.failures[-1]}"
-            )
+            raise all_failed(self.failures)
         updates = sorted(self._updates, key=lambda u: u.client_id)
         chosen = set(self._plan.observed)
         watched = [u for u in updates if u.client_id in chosen]
@@ -81,6 +85,17 @@ class Gathering:
             return Round(updates, watched)
         require_updates(updates)
         return Round(updates, watched, self._sum.result())
+
+
+def all_failed(failures: Sequence[ClientFailed]) -> AggregationError:
+    """What is said where no client came to its end: one reason, if it is the same for all but for its numbers."""
+    first = min(failures, key=lambda f: f.client_id)
+    alike = {(f.stage, re.sub(r"[\d.]+", "0", f.reason)) for f in failures}
+    whose = "for the same reason" if len(alike) == 1 else f"client {first.client_id}"
+    return AggregationError(
+        f"task {first.task}, round {first.round}: nobody is left, all {len(failures)} clients failed, {whose} in stage "
+        f"{first.stage}: {first.reason}"
+    )
 
 
 def merge(rule: Aggregator, state: State, params: Tensors, round: Round) -> tuple[State, Tensors]:

@@ -14,7 +14,7 @@ from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClientSkipped, Event, Kept
 from fedsim.core.messages import ClientJob
 from server import sampling
-from server.gather import say
+from server.gather import all_failed, say
 from server.planning import isolated_plan
 from server.state import ServerState, Simulation
 
@@ -30,16 +30,23 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
     yield Kept(state.task, "start", state.params)
     jobs = [ClientJob(c, state.task, 0, state.params, plan) for c in sampling.longest_first(clients, sizes)]
     failures: list[ClientFailed] = []
+    done, skip = 0, sim.config.server.on_client_failure == "skip"
     for bundle in sim.pool.train(jobs):
         state = yield from say(state, bundle.notes)
         for result in bundle.results:
             if isinstance(result, ClientFailed):
                 failed = ClientFailed(result.client_id, result.task, result.round, f"{ALONE}{result.stage}", result.reason)
-                if sim.config.server.on_client_failure == "fail":
-                    raise failed
                 failures.append(failed)
-                yield ClientSkipped(failed)
+            else:
+                done += 1
+            if failures and done and not skip:
+                raise failures[0]
+            if isinstance(result, ClientFailed):
+                if skip:
+                    yield ClientSkipped(failures[-1])
             else:
                 yield Kept(state.task, f"client-{result.client_id}", result.params)
+    if failures and not done and not skip:
+        raise all_failed(failures)
     told = (*state.failures, *sorted(failures, key=lambda f: f.client_id))
     return replace(state, failures=told, seconds=state.spent("isolated", time.perf_counter() - clock))

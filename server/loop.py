@@ -117,13 +117,11 @@ def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generat
         plan = replace(plan, observed=gather.observed(clients, state.params, plan))
     order = sampling.longest_first(clients, sim.shard_sizes[state.task])
     jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in order]
-    gathering = Gathering(jobs, plan, sim.aggregator)
+    gathering = Gathering(jobs, plan, sim.aggregator, skip=server.on_client_failure == "skip")
     for bundle in sim.pool.train(jobs):
         state = yield from say(state, bundle.notes)
         for result in gathering.add(bundle):
-            if isinstance(result, ClientFailed):
-                if server.on_client_failure == "fail":
-                    raise result
+            if isinstance(result, ClientFailed) and server.on_client_failure == "skip":
                 yield ClientSkipped(result)
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
     round = gathering.result()

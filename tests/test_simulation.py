@@ -219,11 +219,24 @@ def test_resuming_a_finished_run_returns_its_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", ["serial", "ray"])
-def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path) -> None:
+def test_what_fails_for_all_clients_is_no_clients_failure(pool: str, tmp_path: Path) -> None:
     config = tiny("client.optimizer=sgd", "client.lr=1e30", "client.epochs=3", f"runtime.pool={pool}", output=tmp_path)
-    with pytest.raises(ClientFailed, match=r"client 0 failed in task 0, round 0, stage (training|update): .*") as failed:
+    all_three = r"^task 0, round 0: nobody is left, all 3 clients failed, .* in stage (training|update): "
+    with pytest.raises(AggregationError, match=all_three) as failed:
         run(config)
-    assert "\n" not in str(failed.value)
+    assert "\n" not in str(failed.value) and "skip" not in str(failed.value)
+
+
+@pytest.mark.parametrize("clients", [{0}, {1}, {2}, {0, 2}])
+@pytest.mark.parametrize("unlearning", ["false", "true"])
+def test_a_failure_of_some_clients_names_the_first(
+    clients: set[int], unlearning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, clients)
+    with pytest.raises(
+        ClientFailed, match=r"failed in task 0, round 0, stage (isolated )?training: RuntimeError: poisoned .*skip"
+    ):
+        run(tiny(f"server.unlearning={unlearning}", "server.rounds=1", output=tmp_path))
 
 
 def test_skip_goes_on_without_failing_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +280,9 @@ def test_a_note_survives_the_way_through_a_pool() -> None:
 
 def test_a_round_in_which_nobody_is_left_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _poison(monkeypatch, {0, 1, 2})
-    with pytest.raises(AggregationError, match="nobody is left"):
-        run(tiny("server.on_client_failure=skip", output=tmp_path))
+    for policy in ("skip", "fail"):
+        with pytest.raises(AggregationError, match=r"all 3 clients failed, for the same reason in stage training: .*poisoned$"):
+            run(tiny(f"server.on_client_failure={policy}", output=tmp_path / policy))
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
