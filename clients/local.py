@@ -163,7 +163,7 @@ def collect(
     out: dict[str, Tensor] = {}
     passes = [r for r in plan.statistics if not follows(r)]
     for blended in (False, True):
-        requests = [r for r in passes if (r.blended or plan.beside) == blended]
+        requests = [r for r in passes if (plan.beside or (r.blended and bool(plan.background))) == blended]
         if not requests:
             continue
         through = dict(local)

@@ -13,7 +13,7 @@ from clients import fused, local
 from clients.samples import Samples
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.contracts import Aggregator, IntArray, WorkSpec, lift_of
+from fedsim.core.contracts import Aggregator, Calibrator, IntArray, WorkSpec, lift_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 from fedsim.core.sums import BlockSum
@@ -32,6 +32,7 @@ class Worker:
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
         self._rule: Aggregator | None = None
+        self._calibrator: Calibrator | None = None
         self._source: Tensors | None = None  # what is merged into the model now, as it came and on the device
         self._deployed: Tensors | None = None
         self._merged = ExitStack()
@@ -79,7 +80,9 @@ class Worker:
         return local.round_shard(self.spec.shard(job.task, job.client_id), self.spec.config, job)
 
     def _summed(self, results: Sequence[ClientUpdate | ClientFailed], plan: RoundPlan) -> Tensors | None:
-        lift, total = lift_of(plan, self._known_rule() if plan.lift == "rule" else None), BlockSum()
+        rule = self._known_rule() if plan.lift == "rule" else None
+        calibrator = self._known_calibrator() if plan.lift == "calibrator" else None
+        lift, total = lift_of(plan, rule, calibrator), BlockSum()
         if lift is None:
             return None
         for place, result in enumerate(results):
@@ -90,11 +93,19 @@ class Worker:
         """The run's rule; None if it was given as a Python object, or its file was edited since the run began: the server, which
         has it, then sums."""
         section = self.spec.config.server.aggregator
-        if self._rule is None and not configs.is_python_object(section):
-            if any(plugins.fingerprint(path) != known for path, known in self.spec.user_files):
-                return None
+        if self._rule is None and not configs.is_python_object(section) and self._files_are_as_they_were():
             self._rule = configs.build_aggregator(section)
         return self._rule
+
+    def _known_calibrator(self) -> Calibrator | None:
+        """The run's calibrator, under the same condition."""
+        section = self.spec.config.server.calibrator
+        if self._calibrator is None and section is not None and self._files_are_as_they_were():
+            self._calibrator = configs.build("calibrators", section)
+        return self._calibrator
+
+    def _files_are_as_they_were(self) -> bool:
+        return all(plugins.fingerprint(path) == known for path, known in self.spec.user_files)
 
     def _merge(self, params: Tensors) -> Tensors:
         """Merge these tensors into the model, if they are not there yet; the tensors on the device."""

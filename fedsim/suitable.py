@@ -75,7 +75,7 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
     lacking = np.flatnonzero(~told)
     if len(lacking):
         raise ConfigError(
-            f"server.calibrator {config.server.calibrator['name']} draws features of every class from what clients tell of it, "
+            f"server.calibrator {config.server.calibrator['name']} makes the head's rows of what clients tell of classes, "
             f"but of {len(lacking)} of {len(told)} classes (head row {lacking[0]} first) nobody holds enough samples: use fewer "
             "partition.clients, a larger partition.alpha or more data"
         )
@@ -94,13 +94,14 @@ def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
 
 
 def require_somebody(config: SimConfig, manifest: Manifest) -> None:
-    """Raise ConfigError if there is a round in which nobody is left of the clients that are drawn."""
+    """Raise ConfigError if there is a round in which nobody is left of the clients that are drawn, the passes at a task's end
+    among them where they are drawn too."""
     server = config.server
     if not server.without:
         return
     for task in range(len(manifest.task_names)):
-        for round in range(server.rounds):
-            sampling.draw(config.seed, task, round, manifest.num_clients, server.participation, server.without)
+        for round in range(server.rounds + (server.pass_participation == "drawn")):
+            sampling.taking_part(config, task, round, manifest.num_clients)
 
 
 def rule_name(config: SimConfig) -> str:

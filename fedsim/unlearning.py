@@ -15,7 +15,8 @@ start, τ_k, for as many epochs as the task's rounds have together. With τ = pa
 LoRA pairs are subtracted as products, −α B A, by stacking along the rank; every other tensor, the head's too, element by element.
 Where the adapter's features are affine in its tensors (`Adapter.affine`: tangents), vectors of clients add up and subtraction
 removes what the client added and nothing else, for a fixed head; elsewhere it is a first-order heuristic, and α matters.
-The statistics that a consolidator merged at a task's end are sums over clients: they keep the forgotten client's part.
+The statistics that a consolidator or a calibrator merged at a task's end are sums over clients: they keep the forgotten client's
+part, and so does a head that a calibrator made of them.
 Vectors stay with the clients in a deployment, so they count in no bytes of a run; who is forgotten uploads one per task.
 """
 
@@ -40,7 +41,7 @@ from clients.samples import Samples
 from fedsim import simulation, suitable
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Adapter, ArraySplit, Consolidator, IntArray
+from fedsim.core.contracts import Adapter, ArraySplit, Calibrator, Consolidator, IntArray
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, RunDirError
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
@@ -98,6 +99,8 @@ class FinishedRun:
         self.config: SimConfig = self.dir.config
         self.parts: Prepared = simulation.prepare(self.config)
         self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
+        calibrator = self.config.server.calibrator
+        self.calibrator: Calibrator | None = None if calibrator is None else configs.build("calibrators", calibrator)
         with torch_defaults(self.config.runtime.threads):
             self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
         self._samples: dict[int, Samples] = {}
@@ -114,7 +117,11 @@ class FinishedRun:
         """What the run was evaluated with at its end."""
         with torch_defaults(self.config.runtime.threads):
             module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
-            return self.consolidator.deployed(self.state.consolidator, module, finished=True)
+            return self.repaired(self.consolidator.deployed(self.state.consolidator, module, finished=True))
+
+    def repaired(self, deployed: Tensors) -> Tensors:
+        """With the rows of the head that a calibrator made for the last task's end, if it made any."""
+        return deployed if self.calibrator is None else self.calibrator.deployed(self.state.calibrator, deployed)
 
     def participants(self, task: int) -> list[int]:
         """Clients with samples that took part in a round of the task and did not fail in it."""
@@ -128,7 +135,7 @@ class FinishedRun:
         server, manifest, found = self.config.server, self.parts.manifest, set[int]()
         failed = {(f.round, f.client_id) for f in self.state.failures if f.task == task and not f.stage.startswith(ALONE)}
         for round in range(server.rounds):
-            drawn = sampling.draw(self.config.seed, task, round, manifest.num_clients, server.participation, server.without)
+            drawn = sampling.taking_part(self.config, task, round, manifest.num_clients)
             found.update(c for c in drawn if (round, c) not in failed)
         return [c for c in sorted(found) if manifest.sizes[task][c]]
 
@@ -199,7 +206,7 @@ def remove(
             if state is None:
                 raise ConfigError(f"consolidator {run.config.server.consolidator['name']} cannot tell its clients apart")
             return Removed(run.consolidator.deployed(state, run.state.params, finished=True), way)
-        deployed = _replayed(run, set(clients), set(chosen), way, alpha, renormalise)
+        deployed = run.repaired(_replayed(run, set(clients), set(chosen), way, alpha, renormalise))
         require_finite(deployed, "without the clients,")
         return Removed(deployed, way, alpha, renormalise)
 
@@ -217,8 +224,8 @@ def require_took_part(run: FinishedRun, clients: Collection[int], tasks: Sequenc
             raise ConfigError(f"there is no client {client} in {run.dir.path}: it has clients 0 to {known - 1}")
         if not any(client in run.participants(task) for task in tasks):
             raise ConfigError(
-                f"client {client} never took part in {run.dir.path}: it was not drawn in any round, or holds nothing of what was "
-                "learned; there is nothing to remove"
+                f"client {client} never trained in {run.dir.path}: it was not drawn in any round, or holds nothing of what was "
+                "learned; there is nothing to subtract"
             )
     for task in tasks:
         if not run.consolidator.sources and set(run.participants(task)) <= set(clients):

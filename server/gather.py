@@ -6,7 +6,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedsim.core.contracts import Aggregator, is_additive, lift_of, require_updates
+from fedsim.core.contracts import Aggregator, Lift, is_additive, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.events import Note
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors, num_bytes
@@ -38,15 +38,16 @@ def say(state: ServerState, notes: Iterable[str]) -> Generator[Note, None, Serve
 class Gathering:
     """Takes bundles in, in any order, and gives the round out. Bundles that nobody summed yet are summed here.
 
-    skip: a round goes on without clients that fail, as long as there are others; else the first failure is raised.
+    lift: what is summed of an update, as the plan says (`lift_of`); None: updates are kept whole. skip: a round goes on without
+    clients that fail, as long as there are others; else the first failure is raised.
     """
 
-    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, rule: Aggregator, skip: bool = True) -> None:
+    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, lift: Lift | None, skip: bool = True) -> None:
         self.failures: list[ClientFailed] = []
         self._skip = skip
         self._jobs, self._plan = jobs, plan
         self._updates: list[ClientUpdate] = []
-        self._lift = lift_of(plan, rule)
+        self._lift = lift
         self._sum = BlockSum()
 
     def add(self, bundle: Bundle) -> Iterator[ClientUpdate | ClientFailed]:

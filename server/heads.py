@@ -1,14 +1,18 @@
-"""What becomes of the head between the merge of a round and its evaluation."""
+"""What becomes of the head between a merge and the evaluation that follows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import torch
 
 from fedsim.core import rng
+from fedsim.core.events import Event
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import with_prefix
+from server.dispatch import statistics_pass
 from server.evaluation import seen_classes
 from server.state import ServerState, Simulation
 
@@ -16,9 +20,28 @@ from server.state import ServerState, Simulation
 def calibrate(sim: Simulation, state: ServerState, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
     """The calibrator's new state, and the merged parameters with the head that it repaired."""
     assert sim.calibrator is not None
-    draw = rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
-    seen = seen_classes(sim.task_classes, state.task)
-    return sim.calibrator.calibrate(state.calibrator, params, updates, sim.task_classes[state.task], seen, draw)
+    return sim.calibrator.calibrate(state.calibrator, params, updates, sim.task_classes[: state.task + 1], _draw(sim, state))
+
+
+def repaired_at_end(
+    sim: Simulation, state: ServerState, deployed: Tensors
+) -> Generator[Event, None, tuple[Tensors, ServerState]]:
+    """What is deployed at a task's end, with the head that the calibrator (if any) makes for it. The parameters that training
+    goes on from keep theirs."""
+    rule, classes = sim.calibrator, sim.task_classes[: state.task + 1]
+    if rule is None:
+        return deployed, state
+    plan = rule.closing(state.calibrator, classes)
+    total, state = yield from statistics_pass(sim, state, plan, deployed, lift="calibrator")
+    clock = time.perf_counter()
+    kept = rule.end_task(state.calibrator, deployed, total, classes, _draw(sim, state))
+    deployed = rule.deployed(kept, deployed)
+    return deployed, replace(state, calibrator=kept, seconds=state.spent("combine", time.perf_counter() - clock))
+
+
+def _draw(sim: Simulation, state: ServerState) -> torch.Generator:
+    """Of a round's repair, and of the one at a task's end (whose round is the number of rounds)."""
+    return rng.torch_stream(sim.config.seed, "calibrate", state.task, state.round)
 
 
 def old_rows_restored(sim: Simulation, state: ServerState, params: Tensors) -> Tensors:

@@ -7,7 +7,8 @@
             the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
             the aggregator merges; the calibrator (if any) repairs the head
             the deployed model is evaluated on every task seen
-        end it: the consolidator asks for statistics (if it needs any), merges tasks, and the model is evaluated again
+        end it: the consolidator asks for statistics (if it needs any) and merges tasks; the calibrator may look through the
+            merged model and repair the head that is deployed; the model is evaluated again
 
 `run` is a generator. It yields events for whoever shows progress and, after every round and every task, the whole state:
 what was yielded last is all that is needed to go on from there. It touches no file, no device and no Ray.
@@ -19,16 +20,16 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from fedsim.core.errors import ClientFailed
-from fedsim.core.events import ClientDone, ClientSkipped, Event, Kept, RoundDone, Row, RunStarted, TaskDone
-from fedsim.core.messages import ClientJob, RoundPlan, Tensors
+from fedsim.core.events import Event, Kept, RoundDone, Row, RunStarted, TaskDone
+from fedsim.core.messages import Tensors
 from fedsim.core.tensors import require_finite
-from server import gather, heads, planning, sampling
+from server import heads, planning, sampling
+from server.dispatch import run_clients, statistics_pass
 from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate
-from server.gather import Gathering, Round, merge, say
+from server.gather import merge
 from server.isolation import isolated_clients
-from server.ledger import charged, mean_loss
+from server.ledger import mean_loss
 from server.state import ServerState, Simulation
 
 
@@ -49,7 +50,7 @@ def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
 def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Parameters and rule states that a task starts with."""
     opening = sim.consolidator.opening(state.consolidator, state.params)
-    total, state = yield from sums(sim, state, opening)
+    total, state = yield from statistics_pass(sim, state, opening, state.params)
     params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
     state = replace(state, params=params, aggregator=sim.aggregator.init(params, state.task), calibrator=calibrator)
@@ -60,7 +61,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     """One round: plan, run, combine, calibrate, evaluate."""
     start = time.perf_counter()
     repair = planning.repair_plan(sim, state)
-    round, state = yield from run_clients(sim, state, planning.round_plan(sim, state, repair))
+    clients = sampling.taking_part(sim.config, state.task, state.round, sim.num_clients)
+    round, state = yield from run_clients(sim, state, clients, planning.round_plan(sim, state, repair), state.params)
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
@@ -84,7 +86,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
 def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Merge what was learned with what was known, and fill in the task's row of the accuracy matrix."""
     start = time.perf_counter()
-    total, state = yield from sums(sim, state, sim.consolidator.plan(state.consolidator, state.params))
+    total, state = yield from statistics_pass(sim, state, sim.consolidator.plan(state.consolidator, state.params), state.params)
     clock = time.perf_counter()
     module = sim.aggregator.deployed(state.aggregator, state.params)
     consolidator = sim.consolidator.end_task(state.consolidator, module, total)
@@ -93,44 +95,12 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
         yield Kept(state.task, "end", state.params)
         yield Kept(state.task, "module", module)
         yield Kept(state.task, "total", total)
-    require_finite(deployed, f"task {state.task}: after the consolidation,")
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
+    deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
+    require_finite(deployed, f"task {state.task}: after the consolidation,")
     rows, state = measure(sim, state, deployed, "task_end")
     yield TaskDone(state.task, rows, accuracies(rows), time.perf_counter() - start)
     return replace(state, task=state.task + 1, round=0)
-
-
-def sums(sim: Simulation, state: ServerState, plan: RoundPlan | None) -> Generator[Event, None, tuple[Tensors, ServerState]]:
-    """What a consolidator asks for between two tasks, summed over the clients that are drawn; nothing for no plan."""
-    if plan is None:
-        return {}, state
-    round, state = yield from run_clients(sim, state, replace(plan, train=(), lift="statistics"))
-    return round.total or {}, state
-
-
-def run_clients(sim: Simulation, state: ServerState, plan: RoundPlan) -> Generator[Event, None, tuple[Round, ServerState]]:
-    """Run a plan on the clients that are drawn; what came back, and the state with memories and traffic."""
-    clock = time.perf_counter()
-    server = sim.config.server
-    clients = sampling.draw(sim.config.seed, state.task, state.round, sim.num_clients, server.participation, server.without)
-    if server.drift:
-        plan = replace(plan, observed=gather.observed(clients, state.params, plan))
-    order = sampling.longest_first(clients, sim.shard_sizes[state.task])
-    jobs = [ClientJob(c, state.task, state.round, state.params, plan, state.memories.get(c, {})) for c in order]
-    gathering = Gathering(jobs, plan, sim.aggregator, skip=server.on_client_failure == "skip")
-    for bundle in sim.pool.train(jobs):
-        state = yield from say(state, bundle.notes)
-        for result in gathering.add(bundle):
-            if isinstance(result, ClientFailed) and server.on_client_failure == "skip":
-                yield ClientSkipped(result)
-            yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
-    round = gathering.result()
-    memories = {u.client_id: u.memory for u in round.updates if u.memory}
-    state = charged(sim, state, jobs, round.updates)
-    spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
-    state = replace(state, memories={**state.memories, **memories} if memories else state.memories)
-    failures = (*state.failures, *sorted(gathering.failures, key=lambda f: f.client_id))
-    return round, replace(state, failures=failures, seconds=spent, client_rounds=state.client_rounds + len(jobs))
 
 
 def measure(sim: Simulation, state: ServerState, deployed: Tensors, stage: str) -> tuple[tuple[Row, ...], ServerState]:

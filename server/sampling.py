@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fedsim.core import rng
+from fedsim.core.config import SimConfig
 from fedsim.core.contracts import IntArray
 from fedsim.core.errors import ConfigError
 
@@ -40,6 +41,15 @@ def draw(seed: int, task: int, round: int, num_clients: int, participation: floa
             f"task {task}, round {round}: server.without leaves nobody of the clients that were drawn: raise server.participation"
         )
     return left
+
+
+def taking_part(config: SimConfig, task: int, round: int, num_clients: int, in_pass: bool = False) -> list[int]:
+    """Client ids of a round, or of a pass for statistics at a task's start (round 0) or end (the number of rounds), ascending:
+    drawn with `server.participation`, in a pass all where `server.pass_participation` says so; never those of `server.without`.
+    """
+    server = config.server
+    share = 1.0 if in_pass and server.pass_participation == "all" else server.participation
+    return draw(config.seed, task, round, num_clients, share, server.without)
 
 
 def longest_first(clients: Sequence[int], sizes: IntArray) -> list[int]:

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "server": {
             "aggregator": [{"match": "head.*", "name": "variance_weighted"}, {"match": "*", "name": "fedavg"}],
             "consolidator": "mean",
+            "calibrator": "ccvr",  # a pass over all clients through the merged model, summed where they run
             "participation": 0.67,
         },
         "adapter": {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.2},
@@ -48,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "server": {
             "aggregator": {"name": "livar", "cumulative": True, "evaluated": "products"},
             "consolidator": {"name": "dolfin", "tasks": 2},
-            "calibrator": {"name": "ccvr", "when": "round", "covariance": "full"},
+            "calibrator": {"name": "ccvr", "when": "round", "classes": "task"},
             "participation": 0.67,
             "unlearning": True,
         },

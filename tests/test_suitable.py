@@ -63,7 +63,8 @@ def test_a_class_that_nobody_holds_enough_of_is_refused_with_a_calibrator() -> N
 
 
 def test_a_calibrator_of_the_current_task_goes_with_frozen_heads() -> None:
-    found = rehearse(tiny("server.aggregator=fedavg", "server.consolidator=dolfin", "server.calibrator=ccvr"))
+    ccvr = "server.calibrator={name: ccvr, classes: task}"
+    found = rehearse(tiny("server.aggregator=fedavg", "server.consolidator=dolfin", ccvr))
     assert np.isfinite(found.accuracy[1]).all()
 
 

@@ -179,7 +179,7 @@ def test_clients_that_failed_are_no_participants(tmp_path: Path, monkeypatch: py
     assert "isolated training" in told
     with pytest.raises(RunDirError, match="client-2 failed when it trained by itself in task 1"):
         remove(found, [2])
-    with pytest.raises(ConfigError, match="client 0 never took part"):
+    with pytest.raises(ConfigError, match="client 0 never trained"):
         remove(found, [0], tasks=[0])
     remove(found, [1])
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_removed_is_said_in_one_line(tmp_path: Path, capsys: pyte
     plain = finished(tmp_path / "plain", *ONE_ROUND)
     for clients, run_dir, what in (
         ([7], found, "there is no client 7"),
-        ([2], found, "client 2 never took part"),
+        ([2], found, "client 2 never trained"),
         ([0, 1], found, "nobody else took part in task 0"),
         ([], found, "no client to remove"),
     ):

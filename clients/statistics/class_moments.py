@@ -18,27 +18,30 @@ from fedsim.core.messages import Tensors
 from fedsim.core.tensors import upper_triangle
 
 SUBJECT = "head.weight"
-FORMS = ("full", "scalar", "covariance")
+FORMS = ("full", "mean", "scalar", "covariance")
 
 
 @dataclass(frozen=True)
 class Statistic(contracts.Statistic):
     """Moments of the features f(x), class by class: n_c, μ_c = mean, Σ_c = Σ (f − μ_c)(f − μ_c)ᵀ / (n_c − 1), σ²_c = diag Σ_c.
 
-    All forms send `count/head.weight` (C,). What follows has rows only for classes that it is known of, in ascending order, and
-    the count says which: classes that a client does not hold cost no bytes.
+    All forms send `count/head.weight`, (C,) of all head rows, or of those in `classes`, in that order. What follows has rows only
+    for classes that it is known of, in the order of the count, which says which: classes that a client does not hold cost no
+    bytes.
+        mean         `mean/head.weight` (H, D), for the H classes with n_c ≥ 1
         full         `mean/head.weight` (H, D) and `variance/head.weight` (H, D), for the H classes with n_c ≥ 1;
                      the variance of a single sample is zero
         covariance   `mean/head.weight` (H, D) as above, and `covariance/head.weight` (P, D(D+1)/2), upper triangles of Σ_c
                      (see `fedsim.core.tensors`), for the P classes with n_c ≥ 2
         scalar       `spread/head.weight` (C,), v_c = mean over the D features of σ²_c, zero with fewer than 2 samples
-    With rows = count > 0, `full_CD[rows] = mean` puts a row where its class is.
+    With held = count > 0, `full_CD[held] = mean` puts a row where its class is.
 
     Batches are merged by the update of Chan, Golub & LeVeque (1979) in float64, so that features far from zero lose no digits;
     float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds.
     """
 
     form: str = "full"
+    classes: list[int] | None = None
 
     def __post_init__(self) -> None:
         require_choice("form", self.form, tuple(FORMS))
@@ -51,15 +54,16 @@ class Statistic(contracts.Statistic):
             raise ConfigError(
                 f"class_moments describes the inputs of '{SUBJECT}', not of '{wrong[0]}': request it with match ('{SUBJECT}',)"
             )
-        moments = _Moments(self.form, model.num_classes, params[SUBJECT].shape[1])
+        rows = list(range(model.num_classes)) if self.classes is None else self.classes
+        moments = _Moments(self.form, rows, model.num_classes, params[SUBJECT].shape[1])
         yield _Covariances(moments) if self.form == "covariance" else moments
 
 
 class _Moments:
     """n_c, μ_c and Σ (f − μ_c)² of every feature, batch by batch."""
 
-    def __init__(self, form: str, num_classes: int, width: int) -> None:
-        self.form = form
+    def __init__(self, form: str, rows: Sequence[int], num_classes: int, width: int) -> None:
+        self.form, self.rows = form, rows
         self.count_C = torch.zeros(num_classes, dtype=torch.float64)
         self.mean_CD = torch.zeros(num_classes, width, dtype=torch.float64)
         self.squares_CD = torch.zeros(num_classes, width, dtype=torch.float64)
@@ -79,10 +83,13 @@ class _Moments:
     def result(self) -> dict[str, Tensor]:
         # One sample has squares of exactly zero, so the clamp gives zero there.
         variance_CD = self.squares_CD / (self.count_C - 1).clamp_min(1)[:, None]
-        held = self.count_C > 0
+        held = [c for c in self.rows if self.count_C[c] > 0]
+        count = self.count_C[self.rows]
         if self.form == "scalar":
-            return _named(count=self.count_C, spread=variance_CD.mean(1))
-        return _named(count=self.count_C, mean=self.mean_CD[held], variance=variance_CD[held])
+            return _named(count=count, spread=variance_CD.mean(1)[self.rows])
+        if self.form == "mean":
+            return _named(count=count, mean=self.mean_CD[held])
+        return _named(count=count, mean=self.mean_CD[held], variance=variance_CD[held])
 
 
 class _Covariances:
@@ -105,13 +112,14 @@ class _Covariances:
         self.moments.update(x_ND, labels)
 
     def result(self) -> dict[str, Tensor]:
-        count_C, mean_CD = self.moments.count_C, self.moments.mean_CD
-        told = [c for c in sorted(self.products) if count_C[c] >= 2]
+        count_C, mean_CD, rows = self.moments.count_C, self.moments.mean_CD, self.moments.rows
+        held = [c for c in rows if count_C[c] > 0]
+        told = [c for c in held if count_C[c] >= 2]
         width = mean_CD.shape[1]
         covariance_PT = torch.empty(len(told), width * (width + 1) // 2)
         for row, c in enumerate(told):
             covariance_PT[row] = upper_triangle(self.products[c] / (count_C[c] - 1))
-        return _named(count=count_C, mean=mean_CD[count_C > 0], covariance=covariance_PT)
+        return _named(count=count_C[rows], mean=mean_CD[held], covariance=covariance_PT)
 
 
 def _named(**forms: Tensor) -> dict[str, Tensor]:

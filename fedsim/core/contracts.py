@@ -156,10 +156,12 @@ def sent(update: ClientUpdate, key: str) -> Tensor:
     return update.statistics[key]
 
 
-def lift_of(plan: RoundPlan, rule: Aggregator | None) -> Lift | None:
-    """What is summed of an update, as the plan says it; None for nothing, and for a rule that is not at hand or not additive."""
+def lift_of(plan: RoundPlan, rule: Aggregator | None, calibrator: Calibrator | None) -> Lift | None:
+    """What is summed of an update, as the plan says it; None for nothing, and for a part that is not at hand or not additive."""
     if plan.lift == "rule":
         return rule.lift if rule is not None and is_additive(rule) else None
+    if plan.lift == "calibrator":
+        return None if calibrator is None else calibrator.lift
     return lift_statistics if plan.lift == "statistics" else None
 
 
@@ -185,8 +187,8 @@ class Consolidator(ABC):
         return {}
 
     def opening(self, state: State, params: Tensors) -> RoundPlan | None:
-        """A statistics pass at a task's start, over clients drawn as for its first round, through the model that the last task
-        ended with; None if none is needed."""
+        """A statistics pass at a task's start (`server.pass_participation` says over whom), through the model that the last
+        task ended with; None if none is needed."""
         return None
 
     @abstractmethod
@@ -208,7 +210,7 @@ class Consolidator(ABC):
         return ()
 
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
-        """A statistics pass at the task's end, over clients drawn as for a round; None if none is needed."""
+        """A statistics pass at the task's end (`server.pass_participation` says over whom); None if none is needed."""
         return None
 
     @abstractmethod
@@ -226,8 +228,15 @@ class Consolidator(ABC):
 
 
 @dataclass(frozen=True)
-class Calibrator(ABC):
-    """Repairs the head after a round from statistics that clients sent."""
+class Calibrator:
+    """Repairs the head from statistics of features. It works in one of two places, or in both:
+
+    after a round, from what comes with its updates (`plan`, `calibrate`): training goes on from the repaired head;
+    at a task's end, from a pass through the model that is then deployed (`closing`, `lift`, `end_task`): what `deployed` makes of
+    it is evaluated, and training goes on from the head as it was.
+
+    `classes`: head rows of the classes of every task so far, the current task's last.
+    """
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
         """Of which classes of a task, (C,), the clients can send what it needs, by the samples (K, C) that each of them holds.
@@ -243,22 +252,45 @@ class Calibrator(ABC):
         return {}
 
     def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
-        """Statistics that are asked for on top of the aggregator's (`train` is ignored); None: nothing is done in this round.
-        `last`: it is the task's last round."""
-        return RoundPlan(train=())
+        """Statistics that are asked for on top of the aggregator's (`train` is ignored), of which those that are to see the
+        features that are deployed are `blended`; None: nothing is done in this round. `last`: it is the task's last round."""
+        return None if type(self).calibrate is Calibrator.calibrate else RoundPlan(train=())
 
-    @abstractmethod
     def calibrate(
         self,
         state: State,
         params: Tensors,
         updates: Sequence[ClientUpdate],
-        classes: Sequence[int],
-        seen: Sequence[int],
+        classes: Sequence[Sequence[int]],
         generator: torch.Generator,
     ) -> tuple[State, Tensors]:
-        """New state and parameters, of which only `head.*` may differ. `classes`: head rows of the current task; `seen`: of all
-        tasks so far, ascending."""
+        """New state and parameters, of which only `head.*` may differ, from the updates of a round in client-id order."""
+        return state, params
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        """A statistics pass at the task's end (`server.pass_participation` says over whom), through the tensors that are deployed
+        after the consolidator's work; None if none is needed."""
+        return None
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """One client's contribution to the sum over that pass, float64; every client gives the same names and shapes. Runs next
+        to the client."""
+        return lift_statistics(update)
+
+    def end_task(
+        self,
+        state: State,
+        params: Tensors,
+        total: Tensors,
+        classes: Sequence[Sequence[int]],
+        generator: torch.Generator,
+    ) -> State:
+        """State after the task. `params`: what is deployed, its head as it was trained; `total`: the sum of what `lift` gave."""
+        return state
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """Tensors that are evaluated at a task's end, of which only `head.*` may differ from the consolidator's."""
+        return params
 
 
 # ---------------------------------------------------------------- data

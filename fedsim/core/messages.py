@@ -27,7 +27,8 @@ class StatisticRequest:
 
     name: plug-in in `clients/statistics`; options: fields of that plug-in.
     match: globs over parameter names (the subjects).
-    blended: run the pass through the mean of past tasks' modules and this one (`RoundPlan.background`), as LoRM does.
+    blended: run the pass through the mean of past tasks' modules and this one (`RoundPlan.background`), which is what will be
+    deployed: as LoRM does, and whatever repairs a head.
     """
 
     name: str
@@ -46,7 +47,7 @@ class RoundPlan:
     beside: the module is trained on top of the background, which stays as it is.
     repeat: times `client.epochs` that is trained.
     lift: what is summed where the clients run, so that sums travel instead of updates: "rule" (what the aggregator lifts from
-    an update), "statistics" (the statistics as they are), "" nothing. The loop says so, not a rule.
+    an update), "calibrator" (what the calibrator lifts), "statistics" (as they are), "" nothing. The loop says so, not a rule.
     observed: clients whose trained tensors come back one by one all the same, for those who watch.
     """
 

@@ -1,11 +1,14 @@
 """Gaussians of class features on the server, and retraining of the head on features that are drawn from them.
 
-What the calibrators of this folder share. A class is known by a mixture of Gaussians: one for each client that told of it, or a
-single one for all of them (`pool`). The state holds, for every class (a row of the head) that somebody told of,
+What the calibrators that draw features share. A class is known by a mixture of Gaussians: in every task, one for each client
+that told of it, or a single one for all of them (`pools`). The state holds, for every task and every class (a row of the head) of
+which somebody told in it,
 
-    {row: {"count": (M,), "mean": (M, D), "variance": (M, D)}}      or "covariance": (M, D(D+1)/2), upper triangles
+    {"gaussians": {task: {row: {"count": (M,), "mean": (M, D), "variance": (M, D)}}}}
 
-as the clients sent it. It stays from round to round and from task to task; only classes of the current task are replaced.
+as the clients sent it, or "covariance" (M, D(D+1)/2), upper triangles, in the place of the variance. It stays from round to round
+and from task to task; only what is of the current task is replaced. Where tasks share classes (domains), a class keeps the
+Gaussians of every task that it came in.
 
 Shapes: M Gaussians, K classes that are trained on, D features, n features drawn, b of a batch.
 """
@@ -27,12 +30,14 @@ from fedsim.core.contracts import IntArray
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import from_upper_triangle, upper_triangle
+from server.evaluation import seen_classes
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
     "diagonal": ("full", "variance"),
     "full": ("covariance", "covariance"),
 }
+SHORTEST = 1e-12  # logits that have a direction are longer
 RIDGES = 8  # tried: from float32's rounding of the mean variance, ten times larger each, up to the mean variance itself
 
 
@@ -43,10 +48,11 @@ class GaussianCalibrator(contracts.Calibrator):
         every epoch anew: samples_per_class · K draws of   c ~ uniform,   i ~ n_ic / Σ_j n_jc,   x ~ N(μ_ic, f Σ_ic)
         every batch:      z = W_K x + b_K,   z̃ = z / ‖z‖₂ / temperature,   (W_K, b_K) ← SGD on the cross-entropy of z̃ and c
 
-    Logits of the K classes alone enter the norm and the softmax, so that no other row has a gradient; a class that nobody told
-    of is none of them. Both draws are made for every sample by itself, which has the distribution of the reference's counts per
-    class and component followed by a shuffle. Arithmetic is in the head's own type (float32 in a run); a full covariance is
-    factored in float64 by Cholesky, with a ridge where it has fewer samples than features.
+    i runs over the clients of all tasks that the class came in. Logits of the K classes alone enter the norm and the softmax, so
+    that no other row has a gradient; a class that nobody told of is none of them. Both draws are made for every sample by itself,
+    which has the distribution of the reference's counts per class and component followed by a shuffle. Arithmetic is in the
+    head's own type (float32 in a run); a full covariance is factored in float64 by Cholesky, with a ridge where it has fewer
+    samples than features.
     """
 
     covariance: str = "diagonal"
@@ -58,6 +64,7 @@ class GaussianCalibrator(contracts.Calibrator):
     lr: float = 0.01
     momentum: float = 0.9
     schedule: str = "cosine"
+    clip_norm: float | None = 20.0
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
         """One sample has no spread of its own, but counts where Gaussians are pooled."""
@@ -77,6 +84,8 @@ class GaussianCalibrator(contracts.Calibrator):
         for name, number in (("temperature", self.temperature), ("lr", self.lr)):
             if not number > 0:
                 raise ConfigError(f"{name} must be positive, got {number}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be positive, or null, got {self.clip_norm}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be in [0, 1), got {self.momentum}")
 
@@ -91,30 +100,42 @@ class GaussianCalibrator(contracts.Calibrator):
         """f, by which covariances are multiplied when features are drawn."""
 
     def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
-        request = StatisticRequest("class_moments", (WEIGHT,), {"form": SENT[self.covariance][0]})
+        request = StatisticRequest("class_moments", (WEIGHT,), {"form": SENT[self.covariance][0]}, blended=True)
         return RoundPlan(train=(), statistics=(request,))
+
+    def init(self) -> State:
+        return {"gaussians": {}}
 
     def calibrate(
         self,
         state: State,
         params: Tensors,
         updates: Sequence[ClientUpdate],
-        classes: Sequence[int],
-        seen: Sequence[int],
+        classes: Sequence[Sequence[int]],
         generator: torch.Generator,
     ) -> tuple[State, Tensors]:
         """Raises AggregationError for an update without the statistics, and for what is no covariance."""
-        known = {**state, **gather(updates, classes, SENT[self.covariance][1], self.pools)}
-        rows = [c for c in (seen if self.rewrites_old_rows else classes) if c in known]
+        told = gather(updates, classes[-1], SENT[self.covariance][1], self.pools)
+        state = remembering(state, len(classes) - 1, told)
+        rows, weight_KD, bias_K = self.repaired(state, params, classes, generator)
+        at_K = torch.tensor(rows, dtype=torch.long)
+        head = {WEIGHT: params[WEIGHT].index_copy(0, at_K, weight_KD), BIAS: params[BIAS].index_copy(0, at_K, bias_K)}
+        return state, {**params, **head} if rows and self.epochs else params
+
+    def repaired(
+        self, state: State, params: Tensors, classes: Sequence[Sequence[int]], generator: torch.Generator
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """Which rows of the head are repaired, ascending, and what becomes of them: weight (K, D) and bias (K,)."""
+        known: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
+        wanted = seen_classes(classes, len(classes) - 1) if self.rewrites_old_rows else sorted(classes[-1])
+        of_row = {c: [told[c] for told in known.values() if c in told] for c in wanted}
+        rows = [c for c in wanted if of_row[c]]
+        at_K = torch.tensor(rows, dtype=torch.long)
+        weight_KD, bias_K = params[WEIGHT][at_K], params[BIAS][at_K]
         if not rows or not self.epochs:
-            return known, params
-        out = dict(params)
-        at_K = torch.tensor(rows)
-        mixture = Mixture.of([known[c] for c in rows], self.inflation, params[WEIGHT].dtype)
-        weight_KD, bias_K = self._retrain(params[WEIGHT][at_K], params[BIAS][at_K], mixture, generator)
-        out[WEIGHT] = params[WEIGHT].index_copy(0, at_K, weight_KD)
-        out[BIAS] = params[BIAS].index_copy(0, at_K, bias_K)
-        return known, out
+            return rows, weight_KD, bias_K
+        mixture = Mixture.of([_side_by_side(of_row[c]) for c in rows], self.inflation, params[WEIGHT].dtype)
+        return rows, *self._retrain(weight_KD, bias_K, mixture, generator)
 
     def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """SGD with momentum as torch.optim has it, on copies; the gradient of a linear map needs no autograd."""
@@ -125,12 +146,25 @@ class GaussianCalibrator(contracts.Calibrator):
             x_nD, place_n = mixture.draw(self.samples_per_class * len(bias_K), generator)
             for x_bD, place_b in zip(*(torch.split(t, self.batch_size) for t in (x_nD, place_n)), strict=True):
                 gradient_KD, gradient_K = head_gradient(weight_KD, bias_K, x_bD, place_b, temperature)
+                if self.clip_norm is not None:
+                    clip(gradient_KD, gradient_K, self.clip_norm)
                 weight_KD.sub_(velocity_KD.mul_(self.momentum).add_(gradient_KD), alpha=lr)
                 bias_K.sub_(velocity_K.mul_(self.momentum).add_(gradient_K), alpha=lr)
         return weight_KD, bias_K
 
 
 # ---------------------------------------------------------------- what clients told
+
+
+def remembering(state: State, task: int, told: Mapping[int, Mapping[str, Tensor]]) -> State:
+    """The state with these Gaussians of classes in a task, in the place of those that it had."""
+    before: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
+    return {**state, "gaussians": {**before, task: {**before.get(task, {}), **told}}}
+
+
+def _side_by_side(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The Gaussians of a class from several tasks as one mixture."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str, pools: bool) -> dict[int, dict[str, Tensor]]:
@@ -258,14 +292,14 @@ def head_gradient(
 ) -> tuple[Tensor, Tensor]:
     """∂/∂(W, b) of the batch's mean cross-entropy, logits z = W x + b being taken as z / ‖z‖ / temperature (None: as they are).
 
-    A sample whose logits are all zero (a head that nothing trained yet) has no direction: its logits are divided by 1, where
-    the reference's ‖z‖ + 1e-12 would make the step 1e12 times as long.
+    A sample whose logits are zero, or shorter than `SHORTEST`, has no direction (a head that nothing trained yet): its logits are
+    divided by 1, where the reference's ‖z‖ + 1e-12 would make the step 1e12 times as long.
     """
     z_bK = torch.addmm(bias_K, x_bD, weight_KD.T)
     norm_b1 = None
     if temperature is not None:
         norm_b1 = torch.linalg.vector_norm(z_bK, dim=1, keepdim=True)
-        norm_b1.masked_fill_(norm_b1 == 0, 1.0)
+        norm_b1.masked_fill_(norm_b1 < SHORTEST, 1.0)
         z_bK.div_(norm_b1)
         error_bK = (z_bK / temperature).softmax(1)
     else:
@@ -277,3 +311,11 @@ def head_gradient(
         along_b1 = (error_bK * z_bK).sum(1, keepdim=True)
         error_bK.addcmul_(z_bK, along_b1, value=-1).div_(norm_b1 * temperature)
     return error_bK.T @ x_bD, error_bK.sum(0)
+
+
+def clip(gradient_KD: Tensor, gradient_K: Tensor, most: float) -> None:
+    """Shorten both, in place, so that together they are no longer than `most`; shorter ones keep their bits."""
+    length = math.sqrt(float(gradient_KD.double().square().sum() + gradient_K.double().square().sum()))
+    if length > most:
+        gradient_KD.mul_(most / length)
+        gradient_K.mul_(most / length)

@@ -1,46 +1,62 @@
-"""Calibrates the head on virtual features of the current task, drawn from class Gaussians (CCVR, Luo et al. 2021).
-
-The pooled Gaussian and the single calibration are the paper's, as generally known; the loss, its constants and the mixture are
-those of fed-mammoth's code.
-"""
+"""Calibrates the head on virtual features, drawn from the Gaussians of its classes (CCVR, Luo et al. 2021, arXiv:2106.05001)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsim.core.errors import require_choice
-from fedsim.core.messages import RoundPlan, State
-from server.calibrators._gaussians import GaussianCalibrator
+import torch
+
+from fedsim.core.errors import ConfigError, require_choice
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from server.calibrators._class_sums import BIAS, WEIGHT, asking, lifted, moments, with_rows
+from server.calibrators._gaussians import SENT, GaussianCalibrator, remembering
 
 
 @dataclass(frozen=True)
 class Calibrator(GaussianCalibrator):
-    """SGD on cross-entropy(z/‖z‖₂/temperature), z = W x + b: class c uniform, x ~ N(μ_c, Σ_c) of all its clients' features.
+    """Once, at a task's end: n_c, μ_c, Σ_c of all clients' samples of class c under the model that is then deployed, and SGD of
+    the head's rows on the cross-entropy of z = W x + b, class c uniform, x ~ N(μ_c, Σ_c).
 
-        gaussian pooled    n_c = Σ n_ic,  μ_c = Σ n_ic μ_ic / n_c,
-                           Σ_c = [Σ (n_ic − 1) Σ_ic + Σ n_ic (μ_ic − μ_c)(μ_ic − μ_c)ᵀ] / (n_c − 1)
-        gaussian mixture   one of clients i ~ n_ic / n_c, x ~ N(μ_ic, Σ_ic)
+        n_c = Σ n_ic,  μ_c = Σ n_ic μ_ic / n_c,  Σ_c = [Σ (n_ic − 1) Σ_ic + Σ n_ic μ_ic μ_icᵀ − n_c μ_c μ_cᵀ] / (n_c − 1)
 
-    Pooled moments are those of the concatenated data, exactly, clients with a single sample included; a mixture leaves these out.
+    These are the moments of the concatenated data, exactly, clients with a single sample included, as sums that are made where
+    clients run. Who takes part in the pass is said by `server.pass_participation`, by default all. The repaired head is what is
+    deployed and evaluated at the task's end; training goes on from the head as it was.
 
-    The paper calibrates once, after training: `when: task_end`, after a task's last round, with the pooled Gaussian. fed-mammoth
-    does it after every round, with the mixture: `when: round`. `classes: task` trains the rows of the current task's classes
-    alone, which is what both mean here; `classes: seen` those of all tasks so far [ours], older ones on the Gaussians that
-    their clients sent then.
+    when: task_end (the paper) | round (fed-mammoth): after every round, on moments that the round's participants send with their
+    updates, under each client's own module (in a blend with those of past tasks, where that is deployed); training goes on from
+    the repaired head. gaussian, with it: pooled, as above, of the round's participants | mixture (fed-mammoth): one of clients
+    i ~ n_ic / n_c, x ~ N(μ_ic, Σ_ic), those with a single sample left out.
+    classes: seen, the rows of all tasks so far, on the Gaussians that were sent in each of them (of a class that comes again, of
+    all its tasks) | task, the rows of the current task's classes alone; older ones are deployed as they were at their task's end.
+    The paper has one task, so both are readings of it [ours]; task is fed-mammoth's, and goes with consolidators that keep old
+    rows as they are.
 
-    Asks for `class_moments` in the rounds it works in: n, mean and variance of every class that a client holds, under the
-    client's own model; with covariance full the upper triangle, D(D+1)/2 numbers per class.
+    Defaults are the published procedure as FL-bench's code has it: full covariances, 200 samples a class, one pass of plain SGD,
+    logits not normalised. Ours: its lr and batch_size are the clients' own, here they are options; c is drawn for every sample by
+    itself. fed-mammoth: when round, gaussian mixture, classes task, covariance diagonal, 256 samples, 5 epochs in batches of 256,
+    momentum 0.9, schedule cosine, normalise.
 
+    Asks for `class_moments`: n, mean and the upper triangle of the covariance, D(D+1)/2 numbers, of every class that a client
+    holds; with covariance diagonal the variance, D numbers.
     covariance: diagonal | full. samples_per_class: drawn anew in every one of `epochs`; batch_size: of them. normalise: divide
-    logits by their norm over the classes and by `temperature`; else the plain cross-entropy, as in the paper: on one task's
-    rows the normalised loss does not see their length, and so does not bring it into line with that of other tasks' rows.
-    lr, momentum: of SGD without weight decay; schedule: of lr over the epochs, cosine (to zero) | constant.
-    A class that nobody told of is left out. With epochs 0 it is the merge alone. Raises AggregationError when an update lacks
-    the statistics.
+    logits by their norm over the classes and by `temperature` (fed-mammoth); else the plain cross-entropy. lr, momentum: of SGD
+    without weight decay; schedule: of lr over the epochs, cosine (to zero) | constant; clip_norm: of gradients, null: none.
+    A class with fewer than two samples is left out. With epochs 0 it is the merge alone. Raises AggregationError when an update
+    lacks the statistics.
     """
 
+    covariance: str = "full"
+    samples_per_class: int = 200
+    epochs: int = 1
+    batch_size: int = 32
+    normalise: bool = False
+    momentum: float = 0.0
+    schedule: str = "constant"
+    clip_norm: float | None = None
     gaussian: str = "pooled"
-    classes: str = "task"
+    classes: str = "seen"
     when: str = "task_end"
 
     def __post_init__(self) -> None:
@@ -48,6 +64,8 @@ class Calibrator(GaussianCalibrator):
         require_choice("gaussian", self.gaussian, ("pooled", "mixture"))
         require_choice("classes", self.classes, ("task", "seen"))
         require_choice("when", self.when, ("round", "task_end"))
+        if self.gaussian == "mixture" and self.when == "task_end":
+            raise ConfigError("gaussian mixture goes with when: round only: at a task's end clients are summed, so use pooled")
 
     @property
     def rewrites_old_rows(self) -> bool:
@@ -61,5 +79,41 @@ class Calibrator(GaussianCalibrator):
     def inflation(self) -> float:
         return 1.0
 
+    def init(self) -> State:
+        """`head`: the rows that are deployed in the place of those that are trained (none with when: round)."""
+        return {**super().init(), "head": {}}
+
     def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
-        return super().plan(state, round, last) if last or self.when == "round" else None
+        return super().plan(state, round, last) if self.when == "round" else None
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        return asking(SENT[self.covariance][0], classes[-1]) if self.when == "task_end" else None
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        return lifted(update, SENT[self.covariance][1])
+
+    def end_task(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], generator: torch.Generator
+    ) -> State:
+        if self.when == "round":
+            return state
+        dtype, second = params[WEIGHT].dtype, SENT[self.covariance][1]
+        n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
+        told = {
+            c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
+            for k, c in enumerate(classes[-1])
+            if n_K[k] >= 2
+        }
+        state = remembering(state, len(classes) - 1, told)
+        if not self.epochs:
+            return state
+        rows, weight_KD, bias_K = self.repaired(state, params, classes, generator)
+        new = {c: {WEIGHT: weight_KD[k], BIAS: bias_K[k]} for k, c in enumerate(rows)}
+        return {**state, "head": {**state["head"], **new}}
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        head = state["head"]
+        if not head:
+            return params
+        weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (WEIGHT, BIAS))
+        return with_rows(params, list(head), weight_RD, bias_R)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.pools._bundles import MANY, PER_WORKER, bundles
+from fedsim.core.contracts import lift_statistics
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, bytes_up
 from fedsim.core.sums import BLOCK, BlockSum
 from server import gather, sampling
-from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.gather import Gathering, merge
 
@@ -125,7 +125,7 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
     outcomes = []
     for workers, here in ((1, True), (1, False), (2, False), (7, False)):
         jobs = jobs_of(count, plan)
-        gathering = Gathering(jobs, plan, FedAvg())
+        gathering = Gathering(jobs, plan, FedAvg().lift)
         cut = list(bundles(jobs, workers, fused=False))
         random.Random(workers).shuffle(cut)
         for start, some in cut:
@@ -146,7 +146,7 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
 def test_a_failed_client_leaves_an_empty_place() -> None:
     plan = RoundPlan(lift="rule")
     last = 2 * BLOCK
-    gathering = Gathering(jobs_of(last + 2, plan), plan, FedAvg())
+    gathering = Gathering(jobs_of(last + 2, plan), plan, FedAvg().lift)
     failed = {k: ClientFailed(k, 0, 0, "training", "no luck") for k in (1, *range(BLOCK, last), last + 1)}
     list(gathering.add(as_worker(BLOCK, [failed[k] for k in range(BLOCK, last)])))  # a block in which all failed
     list(gathering.add(Bundle(last, (update(last),))))
@@ -160,7 +160,7 @@ def test_a_failed_client_leaves_an_empty_place() -> None:
 
 
 def test_nobody_is_left() -> None:
-    gathering = Gathering(jobs_of(1, RoundPlan()), RoundPlan(), FairAvg())
+    gathering = Gathering(jobs_of(1, RoundPlan()), RoundPlan(), None)
     list(gathering.add(Bundle(0, (ClientFailed(0, 0, 0, "training", "no luck"),))))
     with pytest.raises(
         AggregationError,
@@ -171,7 +171,7 @@ def test_nobody_is_left() -> None:
 
 def test_clients_without_samples_are_nothing_to_sum() -> None:
     plan = RoundPlan(lift="statistics")
-    gathering = Gathering(jobs_of(1, plan), plan, FairAvg())
+    gathering = Gathering(jobs_of(1, plan), plan, lift_statistics)
     list(gathering.add(Bundle(0, (replace(update(0), num_samples=0),))))
     with pytest.raises(AggregationError, match="hold no samples"):
         gathering.result()
@@ -179,7 +179,7 @@ def test_clients_without_samples_are_nothing_to_sum() -> None:
 
 def test_statistics_are_summed_with_the_samples() -> None:
     plan = RoundPlan(train=(), lift="statistics")
-    gathering = Gathering(jobs_of(3, plan), plan, FairAvg())
+    gathering = Gathering(jobs_of(3, plan), plan, lift_statistics)
     for k in range(3):
         list(gathering.add(Bundle(k, (ClientUpdate(k, 2, {}, {"s": torch.tensor([0.1 * k])}),))))
     total = gathering.result().total
@@ -189,7 +189,7 @@ def test_statistics_are_summed_with_the_samples() -> None:
 
 
 def test_a_rule_that_is_not_additive_gets_whole_updates() -> None:
-    gathering = Gathering(jobs_of(2, RoundPlan()), RoundPlan(), FairAvg())
+    gathering = Gathering(jobs_of(2, RoundPlan()), RoundPlan(), None)
     list(gathering.add(Bundle(0, (update(0), update(1)))))
     round = gathering.result()
     assert round.total is None and all(u.params and u.sent is None for u in round.updates)

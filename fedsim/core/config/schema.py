@@ -133,6 +133,8 @@ class ServerConfig:
     """Rounds per task and the rules.
 
     participation: share of the clients that is drawn afresh in every round, in (0, 1].
+    pass_participation: who takes part in a pass for statistics at a task's start or end, for consolidators and calibrators that
+        ask for one: all clients | drawn (as many as in a round, drawn afresh).
     aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
     on_client_failure: fail | skip (a round in which nobody is left is an error either way).
     evaluate: round (every task seen, after every round) | task (only at the end of a task).
@@ -144,6 +146,7 @@ class ServerConfig:
 
     rounds: int = 3
     participation: float = 1.0
+    pass_participation: str = "all"
     aggregator: Any = "fedavg"
     consolidator: Any = "none"
     calibrator: Any = None
@@ -156,6 +159,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
         _require(0 < self.participation <= 1, "participation", "must be in (0, 1]", self.participation)
+        require_choice("pass_participation", self.pass_participation, ("all", "drawn"))
         require_choice("on_client_failure", self.on_client_failure, ("fail", "skip"))
         require_choice("evaluate", self.evaluate, ("round", "task"))
 

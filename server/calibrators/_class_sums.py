@@ -1,0 +1,83 @@
+"""Sums over all samples of a class, from moments that clients send of it, and head rows that are deployed but not trained on.
+
+What the calibrators share that work at a task's end. Sums add up where the clients run, so that the server's memory and its
+traffic do not grow with the number of clients.
+
+Shapes: K classes of the task, H of them that a client holds, P of these with 2 samples or more, D features, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tensors
+
+WEIGHT, BIAS = "head.weight", "head.bias"
+
+
+def asking(form: str, classes: Sequence[int]) -> RoundPlan:
+    """A pass for `class_moments` of a task's classes."""
+    return RoundPlan(
+        train=(), statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": form, "classes": list(classes)}),)
+    )
+
+
+def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]:
+    """`count` n (K,), `sum` Σ x (K, D) and, for second variance or covariance, `square` Σ x² (K, D) or the upper triangles of
+    Σ x xᵀ (K, D(D+1)/2): float64, zero for classes that the client does not hold.
+
+    From n, μ and Σ of its classes: Σ x = n μ, Σ x xᵀ = (n − 1) Σ + n μ μᵀ. Raises AggregationError when they are missing.
+    """
+    count_K, mean_HD = _sent(update, "count"), _sent(update, "mean")
+    held = count_K > 0
+    n_H1 = count_K[held][:, None]
+    out = {"count": count_K, "sum": _placed(n_H1 * mean_HD, held)}
+    if second is not None:
+        spread = _sent(update, second)
+        told = held if second == "variance" else count_K > 1  # the variance of a single sample is sent, as zeros
+        square = _placed(n_H1 * _square(mean_HD, second), held)
+        square[told] += (count_K[told][:, None] - 1) * spread
+        out["square"] = square
+    return out
+
+
+def moments(total: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """n (K,), the mean (K, D) and the unbiased variance (K, D) or covariance (K, D(D+1)/2) of all samples of a class, from their
+    sums, float64; zeros where there are no samples, and no spread of a single one."""
+    n_K1 = total["count"][:, None]
+    mean_KD = total["sum"] / n_K1.clamp_min(1)
+    second = "variance" if total["square"].shape == mean_KD.shape else "covariance"
+    spread = (total["square"] - n_K1 * _square(mean_KD, second)) / (n_K1 - 1).clamp_min(1)
+    if second == "variance":
+        spread.clamp_min_(0.0)  # rounding
+    return total["count"], mean_KD, spread
+
+
+def with_rows(params: Tensors, rows: Sequence[int], weight_RD: Tensor, bias_R: Tensor) -> dict[str, Tensor]:
+    """The parameters with these rows of the head in the place of their own."""
+    at_R = torch.tensor(rows, dtype=torch.long)
+    head = {WEIGHT: weight_RD, BIAS: bias_R}
+    return {n: t.index_copy(0, at_R, head[n].to(t.dtype)) if n in head else t for n, t in params.items()}
+
+
+def _square(x_KD: Tensor, second: str) -> Tensor:
+    """x² or the upper triangle of x xᵀ, row by row."""
+    if second == "variance":
+        return x_KD.square()
+    rows, columns = torch.triu_indices(x_KD.shape[1], x_KD.shape[1])
+    return x_KD[:, rows] * x_KD[:, columns]
+
+
+def _placed(values_H: Tensor, held_K: Tensor) -> Tensor:
+    """Rows where their classes are, zeros elsewhere."""
+    out = values_H.new_zeros(len(held_K), *values_H.shape[1:])
+    out[held_K] = values_H
+    return out
+
+
+def _sent(update: ClientUpdate, form: str) -> Tensor:
+    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}").double()
