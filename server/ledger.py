@@ -7,9 +7,9 @@ Down, to every client of a round or of a statistics pass, those that fail includ
 plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself. Of these only
 tensors that it does not have: a client keeps the last message that it got and the last one whose work looks through past
 modules, and what has been in every such message since is not sent again. So it gets what changed since it last took part, and a
-past module once, or never if it had it as parameters in the pass at that task's end. It is an upper bound in three places: a fresh
-adapter is counted whole, where a seed would do; what was left out of a message and comes back in a later one is sent again to
-those who missed both; and a calibrator's pass at a task's end sends the merged model that is deployed whole.
+past module once, or never if it had it as parameters in the pass at that task's end. It is an upper bound in three places: a
+fresh adapter is counted whole, where a seed would do; what was left out of a message and comes back in a later one is sent again
+to those who missed both; and a calibrator's pass at a task's end is sent the merged model that is deployed, whole.
 
 Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
 same inputs). Client memory does not travel; neither do data, names, and the head that an evaluation on the server uses.
