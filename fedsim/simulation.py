@@ -24,7 +24,7 @@ from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import door
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
-from fedsim.models import backbone, fits
+from fedsim.models import fits, pretrained
 from fedsim.models import model as models
 from fedsim.models.model import Model
 from fedsim.results import Holding, Results, RunDir
@@ -150,7 +150,8 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     state, trained = first_state(config, model, rule)
     optim.check(config.client, {state.params[n].dim() for n in trained} or {2}, most_steps(config, manifest))
     probe.require(config, model, spec, state.params, trained)
-    return Prepared(config, rule, manifest, spec, model, state, (*notes, *suitable.notes(config, manifest)))
+    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone))
+    return Prepared(config, rule, manifest, spec, model, state, notes)
 
 
 @contextmanager
@@ -194,7 +195,7 @@ def check(config: SimConfig) -> None:
 
 def prepare_data(config: SimConfig) -> tuple[Manifest, WorkSpec, tuple[str, ...]]:
     """Load the source, split it over tasks and clients (or load the split from a manifest); and what must be said of the data."""
-    dataset = door.load(config, backbone.tokenizer_name(config.model))
+    dataset = door.load(config, pretrained.tokenizer_name(config.model))
     manifest = manifests.make(config, dataset)
     sampling.num_sampled(manifest.num_clients, config.server.participation)
     files = tuple((path, plugins.fingerprint(path)) for path in config.user_files())

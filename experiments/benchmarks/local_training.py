@@ -40,7 +40,7 @@ from fedsim.core.contracts import ArraySplit, IntArray
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientJob, RoundPlan
 from fedsim.models import model as models
-from fedsim.models.backbone import OMNIGLOT_VIT
+from fedsim.models.pretrained import OMNIGLOT_VIT
 
 RANK, BATCH, LR, CLASSES = 8, 16, 1e-3, 20
 DEIT_TINY = {

@@ -428,6 +428,10 @@ class Adapter(ABC):
         """While open, the encoder's forward runs with these tensors, and gradients flow to them.
         `dropout`: the generator of dropout masks while training, None otherwise. The base weights are never touched."""
 
+    def notes(self, backbone: BackboneLike) -> tuple[str, ...]:
+        """Lines that whoever reads the numbers has to know of this adapter on this backbone, such as what is left out."""
+        return ()
+
     def merged(self, backbone: BackboneLike, tensors: Tensors) -> AbstractContextManager[None]:
         """Like `applied`, in the cheapest form for inference; the base weights come back bit for bit."""
         return self.applied(backbone, tensors)

@@ -63,7 +63,6 @@ KNOWN: dict[str, Family] = {
     "vit_mae": Family(plain=True),  # ViTMAEModel hides patches at random in evaluation too
     "deit": Family(before=1),  # the distillation token
     "yolos": Family(after="num_detection_tokens"),
-    "cvt": Family(auto="mean"),  # its class token is not among the outputs
     "xlnet": Family(auto="last"),  # its class token comes last
     "bert-generation": Family(auto="mean"),  # counted among the causal models, but an encoder unless told otherwise
     "opt": Family(width="word_embed_proj_dim"),
@@ -86,6 +85,13 @@ def is_causal(layout: Any) -> bool:
     generates = layout.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     fills_in = layout.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return generates and not fills_in and not layout.is_encoder_decoder
+
+
+def classifies_images(layout: Any) -> bool:
+    """Whether transformers has a classifier of images of this family."""
+    from transformers.models.auto import modeling_auto
+
+    return layout.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def pooler_option(encoder: Any, layout: Any) -> dict[str, bool]:

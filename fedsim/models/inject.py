@@ -27,7 +27,7 @@ def submodule(encoder: nn.Module, name: str) -> nn.Module:
     try:
         return encoder.get_submodule(name)
     except AttributeError as e:
-        raise ModelError(f"the backbone has no module '{name}': its linear layers are {_summary(linear_names(encoder))}") from e
+        raise ModelError(f"the backbone has no module '{name}': its linear layers are {summary(linear_names(encoder))}") from e
 
 
 def linear(encoder: nn.Module, name: str) -> nn.Linear:
@@ -65,7 +65,7 @@ def match_linear(encoder: nn.Module, targets: str | Sequence[str]) -> dict[str, 
     for pattern in [targets] if isinstance(targets, str) else targets:
         hits = [n for n in names if _matches(n, pattern)]
         if not hits:
-            has = _summary(names) if names else "none: use the adapter none, which trains the head alone"
+            has = summary(names) if names else "none: use the adapter none, which trains the head alone"
             raise ModelError(f"adapter target '{pattern}' matches no linear layer of the backbone, which has {has}")
         chosen.update(hits)
     return {n: linear(encoder, n) for n in names if n in chosen}
@@ -118,6 +118,6 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def _summary(names: Iterable[str]) -> str:
+def summary(names: Iterable[str]) -> str:
     """Distinct names with block numbers starred: `layers.*.mlp.fc1, layers.*.mlp.fc2`."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", n) for n in names)) or "none"

@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     "vit": _image("vit", "cls", **PATCHES),
     "deit": _image("deit", "cls", **PATCHES),
     "beit": _image("beit", "pooler", **PATCHES),
-    "beit_relative": _image("beit", "cls", **PATCHES, use_relative_position_bias=True),
+    "beit_relative": _image("beit", "pooler", **PATCHES, use_relative_position_bias=True),
     "dinov2": _image("dinov2", "cls", **PATCHES, mlp_ratio=2),
     "dinov2_with_registers": _image("dinov2_with_registers", "cls", **PATCHES, mlp_ratio=2, num_register_tokens=3),
     "vit_msn": _image("vit_msn", "cls", **PATCHES),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsim.core.config import ModelConfig, SimConfig
 from fedsim.core.errors import ModelError
-from fedsim.models import backbone, timm_names
+from fedsim.models import backbone, pretrained, timm_names
 from fedsim.models import model as models
 from tests.models.zoo import BERT, LENGTHS, VIT, images, model, texts
 
@@ -148,18 +148,18 @@ def test_bert_checkpoint_with_heads_loads_as_encoder(tmp_path: Path) -> None:
     assert (loaded.kind, loaded.pooling, loaded.width) == ("text", "mean", 16)
     want = whole.bert.state_dict()
     assert all(torch.equal(t, want[n]) for n, t in loaded.encoder.state_dict().items())
-    assert backbone.tokenizer_name(config(tmp_path)) is None
+    assert pretrained.tokenizer_name(config(tmp_path)) is None
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert backbone.tokenizer_name(config(tmp_path)) == str(tmp_path)
+    assert pretrained.tokenizer_name(config(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["random", "omniglot-vit", "some/vit.safetensors"])
 def test_backbones_without_a_tokenizer(name: str) -> None:
-    assert backbone.tokenizer_name(config(name, config={"model_type": "vit"} if name == "random" else {})) is None
+    assert pretrained.tokenizer_name(config(name, config={"model_type": "vit"} if name == "random" else {})) is None
 
 
 def test_hub_id_is_its_own_tokenizer() -> None:
-    assert backbone.tokenizer_name(config("google-bert/bert-base-uncased")) == "google-bert/bert-base-uncased"
+    assert pretrained.tokenizer_name(config("google-bert/bert-base-uncased")) == "google-bert/bert-base-uncased"
 
 
 def test_columns_of_padding_cost_nothing() -> None:

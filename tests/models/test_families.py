@@ -13,14 +13,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedsim import simulation
 from fedsim.core import hardware
 from fedsim.core.config import ModelConfig, RuntimeConfig, SimConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import backbone as backbones
-from fedsim.models import inject, layers
+from fedsim.models import inject, layers, pretrained
 from fedsim.models import model as models
+from fedsim.models.adapters import lora
 from fedsim.models.backbone import Backbone
-from tests.models.families import FAMILIES, SIDE, TEXT_LENGTHS, Family, batch
+from tests.models.families import FAMILIES, SIDE, TEXT_LENGTHS, VOCABULARY, Family, batch
+from tests.tiny import tiny
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 IMAGES = [n for n, family in FAMILIES.items() if family.kind == "image"]
@@ -390,7 +393,7 @@ def test_image_size_that_a_family_cannot_take(name: str, side: int, message: str
 @pytest.mark.parametrize("name", ["gpt2", "resnet"])
 def test_layers_that_are_linear_under_another_name_compute_the_same(name: str) -> None:
     with torch.random.fork_rng():
-        torch.manual_seed(backbones.RANDOM_WEIGHTS_SEED)
+        torch.manual_seed(pretrained.RANDOM_WEIGHTS_SEED)
         theirs: Any = drawn(transformers.AutoModel.from_config(layout_of(name)))
     inputs = {"pixel_values": pixels()} if name == "resnet" else batch(FAMILIES[name])
     want = theirs(**inputs).last_hidden_state
@@ -435,3 +438,45 @@ def test_lora_in_convolutions() -> None:
     assert not torch.allclose(got, bare)
     with pytest.raises(ModelError, match="is a Conv2d, not a linear layer or a convolution of 1 × 1"):
         inject.linear(built.backbone.encoder, "embedder.embedder.convolution")
+
+
+def test_all_linear_leaves_out_layers_that_are_too_small_and_says_so() -> None:
+    layout = {**FAMILIES["mamba"].layout, "state_size": 1}  # x_proj has 1 + 2 outputs, one of them the rank of the time steps
+    config = SimConfig(
+        model=ModelConfig(backbone="random", config=layout), adapter={"name": "lora", "rank": 4, "targets": "all-linear"}
+    )
+    built = models.build(config, 4)
+    fresh = built.init_adapter(torch.Generator())
+    assert {n.split(".mixer.")[1].partition(".")[0] for n in fresh} == {"in_proj", "out_proj"}
+    (note,) = built.adapter.notes(built.backbone)
+    assert note == "adapter.targets all-linear leaves out layers that are too small for rank 4: layers.*.mixer.x_proj"
+    named = lora.Adapter(rank=4, targets=["x_proj"])
+    with pytest.raises(ModelError, match=r"adapter.rank 4 is larger than layer 'layers.0.mixer.x_proj' \(32 inputs, 3 outputs\)"):
+        named.init(built.backbone, torch.Generator())
+    with pytest.raises(ModelError, match="use at most 16"):
+        lora.Adapter(rank=33, targets="all-linear").init(built.backbone, torch.Generator())
+    assert lora.Adapter(rank=2, targets="all-linear").notes(built.backbone) == ()
+
+
+# ---------------------------------------------------------------- from a folder to numbers
+
+
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_a_stream_is_trained_on_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """Encoder of T5 with LoRA in q and v as LoRM has it; CLIP's tower at another image size."""
+    if name == "t5":
+        whole("T5ForConditionalGeneration", "t5", tmp_path / "checkpoint")
+        data = {"kind": "tokens", "vocab": VOCABULARY, "length": 8}
+        model, targets = {}, ["q", "v"]
+    else:
+        two_towers("clip", tmp_path / "checkpoint")
+        data, model, targets = {}, {"image_size": 8}, ["q_proj", "v_proj"]
+    config = tiny(
+        data={"source": "synthetic", "classes": 4, "train_per_class": 16, "test_per_class": 8, "image_size": 8, **data},
+        partition={"name": "dirichlet", "alpha": 5.0, "clients": 2},
+        model={"backbone": str(tmp_path / "checkpoint"), "config": None, **model},
+        adapter={"name": "lora", "rank": 2, "targets": targets},
+        client={"epochs": 6, "batch_size": 8, "lr": 3e-2},
+        runtime={"pool": "serial", "device": "cpu", "output": str(tmp_path / "runs")},
+    )
+    assert simulation.run(config).accuracy[0, 0] > 75  # of two classes

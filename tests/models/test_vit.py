@@ -19,7 +19,8 @@ from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import backbone, vit
 from fedsim.models.adapters import lora, prefix, vpt
-from fedsim.models.backbone import OMNIGLOT_VIT, Backbone
+from fedsim.models.backbone import Backbone
+from fedsim.models.pretrained import OMNIGLOT_VIT
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40, "image_size": 12,

@@ -33,7 +33,8 @@ class Adapter(contracts.Adapter):
     the frozen weights need no gradient, which saves a third of the work. The tensors may have any rank, so modules that are
     stacked along it act as their sum; s does not depend on it.
 
-    targets: globs over the names of linear layers ("q_proj", "mlp.fc*", "layers.0.*"), or "all-linear".
+    targets: globs over the names of linear layers ("q_proj", "mlp.fc*", "layers.0.*"), or "all-linear", which leaves out layers
+    that are too small for the rank. Convolutions of 1 × 1 are linear layers over the channels ("convolution.linear").
     rank: r, at most the smaller side of every layer; alpha: s = alpha / rank, null: s = 1.
     dropout: share of the inputs of A that is zeroed in training, the rest being scaled by 1 / (1 − dropout).
     """
@@ -63,16 +64,31 @@ class Adapter(contracts.Adapter):
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<layer>.lora_A` (r, d) and `<layer>.lora_B` (m, r). Raises ModelError if a layer is too small for the rank."""
         tensors: dict[str, Tensor] = {}
-        for name, layer in inject.match_linear(backbone.encoder, self.targets).items():
+        layers, small = self._layers(backbone)
+        if small and (not layers or inject.ALL_LINEAR not in self.targets):
+            name, (m, d) = next((n, layer.weight.shape) for n, layer in small.items())
+            raise ModelError(
+                f"adapter.rank {self.rank} is larger than layer '{name}' ({d} inputs, {m} outputs): use at most {min(d, m)}"
+            )
+        for name, layer in layers.items():
             m, d = layer.weight.shape
-            if self.rank > min(d, m):
-                raise ModelError(
-                    f"adapter.rank {self.rank} is larger than layer '{name}' ({d} inputs, {m} outputs): use at most {min(d, m)}"
-                )
             bound = 1 / math.sqrt(d)
             tensors[name + LORA_A] = torch.empty(self.rank, d).uniform_(-bound, bound, generator=generator)
             tensors[name + LORA_B] = torch.zeros(m, self.rank)
         return tensors
+
+    def notes(self, backbone: BackboneLike) -> tuple[str, ...]:
+        """What "all-linear" leaves out."""
+        _, small = self._layers(backbone)
+        if not small:
+            return ()
+        return (f"adapter.targets all-linear leaves out layers that are too small for rank {self.rank}: {inject.summary(small)}",)
+
+    def _layers(self, backbone: BackboneLike) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+        """The layers that are meant, and those of them that are too small for the rank."""
+        meant = inject.match_linear(backbone.encoder, self.targets)
+        small = {n: layer for n, layer in meant.items() if self.rank > min(layer.weight.shape)}
+        return {n: layer for n, layer in meant.items() if n not in small}, small
 
     def applied(
         self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
