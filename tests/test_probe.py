@@ -15,6 +15,7 @@ from fedsim import probe, simulation
 from fedsim.core import config as configs
 from fedsim.core.errors import ConfigError, DataError, ModelError
 from fedsim.models import backbone as backbones
+from tests.models.families import FAMILIES
 from tests.models.zoo import BERT
 from tests.tiny import TINY, tiny
 
@@ -161,6 +162,14 @@ def test_the_same_adapter_without_a_fault_passes_and_is_not_tried_again(tmp_path
     file.write_text(ADAPTER.format(hook=right) + "\n")
     with pytest.raises(TypeError):  # another file is another adapter
         prepare(**sections)
+
+
+@pytest.mark.parametrize("family", ["deberta_v2", "mamba", "swin", "t5", "xlnet"])
+def test_prompts_that_do_not_fit_are_refused_before_training(family: str) -> None:
+    found = FAMILIES[family]
+    data = {**TOKENS, "length": 7} if found.kind == "text" else TINY["data"]
+    with pytest.raises(ModelError, match=r"^the adapter vpt does not fit a \w+: .*; use the adapter lora$"):
+        prepare(model={"backbone": "random", "config": found.layout}, adapter={"name": "vpt"}, data=data)
 
 
 class Changed(nn.Module):
