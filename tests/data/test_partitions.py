@@ -15,7 +15,7 @@ from scipy import optimize, special, stats
 from fedsim.core import config, plugins, rng
 from fedsim.core.errors import ConfigError, PartitionError
 from fedsim.data.manifest import estimate_alpha
-from fedsim.data.partitions import dirichlet, iid, pathological, quantity
+from fedsim.data.partitions import class_quantity, dirichlet, iid, pathological, quantity
 
 NAMES = plugins.names("partitions")
 SPLIT = [name for name in NAMES if not plugins.load("partitions", name).whole]
@@ -210,6 +210,51 @@ def test_pathological_gives_k_classes_to_everybody_and_leaves_no_class_over(clie
     assert (counts.sum(axis=1) == np.arange(classes) + 30).all()
     held = np.where(counts == 0, counts.max() + 1, counts).min(axis=1)
     assert (counts.max(axis=1) - held <= 1).all()  # a class is divided evenly over its holders
+
+
+def test_class_quantity_draws_sets_of_classes_uniformly_given_that_all_are_held() -> None:
+    # K = 3 clients with 2 of 3 classes each: 3³ draws, of which the 3 with three times the same set leave a class over
+    labels = np.repeat(np.arange(3), 60)
+    partition = class_quantity.Partition(clients=3, classes_per_client=2)
+    lacking: dict[tuple[int, ...], int] = {}
+    for d in range(2400):
+        counts = counts_of(labels, partition.split(labels, rng.stream(6, "t", d)))
+        assert (counts.sum(axis=1) == 60).all()
+        assert ((counts == 0).sum(axis=0) == 1).all()  # 60 samples at 2 or 3 holders: nobody goes without by chance
+        key = tuple((counts == 0).argmax(axis=0).tolist())
+        lacking[key] = lacking.get(key, 0) + 1
+    assert len(lacking) == 24
+    assert stats.chisquare(list(lacking.values())).pvalue > 1e-3
+
+
+def test_class_quantity_leaves_every_sample_to_chance_among_the_holders() -> None:
+    # both clients hold both classes: a share of 6 samples is Binomial(6, 1/2), and classes are independent
+    labels = np.repeat(np.arange(2), 6)
+    partition = class_quantity.Partition(clients=2, classes_per_client=2)
+    draws = [counts_of(labels, partition.split(labels, rng.stream(7, "t", d)))[:, 0] for d in range(3000)]
+    pmf = np.outer(*[stats.binom.pmf(np.arange(7), 6, 0.5)] * 2).ravel()
+    pmf[[0, -1]] = 0  # somebody would have nothing: drawn again
+    table = np.zeros((7, 7))
+    np.add.at(table, tuple(np.stack(draws).T), 1)
+    expected = pmf / pmf.sum() * len(draws)
+    often = expected >= 5
+    found, want = table.ravel(), expected
+    bins = [*found[often], found[~often].sum()], [*want[often], want[~often].sum()]
+    assert stats.chisquare(*bins).pvalue > 1e-3
+
+
+def test_class_quantity_says_when_chance_leaves_a_class_over() -> None:
+    labels = np.repeat(np.arange(20), 15)
+    with pytest.raises(
+        PartitionError, match=r"draws of 2 classes for each of 10 clients all left one of the task's 20 classes to nobody"
+    ):
+        class_quantity.Partition(clients=10).split(labels, np.random.default_rng(0))
+    with pytest.raises(PartitionError, match=r"5 clients with 2 classes each hold at most 10 of the task's 20 classes"):
+        class_quantity.Partition(clients=5).split(labels, np.random.default_rng(0))
+    with pytest.raises(PartitionError, match=r"gave each of 30 clients 9 samples in 100 draws \(best: \d\): use fewer clients"):
+        class_quantity.Partition(clients=30, min_samples=9).split(labels, np.random.default_rng(0))
+    with pytest.raises(ConfigError, match=r"^classes_per_client must be at least 1, got 0$"):
+        class_quantity.Partition(classes_per_client=0)
 
 
 def test_pathological_draws_other_classes_for_other_seeds() -> None:

@@ -21,6 +21,23 @@ def check_positive(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be positive, got {value}")
 
 
+def check_at_least_one(name: str, value: int) -> None:
+    """Raise ConfigError unless a number is 1 or more."""
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def check_cover(clients: int, each: int, num_classes: int) -> None:
+    """Raise PartitionError when clients with so many classes each cannot hold all classes of a task, or no such number at all."""
+    if each > num_classes:
+        raise PartitionError(f"classes_per_client is {each}, but the task has {num_classes} classes: lower classes_per_client")
+    if clients * each < num_classes:
+        raise PartitionError(
+            f"{clients} clients with {each} classes each hold at most {clients * each} of the task's {num_classes} classes: "
+            f"use at least {-(-num_classes // each)} clients, or classes_per_client {-(-num_classes // clients)}"
+        )
+
+
 def check_possible(partition: Partition, num_samples: int) -> None:
     """Raise PartitionError when even the fairest split would leave a client below the floor."""
     need = partition.clients * partition.min_samples

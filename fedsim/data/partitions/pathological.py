@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
-from fedsim.core.errors import ConfigError, PartitionError
+from fedsim.core.errors import PartitionError
 from fedsim.data.partitions import _common
 
 MAX_DRAWS = 100
@@ -23,8 +23,8 @@ class Partition(contracts.Partition):
 
     Clients choose in random order; each takes the classes that nobody holds yet, then those with the most samples per
     holder (n_c / (holders + 1)), ties at random: so sizes stay as even as the classes allow.
-    After McMahan et al. 2017 ("Communication-efficient learning of deep networks"), with classes in place of shards; called
-    "quantity-based label imbalance" by Li et al. 2022 and `quantity` by fed-mammoth.
+    After McMahan et al. 2017 ("Communication-efficient learning of deep networks"), with classes in place of shards. Related,
+    but another law: classes and holders drawn uniformly, as in fed-mammoth's `quantity`, is the plug-in `class_quantity`.
 
     clients: K; min_samples: floor per client and task; classes_per_client: k.
     Raises PartitionError when K·k < C (a class would be left over), k > C, a class has fewer samples than holders, or the
@@ -35,13 +35,12 @@ class Partition(contracts.Partition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classes_per_client < 1:
-            raise ConfigError(f"classes_per_client must be at least 1, got {self.classes_per_client}")
+        _common.check_at_least_one("classes_per_client", self.classes_per_client)
 
     def split(self, labels: IntArray, rng: np.random.Generator) -> _common.Shards:
         _common.check_possible(self, len(labels))
         class_N, sizes_C = _common.classes_of(labels)
-        self._check_classes(len(sizes_C))
+        _common.check_cover(self.clients, self.classes_per_client, len(sizes_C))
         best = 0
         for _ in range(MAX_DRAWS):
             counts_CK = _even_counts(sizes_C, self._holders(sizes_C, rng), rng)
@@ -55,16 +54,6 @@ class Partition(contracts.Partition):
             f"and {self.min_samples} samples in {MAX_DRAWS} draws (best: {best} samples): "
             f"use fewer clients, fewer classes_per_client, or a lower min_samples"
         )
-
-    def _check_classes(self, num_classes: int) -> None:
-        k, held = self.classes_per_client, self.clients * self.classes_per_client
-        if k > num_classes:
-            raise PartitionError(f"classes_per_client is {k}, but the task has {num_classes} classes: lower classes_per_client")
-        if held < num_classes:
-            raise PartitionError(
-                f"{self.clients} clients with {k} classes each hold at most {held} of the task's {num_classes} classes: "
-                f"use at least {-(-num_classes // k)} clients, or classes_per_client {-(-num_classes // self.clients)}"
-            )
 
     def _holders(self, sizes_C: IntArray, rng: np.random.Generator) -> IntArray:
         """1 where client k holds class c, else 0 (C, K)."""

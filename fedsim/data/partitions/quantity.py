@@ -17,7 +17,8 @@ class Partition(contracts.Partition):
 
     clients: K; min_samples: the floor m per client and task, given to everybody before the rest is skewed.
     alpha: concentration of the sizes; small: a few clients hold nearly all, large: equal sizes. It says nothing of labels.
-    This is the "quantity skew" of Li et al. 2022 ("Federated learning on non-IID data silos: an experimental study").
+    This is the "quantity skew" of Li et al. 2022 ("Federated learning on non-IID data silos: an experimental study"); what
+    fed-mammoth calls `quantity` is a number of classes per client, the plug-in `class_quantity`.
     Raises PartitionError when there are fewer than clients × min_samples samples.
     """
 
