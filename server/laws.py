@@ -1,7 +1,8 @@
 """The laws that every merging rule keeps, or says in its `exempt` why it cannot.
 
 `check(rule)` holds a rule against all of them on small made-up clients, over the first three rounds of a task (so that rules
-that alternate are seen in every phase). Statistics that the rule's plan asks for are computed from each client's made-up data.
+that alternate are seen in every phase), and with 1 to 32 clients where it may count them. Statistics that the rule's plan asks
+for are computed from each client's made-up data.
 The test suite calls it for every rule that comes with fedsim, `fedsim check FILE` for a user's own.
 
 Shapes: N samples, I inputs and O outputs of a layer, R rank, C classes, D features.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +32,8 @@ from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import LORA_A, LORA_B, matching, same_layout, upper_triangle
 
 ROUNDS = 3
-CLIENTS = 9  # one more than a bundle
+CLIENTS = 11  # one more than a block of sums
+NUMBERS = (1, 2, 3, 9, 10, 11, 32)  # of clients, tried where a rule may count them
 CLASSES, FEATURES, RANK = 5, 4, 2
 LAYERS = {"adapter.block.0": (3, 6), "adapter.block.1": (4, 5)}  # outputs, inputs
 EXACT, ROUNDED = 1e-9, 1e-4  # tolerances, relative to 1 + |value|, in float64 and in float32
@@ -107,7 +110,7 @@ class Client:
         return Client(self.client_id, inputs, self.features_ND.repeat(times, 1), self.labels_N.repeat(times))
 
 
-@lru_cache(maxsize=CLIENTS)
+@lru_cache(maxsize=max(NUMBERS))
 def make_client(client_id: int) -> Client:
     """Client 0 holds all classes; every other one lacks one. Sizes and scales differ; every class has four samples or more."""
     generator = torch_stream(0, "client", client_id)
@@ -119,6 +122,11 @@ def make_client(client_id: int) -> Client:
     return Client(client_id, inputs, draw(CLASSES, FEATURES)[labels] + scale * draw(n, FEATURES), labels)
 
 
+def some_clients(number: int) -> tuple[Client, ...]:
+    """The first ones."""
+    return tuple(make_client(k) for k in range(number))
+
+
 @dataclass(frozen=True)
 class Scene:
     """One round before it is merged."""
@@ -128,7 +136,7 @@ class Scene:
     params: Tensors
     plan: RoundPlan
     dtype: torch.dtype = torch.float64
-    clients: tuple[Client, ...] = field(default_factory=lambda: tuple(make_client(k) for k in range(CLIENTS)))
+    clients: tuple[Client, ...] = field(default_factory=lambda: some_clients(CLIENTS))
 
     def trained(self, client_id: int) -> dict[str, Tensor]:
         """What a client makes of the tensors that the plan trains."""
@@ -227,12 +235,12 @@ STATISTICS: Mapping[str, Callable[[Mapping[str, Any], Client, Tensors, str], dic
 }
 
 
-def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64) -> Iterator[Scene]:
-    """The first rounds of a task, each going on from the merge of the one before."""
+def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64, clients: int = CLIENTS) -> Iterator[Scene]:
+    """The first rounds of a task with so many clients, each going on from the merge of the one before."""
     params: Tensors = make_params(dtype)
     state = rule.init(copy.deepcopy(params))
     for number in range(ROUNDS):
-        scene = Scene(number, state, params, rule.plan(copy.deepcopy(state), number), dtype)
+        scene = Scene(number, state, params, rule.plan(copy.deepcopy(state), number), dtype, some_clients(clients))
         yield scene
         state, params = _merge(rule, scene, scene.updates)
 
@@ -267,19 +275,22 @@ def _layout(rule: Aggregator) -> None:
 
 
 def _finite(rule: Aggregator) -> None:
-    for dtype in (torch.float32, torch.float64):
-        for scene in scenes(rule, dtype):
-            for name, tensor in _merge(rule, scene, scene.updates)[1].items():
+    for dtype, numbers in ((torch.float64, NUMBERS[-1:]), (torch.float32, NUMBERS)):
+        for scene, clients in itertools.product(scenes(rule, dtype, max(NUMBERS)), numbers):
+            for name, tensor in _merge(rule, scene, scene.updates[:clients])[1].items():
                 if not bool(torch.isfinite(tensor).all()):
-                    bad = int((~torch.isfinite(tensor)).sum())
-                    raise LawBroken(f"round {scene.round}: {bad} of {tensor.numel()} numbers of '{name}' are NaN or infinite")
+                    bad = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers of '{name}' are NaN or infinite"
+                    raise LawBroken(f"round {scene.round}, {clients} clients: {bad}")
 
 
 def _fixed_point(rule: Aggregator) -> None:
-    for scene in scenes(rule):
+    for scene in scenes(rule, clients=max(NUMBERS)):
         common = scene.trained(0)
-        _, out = _merge(rule, scene, [scene.update(c, common) for c in scene.clients])
-        _expect_close(out, {**scene.params, **common}, f"round {scene.round}, all clients sent the same tensors")
+        updates = [scene.update(c, common) for c in scene.clients]
+        for clients in NUMBERS:
+            _, out = _merge(rule, scene, updates[:clients])
+            when = f"round {scene.round}, all {clients} clients sent the same tensors"
+            _expect_close(out, {**scene.params, **common}, when)
 
 
 def _one_client(rule: Aggregator) -> None:
@@ -411,9 +422,11 @@ def _float64(rule: Aggregator) -> None:
 LAWS: tuple[Law, ...] = (
     Law("plan", "every plan names tensors and statistics that there are, and the same ones when asked again", _plan),
     Law("layout", "the parameters that come out have the names, shapes and types of those that went in", _layout),
-    Law("finite", "from finite updates come finite parameters", _finite),
+    Law("finite", "from finite updates come finite parameters, whatever the number of clients", _finite),
     Law(
-        "fixed_point", "when all clients send the same tensors these are the result, and what nobody trained stays", _fixed_point
+        "fixed_point",
+        "when all clients, however many, send the same tensors these are the result, and what nobody trained stays",
+        _fixed_point,
     ),
     Law("one_client", "a client that is alone gets its own tensors back", _one_client),
     Law("order", "the order of the updates does not matter, rounding apart", _order),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticReques
 from fedsim.core.rng import torch_stream
 from server import laws
 from server.aggregators.fedavg import Aggregator as FedAvg
+from tests.readme import median_rule
 
 Combine = Callable[[State, Tensors, Sequence[ClientUpdate]], tuple[State, Tensors]]
 
@@ -135,7 +137,7 @@ def value_error_without_data(state: State, params: Tensors, updates: Sequence[Cl
             r"round 0: 'adapter\.block\.0\.lora_A' is \(2, 6\) torch\.float64 and should be \(2, 6\) torch\.float32",
         ),
         (narrowed, "float64", "came out with the digits of float32"),
-        (not_finite, "finite", r"round 0: 1 of 12 numbers of 'adapter\.block\.0\.lora_A' are NaN"),
+        (not_finite, "finite", r"round 0, 32 clients: 1 of 12 numbers of 'adapter\.block\.0\.lora_A' are NaN"),
         (shrunk, "fixed_point", r"should be .* \(off by "),
         (shrunk, "one_client", r"one client alone: '.*'\[\d, \d\] is .* and should be"),
         (last_counts_most, "order", "updates reversed"),
@@ -246,8 +248,27 @@ class Narrow(FedAvg):
         return FedAvg().combine(state, params, updates)
 
 
+@pytest.mark.parametrize("number", [1, 2, 10, 32])
+@pytest.mark.parametrize(("law", "factor"), [("finite", float("nan")), ("fixed_point", 2.0)])
+def test_a_rule_that_fails_with_some_number_of_clients(number: int, law: str, factor: float) -> None:
+    def merge(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        state, out = fedavg(state, params, updates)
+        return state, {n: factor * t for n, t in out.items()} if len(updates) == number else out
+
+    (checked,) = (one for one in laws.LAWS if one.name == law)
+    with pytest.raises(laws.LawBroken, match=rf"^round 0, (all )?{number} clients"):
+        checked.check(Rule(merge))
+
+
+def test_the_rule_of_the_readme_keeps_the_laws(tmp_path: Path) -> None:
+    (tmp_path / "my_rule.py").write_text(median_rule())
+    rule = build("aggregators", {"name": str(tmp_path / "my_rule.py")})
+    assert broken(rule) == {}
+    assert set(rule.exempt) == {"weights"}
+
+
 def test_additive_rules_that_are_not() -> None:
-    assert "summed in bundles of 9" in broken(NotAdditive())["additive"]
+    assert "summed in bundles of 11" in broken(NotAdditive())["additive"]
     assert "lift gives different names or shapes" in broken(Ragged())["additive"]
     assert "torch.float32: sums are kept in float64" in broken(Narrow())["additive"]
 
