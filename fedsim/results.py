@@ -11,6 +11,7 @@
     costs.json         bytes by direction and kind of object, seconds by phase, client rounds
     failures.json      clients that were skipped, if any
     notes.json         lines that whoever reads the numbers has to know, if any
+    data.json          where the data lie now, if they have moved since the run began
     checkpoint.pt      the whole state after the last round
     vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself
     unlearned/         what `fedsim unlearn` wrote
@@ -283,8 +284,9 @@ class RunDir:
         return cls(path, _load_config(path))
 
     @classmethod
-    def open(cls, path: str | Path, config: SimConfig | None = None) -> RunDir:
-        """A folder that a run began, to go on in with its own config or with `config`.
+    def open(cls, path: str | Path, config: SimConfig | None = None, moved: bool = False) -> RunDir:
+        """A folder that a run began, to go on in with its own config or with `config`. moved: the config may have another data
+        section, if these are the same data (`write_start` sees to that).
 
         Raises RunDirError when it is missing, damaged, was changed, or belongs to another config.
         """
@@ -300,9 +302,20 @@ class RunDir:
                     else ""
                 )
             )
-        if config is not None and config.identity() != identity:
+        if config is None:
+            return found
+        begun = dataclasses.replace(config, data=found.config.data) if moved else config
+        if begun.identity() != identity:
             raise RunDirError(f"{found.path} belongs to another config: resume it without a config, or choose another --output")
-        return found if config is None else cls(found.path, config)
+        return cls(found.path, begun)
+
+    def located(self, config: SimConfig | None = None) -> SimConfig:
+        """The config with the data where they lie now: where `config` says so, else where they were found last."""
+        config, path = config or self.config, self.path / "data.json"
+        if config.data != self.config.data or not path.is_file():
+            return config
+        with _damage(path):
+            return dataclasses.replace(config, data=dict(json.loads(path.read_text(encoding="utf-8"))))
 
     @property
     def finished(self) -> bool:
@@ -319,8 +332,9 @@ class RunDir:
         """The file that holds the state after the last round."""
         return self.path / "checkpoint.pt"
 
-    def write_start(self, manifest: SavesItself) -> None:
-        """Write what is known before training. On a resumed run: check the split, and note the environment once more.
+    def write_start(self, manifest: SavesItself, data: configs.Section | None = None) -> None:
+        """Write what is known before training. On a resumed run: check the split, and note the environment once more, and that
+        the data came from the section `data` if that is not where they lay before.
 
         Raises RunDirError when a resumed run's data give another split than it began with.
         """
@@ -332,6 +346,8 @@ class RunDir:
                     f"{self.path}: the data give another split than the run began with. Were files changed? Start a new run"
                 )
             self._note_resume()
+            if data is not None and data != self.located().data:
+                self._write_json("data.json", data)
             return
         self._write("config.yaml", self._copy_plugins().to_yaml())
         with storage_errors(self.path / "manifest.json", self._advice):

@@ -18,7 +18,7 @@ from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec, require_finite
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, DataError
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import door
@@ -43,7 +43,8 @@ def run(
     """Run a config to its end, in a new run directory, or go on in one that was interrupted.
 
     output: run directory (default: `<runtime.output>/<name>-<identity>`); resume: run directory to go on in (its own config
-    is used when `config` is None); aggregator: a rule object in place of the config's; progress: is called with every event.
+    is used when `config` is None; one that differs in nothing but `data` says where the same data lie now); aggregator: a rule
+    object in place of the config's; progress: is called with every event.
     Raises the errors of `fedsim.core.errors`, those that can be known beforehand before any training.
     """
     start = time.perf_counter()
@@ -53,17 +54,22 @@ def run(
         config = RunDir.open(resume).config  # type: ignore[arg-type]
     if aggregator is not None:
         config = _with_rule_object(config, aggregator)
-    begun = None if resume is None else RunDir.open(resume, config)
-    if begun is not None and begun.finished:
-        return Results.load(begun.path)
+    begun = None if resume is None else RunDir.open(resume, config, moved=True)
     if begun is None:
         parts = prepare(config, aggregator)
         with RunDir.create(config, output).begun() as run_dir:
             return _run(parts, run_dir, progress, start)
+    moved = begun.located(config).data != begun.located().data
+    if begun.finished and not moved:
+        return Results.load(begun.path)
     with begun.held():  # before anything else: whoever goes on with it now may have ended it by the time
-        if begun.finished:
+        if begun.finished and not moved:
             return Results.load(begun.path)
-        return _run(prepare(config, aggregator), begun, progress, start)
+        parts = prepare_again(begun, config, aggregator)
+        if begun.finished:  # the same data, proven by the split: those who ask again will find them
+            begun.write_start(parts.manifest, parts.config.data)
+            return Results.load(begun.path)
+        return _run(parts, begun, progress, start)
 
 
 def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | None, start: float) -> Results:
@@ -73,7 +79,7 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         with torch_defaults(config.runtime.threads):
             state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
     state = state.noting(parts.notes)
-    run_dir.write_start(parts.manifest)
+    run_dir.write_start(parts.manifest, config.data)
     if progress is not None:
         progress(RunDirOpened(str(run_dir.path)))
         for note in parts.notes:
@@ -137,6 +143,14 @@ def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
     with torch_defaults(config.runtime.threads):  # the rules' arithmetic, too, has the same bits whatever the caller has set
         return _prepared(config, aggregator)
+
+
+def prepare_again(run_dir: RunDir, config: SimConfig | None = None, aggregator: Aggregator | None = None) -> Prepared:
+    """`prepare` of a run that was begun, with its data where they lie now."""
+    try:
+        return prepare(run_dir.located(config), aggregator)
+    except DataError as e:
+        raise DataError(f"{e} (have the data moved? fedsim run --resume {run_dir.path} data.path=NEW)") from e
 
 
 def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:

@@ -97,7 +97,7 @@ class FinishedRun:
         if configs.is_python_object(self.dir.config.server.aggregator):
             raise RunDirError(f"{self.dir.path} was merged by a rule that was a Python object, which nobody can build again")
         self.config: SimConfig = self.dir.config
-        self.parts: Prepared = simulation.prepare(self.config)
+        self.parts: Prepared = simulation.prepare_again(self.dir)
         self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
         calibrator = self.config.server.calibrator
         self.calibrator: Calibrator | None = None if calibrator is None else configs.build("calibrators", calibrator)

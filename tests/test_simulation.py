@@ -16,14 +16,14 @@ from clients.worker import Worker
 from fedsim import simulation
 from fedsim.cli.printing import console
 from fedsim.cli.run import show_results
-from fedsim.core.config import SimConfig
+from fedsim.core.config import SimConfig, load
 from fedsim.core.contracts import lift_of
-from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, RunDirError
+from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, DataError, RunDirError
 from fedsim.core.events import ClientDone, ClientSkipped, Note, RoundDone, RunDirOpened, RunStarted, TaskDone
 from fedsim.core.messages import Bundle, RoundPlan
 from fedsim.progress import ProgressDisplay
-from fedsim.results import Results
-from fedsim.simulation import prepare_data, run
+from fedsim.results import Results, RunDir
+from fedsim.simulation import prepare_again, prepare_data, run
 from server import checkpoint, gather, loop
 from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, stopping, tiny
@@ -205,6 +205,43 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     resumed = run(resume=stopped)
     assert same_bits(learned(final_state(whole.path, config)), learned(final_state(stopped, config)))
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+
+
+def test_a_run_whose_data_have_moved_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = np.repeat(np.arange(4), 6)
+    arrays = {f"{s}_{k}": v for s in ("train", "test") for k, v in
+              (("images", np.random.default_rng(0).integers(0, 256, (24, 8, 8)).astype(np.uint8)), ("labels", y))}  # fmt: skip
+    old, new, other, folder = tmp_path / "old.npz", tmp_path / "new.npz", tmp_path / "other.npz", tmp_path / "run"
+    np.savez(old, **arrays)
+    np.savez(other, **{**arrays, "train_labels": y[::-1]})
+    config = tiny(data={"source": "npz", "path": str(old)})
+    whole = run(config, output=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping(1))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=folder)
+    old.rename(new)
+
+    def moved(path: Path, *overrides: str) -> SimConfig:
+        return load(folder / "config.yaml", [f"data.path={path}", *overrides])
+
+    with pytest.raises(DataError, match=r"no .npz file at .*have the data moved\? fedsim run --resume .*run data.path=NEW\)$"):
+        run(resume=folder)
+    with pytest.raises(RunDirError, match="the data give another split than the run began with"):
+        run(moved(other), resume=folder)
+    with pytest.raises(RunDirError, match="another config"):
+        run(moved(new, "seed=1"), resume=folder)
+    assert not (folder / "data.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping(1))
+        with pytest.raises(KeyboardInterrupt):
+            run(moved(new), resume=folder)
+    resumed = run(resume=folder)  # it was told once
+    assert same_bits(learned(final_state(tmp_path / "whole", config)), learned(final_state(folder, config)))
+    np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+    newest = new.rename(tmp_path / "newest.npz")
+    run(moved(newest), resume=folder)
+    assert prepare_again(RunDir.open(folder)).manifest.hash == resumed.manifest_hash, "also of a run that is finished"
 
 
 def test_resume_refuses_another_config(tmp_path: Path) -> None:
