@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim.cli import main
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, Dataset
 from fedsim.core.errors import ConfigError, DataError, PluginError
@@ -305,3 +306,11 @@ def test_labels_and_domains_that_are_strings(tmp_path: Path, make_config: Make) 
     assert (dataset.domain_names, dataset.train.domains.tolist()) == (("land", "sea"), [1, 0, 1, 1])
     named = write(tmp_path / "n.npz", ["dog", "cat"], class_names=np.array(["dog", "cat", "ant"]))
     assert door.load(make_config({"source": "npz", "path": named}, {"tasks": 1}, IID)).train.labels.tolist() == [0, 1]
+
+
+def test_partition_says_what_is_said(same_data: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    code = main(["partition", str(quickstart), "data.source=npz", f"data.path={same_data['phantom']}", "stream.tasks=3",
+                 "stream.classes_per_task=null", "partition.clients=2"])  # fmt: skip
+    assert code == 0
+    assert "note: classes 'no', 'none', 'nobody', 'nowhere': no samples, left out of head and averages" in capsys.readouterr().out

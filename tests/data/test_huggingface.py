@@ -247,11 +247,11 @@ def test_samples_are_counted_per_class_and_domain(tmp_path: Path, make_config: C
         door.load(make_config(data, {"tasks": 2}, IID))
 
 
-def test_a_path_of_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_of_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., SimConfig]) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     frames(tmp_path, {"image": [png(RAMP)] * 2, "label": ["a", "b"]})
-    for files in ({"train": "~/train.parquet", "test": ["~/test.parquet"]},):
-        assert len(Source("parquet", data_files=files).load().train) == 2
+    files = {"train": "~/train.parquet", "test": ["~/test.parquet"]}
+    assert len(door.load(make_config({"source": "huggingface", "path": "parquet", "data_files": files}, {}, IID)).train) == 2
 
 
 # ---------------------------------------------------------------- a hub that cannot be reached

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from fedsim.core import config, plugins
 from fedsim.core.contracts import Dataset
 from fedsim.core.errors import ConfigError, DataError, PluginError
-from fedsim.data import tokenise
+from fedsim.data import door, streams, tokenise
 from fedsim.data.sources import _common, huggingface, npz, omniglot, synthetic, text
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e"]
@@ -259,9 +259,35 @@ def test_text_is_tokenised_and_padded_to_the_longest(tokenizer_folder: str, writ
     assert {a.dtype for a in dataset.train.inputs.values()} == {np.dtype(np.int64)}
 
 
-def test_text_is_cut_at_max_length(tokenizer_folder: str, write_json: Callable[[str, Any], str]) -> None:
+def test_text_is_cut_at_max_length_and_says_so(tokenizer_folder: str, write_json: Callable[[str, Any], str]) -> None:
     dataset = text.Source(write_json("t.json", TEXTS), max_length=5).load(tokenizer_folder)
     assert dataset.train.inputs["input_ids"][1].tolist() == [2, 6, 6, 6, 3]  # the closing token stays
+    assert dataset.notes == ("1 of 6 texts are longer than data.max_length, 5 tokens, and are cut there",)
+    exact = text.Source(write_json("t.json", TEXTS), max_length=6).load(tokenizer_folder)
+    assert exact.notes == (), "six tokens fit into six"
+    blank = {**TEXTS, "test": [[" ", "part"], ["a", "ask"]]}
+    assert text.Source(write_json("b.json", blank)).load(tokenizer_folder).notes == ("1 of 6 texts are blank",)
+
+
+def test_text_without_a_token(write_json: Callable[[str, Any], str], tokenizer_folder: str) -> None:
+    """Mean pooling over no token would be 0/0."""
+    path = Path(tokenizer_folder) / "tokenizer.json"
+    bare = {**json.loads(path.read_text()), "post_processor": None}
+    path.write_text(json.dumps(bare))
+    with pytest.raises(DataError, match=r"the tokenizer makes no token of the text '': leave it out of the data"):
+        text.Source(write_json("t.json", {**TEXTS, "test": [["", "part"], ["a", "ask"]]})).load(tokenizer_folder)
+
+
+def test_text_with_a_class_of_one_split(tokenizer_folder: str, write_json: Callable[[str, Any], str]) -> None:
+    """The rules of all sources hold for it: see `fedsim.data.door`."""
+    path = write_json("t.json", {"train": [["a", "x"], ["b", "y"]], "test": [["a", "x"], ["b", "z"]]})
+    dataset = text.Source(path).load(tokenizer_folder)
+    assert dataset.class_names == ("x", "y", "z")
+    with pytest.raises(DataError, match="class 'z' of the test samples: there are no training samples to learn from"):
+        streams.build(config.StreamConfig(tasks=1), dataset, 0)
+    blank = text.Source(write_json("b.json", {"train": [["a", "x"], ["b", "x "]], "test": [["a", "x"]]})).load(tokenizer_folder)
+    with pytest.raises(DataError, match="classes 'x', 'x ' differ in blanks only: make them one"):
+        door.checked(blank, "text")
 
 
 def test_text_in_two_lists_with_groups_and_fewer_samples(tokenizer_folder: str, write_json: Callable[[str, Any], str]) -> None:

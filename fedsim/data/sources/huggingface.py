@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -97,14 +96,13 @@ class Source(contracts.Source):
         )
 
     def _load_splits(self) -> list[Any]:
-        load_dataset, files, folder = _datasets().load_dataset, _expanded(self.data_files), _expanded(self.data_dir)
-        path = os.path.expanduser(self.path)
-        local = [Path(f) for f in _flat(files) if "://" not in f] or [p for p in (Path(folder or path),) if p.exists()]
+        load_dataset, where = _datasets().load_dataset, Path(self.data_dir or self.path)
+        local = [Path(f) for f in _flat(self.data_files) if "://" not in f] or [p for p in (where,) if p.exists()]
         with nullcontext("") if local else hub.reached() as unreachable:
             found = []
             for split in (self.train_split, self.test_split):
                 try:
-                    part = load_dataset(path, self.config, data_files=files, data_dir=folder, split=split)
+                    part = load_dataset(self.path, self.config, data_files=self.data_files, data_dir=self.data_dir, split=split)
                 except Exception as e:  # datasets, hub client, parsers and file systems each have their own
                     raise DataError(f"datasets cannot load split '{split}' of {self.path}: {_why(e, local, unreachable)}") from e
                 if not len(part):
@@ -188,15 +186,6 @@ def _datasets() -> Any:
         return importlib.import_module("datasets")  # an optional extra, and slow to import
     except ImportError as e:
         raise PluginError("data source 'huggingface' needs the package 'datasets': pip install 'fedsim[huggingface]'") from e
-
-
-def _expanded(value: Any) -> Any:
-    """Paths in whatever `data_files` holds, with ~ in its meaning."""
-    if isinstance(value, Mapping):
-        return {k: _expanded(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_expanded(v) for v in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _flat(value: Any) -> Iterator[str]:
