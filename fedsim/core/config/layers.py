@@ -48,7 +48,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"override '{item}' must look like key.sub=value, e.g. partition.alpha=0.1")
-        pairs.append((key.strip(), _anchored(text.value_of(value, key.strip()), Path.cwd())))
+        key = key.strip()
+        pairs.append((key, text.plain(_anchored(text.value_of(value, key), Path.cwd()), key)))
     return _together(pairs, "")
 
 

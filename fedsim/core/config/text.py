@@ -6,7 +6,6 @@ YAML 1.1 as OmegaConf reads it, but for what changes a value without a word: 1e-
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,11 +22,11 @@ WHOLE_NUMBERS = range(-(2**63), 2**63)  # what arrays and tensors hold
 DEEPEST = 50  # levels of lists and mappings
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Puts words in quotes that YAML 1.1 or our loader would take for something else."""
 
     yaml_implicit_resolvers: ClassVar = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
@@ -104,7 +103,7 @@ def _scalar(text: str) -> Any:
 
 def write(values: Mapping[str, Any]) -> str:
     """Plain values as YAML, in their order."""
-    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30)
     return text
 
 

@@ -1,7 +1,7 @@
 """Plain values become dataclasses: unknown keys, wrong types and numbers that are none are errors that name the key.
 
 A value is taken only if nothing of it is lost. A whole number may stand for a float or a word, and words that write a number
-out, as ${oc.env:...} gives them, for a number; 1.0 is no whole number, true neither a number nor a word.
+out, as ${oc.env:...} gives them, for a number; 1.0 is no whole number, true neither a number nor a word, 2**53 + 1 no float.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _int(value: Any) -> int | None:
 def _float(value: Any) -> float | None:
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value.replace(".inf", "inf").replace(".nan", "nan"))
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and (value != value or float(value) == value)
+    return float(value) if fits else None  # a whole number beyond 2**53 may be none
 
 
 def _str(value: Any) -> str | None:
