@@ -201,7 +201,9 @@ def _steps(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]
 
 
 def check(config: SimConfig) -> None:
-    """What can be known before any data is read: trackers' packages, optimizer and schedule, participation."""
+    """What can be known before any data is read: finite numbers, trackers' packages, optimizer and schedule, participation."""
+    for name in configs.SECTIONS:  # those that Python made by hand have not come by the door
+        require_finite(getattr(config, name), name)
     tracking.check(config)
     optim.check(config.client)
     sampling.num_sampled(config.partition["clients"], config.server.participation)

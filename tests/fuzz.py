@@ -1,9 +1,9 @@
 """Fuzzers of the config door and of `simulation.prepare`: python -m tests.fuzz --cases 100000
 
-A case of the door is a few keys (known, misspelt, dotted, twice) with values of every kind, right and wrong, given as a mapping from
-Python, as overrides or as a YAML file on top of a config that is right. The outcome must be
+A case of the door is a few keys (known, misspelt, dotted, twice) with values of every kind, right and wrong, given as a mapping
+from Python, as overrides or as a YAML file on top of a config that is right. The outcome must be
 
-- a config in which every given value is found again, the same in any order of the keys, that is the same when written and read; or
+- a config in which every given value is found again, the same in any order of the keys, and the same when written and read; or
 - one line of a FedsimError.
 
 A case of `prepare` is a config that passes the door, on tiny data and tiny random backbones: it is prepared, or one line says why
@@ -19,11 +19,11 @@ import dataclasses
 import datetime
 import json
 import math
-import random
 import re
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,28 +52,54 @@ FIELDS = {
 CHOICES = {  # words that are right somewhere
     "runtime.pool": ["serial", "ray", "flower"], "runtime.device": ["cpu", "auto"], "runtime.kernels": ["auto", "torch"],
     "runtime.precision": ["fp32", "bf16"], "runtime.fused": ["auto", True, False], "runtime.workers": ["auto", 1, 3],
-    "stream.name": ["class_incremental", "task_incremental", "domain_incremental"], "stream.order": ["given", "shuffle", [2, 0, 1]],
+    "stream.name": ["class_incremental", "task_incremental", "domain_incremental"], "stream.order": ["given",
+    "shuffle", [2, 0, 1]],
     "transform.augment": ["none", "flip", "crop", "crop_flip", "affine"], "transform.interpolation": ["bilinear", "nearest"],
-    "transform.mean": [None, [0.5], [0.5, 0.5, 0.5]], "transform.std": [None, [0.5], [0.0]], "model.pooling": ["cls", "mean", "auto"],
-    "client.optimizer": ["sgd", "adam", "AdamW", "lbfgs", "sparseadam", "rprop"], "client.optimizer_options": [{"betas": [0.9, 0.99]}],
+    "transform.mean": [None, [0.5], [0.5, 0.5, 0.5]], "transform.std": [None, [0.5], [0.0]], "model.pooling": ["cls",
+    "mean", "auto"],
+    "client.optimizer": ["sgd", "adam", "AdamW", "lbfgs", "sparseadam", "rprop"],
+    "client.optimizer_options": [{"betas": [0.9, 0.99]}],
     "client.schedule": [None, "cosineannealinglr", "linearlr"], "client.schedule_options": [{}, {"T_max": "steps"}],
     "client.objectives": [[], ["proximal"], [{"name": "proximal", "mu": 0.5}], ["square"]], "trackers": [[], ["tensorboard"]],
     "server.on_client_failure": ["fail", "skip"], "server.evaluate": ["round", "task"], "server.without": [[], [0], [1, 2]],
     "stream.group": [None, "domain"], "model.backbone": ["random", "omniglot-vit"], "model.config": [VIT, None],
 }  # fmt: skip
 ODD_TEXTS = [
-    "", " ", "a\nb", "a\u2028b", "a\x85b", "\x1b[1m", "\0", "${seed}", "${nothing}", "${", "${oc.env:HOME}", "${oc.env:NOT_THERE}", "???",
-    "~/x", "~", "./x", "../x", "../../x.py", "*", "a #b", "#", "1e-3", "007", "1_000", "12:30", "inf", "nan", ".inf", "-", "true", "null",
-    "no", "\ud800", "Ünïcode 🙂", "a: b", "[1", "{", "'", '"', "&a", "!!x", "@", "%", "<<", "=", "x" * 300, "python:a.B", "a..b", ".", "..",
+    "", " ", "a\nb", "a\u2028b", "a\x85b", "\x1b[1m", "\0", "${seed}", "${nothing}", "${", "${oc.env:HOME}",
+    "${oc.env:NOT_THERE}", "???",
+    "~/x", "~", "./x", "../x", "../../x.py", "*", "a #b", "#", "1e-3", "007", "1_000", "12:30", "inf", "nan", ".inf", "-",
+    "true", "null",
+    "no", "\ud800", "Ünïcode 🙂", "a: b", "[1", "{", "'", '"', "&a", "!!x", "@", "%", "<<", "=", "x" * 300, "python:a.B",
+    "a..b", ".", "..",
 ]  # fmt: skip
-ODD_NUMBERS = [math.inf, -math.inf, math.nan, 0, -1, 1, 2, 3, 0.5, 1.0, 1e-3, -0.0, 1e308, 5e-324, 2**53 + 1, 2**63, -(2**63), 10**400]
+ODD_NUMBERS = [
+    math.inf,
+    -math.inf,
+    math.nan,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    0.5,
+    1.0,
+    1e-3,
+    -0.0,
+    1e308,
+    5e-324,
+    2**53 + 1,
+    2**63,
+    -(2**63),
+    10**400,
+]
 PLAIN_TEXT = re.compile(r"[\w./~][\w./~ #=-]*")  # a value that an override may hold as it stands
 
 texts = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12))
 numbers = st.one_of(st.sampled_from(ODD_NUMBERS), st.integers(), st.floats())
 leaves: SearchStrategy[Any] = st.one_of(st.none(), st.booleans(), numbers, texts)
 foreign: SearchStrategy[Any] = st.sampled_from(
-    [b"x", datetime.date(2024, 1, 2), datetime.datetime(2024, 1, 2, 3), {1}, frozenset(), object(), 1j, np.float32(0.5), np.int64(3),
+    [b"x", datetime.date(2024, 1, 2), datetime.datetime(2024, 1, 2, 3), {1}, frozenset(), object(), 1j, np.float32(0.5),
+    np.int64(3),
      np.array([1.0]), Path("a/b"), range(3), {1: 2}, {None: 1}, {True: 1}, {0.5: 1}, (1, 2), type, SimConfig]
 )  # fmt: skip
 wild: SearchStrategy[Any] = st.recursive(
@@ -133,7 +159,9 @@ def keys_and_values(draw: DrawFn) -> tuple[str, Any]:
     if key in KINDS:
         section = draw(plugin_sections(KINDS[key]) if mostly(draw) else wild)
         if key == "server.aggregator" and not mostly(draw):
-            section = [{"match": draw(st.sampled_from(["head.*", "*", 3, None])), **section} if isinstance(section, dict) else section]
+            section = [
+                {"match": draw(st.sampled_from(["head.*", "*", 3, None])), **section} if isinstance(section, dict) else section
+            ]
         if isinstance(section, dict) and section and draw(st.booleans()):
             name = draw(st.sampled_from(sorted(section, key=str)))
             return f"{key}.{name}", section[name]
@@ -210,7 +238,7 @@ FORMS = {"mapping": as_mapping, "override": as_overrides, "yaml": as_yaml}
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What it gives, or the line that it says. Anything else that it raises, and any warning but the one of bf16, passes through."""
+    """What it gives, or the line that it says. All else that it raises, and any warning but the one of bf16, passes through."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=r"runtime\.precision is bf16")
@@ -243,8 +271,10 @@ def said_again(value: Any, found: Any, key: str, where: Path) -> bool:
             said_again({"name": v} if isinstance(v, str) else v, f, "", where) for v, f in zip(value, found, strict=True)
         )
     if isinstance(value, list | tuple):
-        return isinstance(found, list) and len(value) == len(found) and all(
-            said_again(v, f, f"{key}.{i}", where) for i, (v, f) in enumerate(zip(value, found, strict=True))
+        return (
+            isinstance(found, list)
+            and len(value) == len(found)
+            and all(said_again(v, f, f"{key}.{i}", where) for i, (v, f) in enumerate(zip(value, found, strict=True)))
         )
     if value is None and key in configs.SECTIONS:
         return True
@@ -253,12 +283,15 @@ def said_again(value: Any, found: Any, key: str, where: Path) -> bool:
             return True
         if value.startswith(("./", "../", "~/")) or key in KINDS:
             return isinstance(found, str) and found.endswith(Path(value).name)
-        return bool(value == found or value.strip() == found or _read(value) == found and type(_read(value)) is type(found))
+        return found in (value, value.strip()) or _same(_read(value), found)
     if isinstance(found, str):
         return type(value) is int and str(value) == found
-    if isinstance(value, bool) or isinstance(found, bool):
-        return value is found
-    return bool(value == found)
+    return _same(value, found)
+
+
+def _same(value: Any, found: Any) -> bool:
+    """1 is 1.0, and neither is true."""
+    return bool(value == found) and isinstance(value, bool) is isinstance(found, bool)
 
 
 def _read(text: str) -> Any:
@@ -276,7 +309,7 @@ def _read(text: str) -> Any:
 
 def at(found: Any, key: str) -> Any:
     """What lies under a dotted key; of a plug-in that is named by a word, the section."""
-    for part in key.split("."):
+    for part in key.strip().split("."):
         found = found[part]
     return found
 
@@ -303,3 +336,96 @@ def check(case: Case, where: Path) -> Outcome:
     assert isinstance(again, SimConfig) and again.to_dict() == plain, f"written and read it is another: {again}"
     assert again.identity() == found.identity()
     return found
+
+
+# ---------------------------------------------------------------- preparing
+
+
+BERT = {**VIT, "model_type": "bert", "vocab_size": 64, "max_position_embeddings": 16}
+FEW = {"source": "synthetic", "classes": 4, "train_per_class": 4, "test_per_class": 1}
+DATA: list[tuple[dict[str, Any], dict[str, Any]]] = [  # and a backbone that takes them, or not
+    (FEW, VIT), (FEW, VIT), ({**FEW, "domains": 2}, VIT), ({**FEW, "channels": 3, "image_size": 12}, {**VIT, "num_channels": 3}),
+    ({**FEW, "kind": "tokens"}, BERT), ({**FEW, "kind": "tokens"}, BERT), (FEW, BERT),
+]  # fmt: skip
+SUITS: dict[str, Any] = {
+    "stream.tasks": 2, "partition": {"name": "iid", "clients": 2, "min_samples": 1}, "adapter": {"name": "lora", "rank": 2},
+    "server.aggregator": {"name": "fedavg"}, "server.consolidator": {"name": "none"}, "server.calibrator": None,
+}  # fmt: skip
+OTHERS = {  # by chance in their place
+    "partition": [{"name": n, "clients": 3, "min_samples": 1} for n in ("dirichlet", "pathological", "quantity")],
+    **{key: [{"name": n} for n in sorted(PLUGINS[kind])] for key, kind in KINDS.items() if key not in ("data", "partition")},
+}
+SIZES = re.compile("draws|domains|classes|image_size|channels|length|vocab|_size|_layers|clients")  # bounded by the above
+
+
+@st.composite
+def small_runs(draw: DrawFn) -> dict[str, Any]:
+    """A layer on top of TINY that describes a run of a few samples: one that suits, or suits not."""
+    data, backbone = draw(st.sampled_from(DATA))
+    layer = {**SUITS, "data": data, "model": {"backbone": "random", "config": backbone}}
+    for key in draw(st.lists(st.sampled_from(sorted(OTHERS)), max_size=2, unique=True)):
+        layer[key] = draw(st.sampled_from(OTHERS[key]))
+    for key in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True)):
+        if key.split(".")[0] in ("client", "stream", "transform", "server") and key not in KINDS:
+            layer[key] = draw(values_of(FIELDS[key], key))
+    for key in draw(st.lists(st.sampled_from(sorted(KINDS)), max_size=2, unique=True)):
+        section = layer[key]
+        if isinstance(section, dict):
+            cls = PLUGINS[KINDS[key]][section["source" if key == "data" else "name"]]
+            options = [f for f in dataclasses.fields(cls) if f.init and not SIZES.search(f.name)]
+            for f in draw(st.lists(st.sampled_from(options), max_size=2, unique_by=lambda f: f.name)) if options else []:
+                layer[key] = layer[key] | {f.name: draw(values_of(f))}
+    return layer
+
+
+def check_prepare(layer: Mapping[str, Any]) -> Any:
+    """Prepare a run. The line that refuses it, or what is prepared."""
+    config = outcome(lambda: configs.compose([TINY, layer]))
+    return config if isinstance(config, str) else outcome(lambda: prepare(config))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def play(what: str, cases_: int, first_seed: int, batch: int = 2000) -> bool:
+    """Play so many cases, a batch for each seed; print what came of them. Whether all went well."""
+    counts: collections.Counter[str] = collections.Counter()
+    lines: collections.Counter[str] = collections.Counter()
+    well, start = True, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def one(case: Any) -> None:
+            found = check(case, Path(folder)) if what == "door" else check_prepare(case)
+            counts["not said" if found == "not said" else "refused in one line" if isinstance(found, str) else "taken"] += 1
+            if isinstance(found, str):
+                lines[re.sub(r"'.*?'|\d+", "…", found)[:60]] += 1
+
+        for number in range(0, cases_, batch):
+            drawn = given(cases() if what == "door" else small_runs())(one)
+            bounded = settings(
+                max_examples=min(batch, cases_ - number), deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            )(drawn)  # fmt: skip
+            try:
+                seed(first_seed + number)(bounded)()
+            except Exception:
+                well = False
+                traceback.print_exc()
+            said = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+            seconds = f"{time.perf_counter() - start:.0f} s"
+            sys.stdout.write(f"{what}: {sum(counts.values())} cases: {said}; {len(lines)} lines, {seconds}\n")
+            sys.stdout.flush()
+    return well
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000, help="of the door")
+    parser.add_argument("--prepare", type=int, default=2_000, help="of simulation.prepare")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    return 0 if all([play("door", args.cases, args.seed), play("prepare", args.prepare, args.seed)]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ import pytest
 
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
-from fedsim.core.config import ClientConfig, SimConfig, load
+from fedsim.core.config import ClientConfig, load
 from fedsim.core.errors import ConfigError, FedsimError, PluginError, require_choice
 from fedsim.simulation import prepare, run
 from fedsim.sweep.plan import expand
@@ -202,7 +202,7 @@ def test_objects_from_python_are_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"aggregator.ridge must be a finite number, got inf"):
         run(tiny(), aggregator=Lorm(ridge=math.inf))
     with pytest.raises(ConfigError, match=r"client.lr must be a finite number, got inf"):
-        SimConfig(client=ClientConfig(lr=math.inf))
+        prepare(dataclasses.replace(tiny(), client=ClientConfig(lr=math.inf)))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_words_of_yaml_stay_what_they_are(tmp_path: Path) -> None:
     [
         "../x", "./x", "..", ".", "a..b", "", " ", "/", "x/y", "é!", "a\nb", "_common", "_grouped", "os", "os.path", "x\u2028",
         "~", "a" * 5000, "fedavg.", ".fedavg", "x.py", "/tmp", "/tmp/.py", "a" * 300 + ".py", "1", "-", "nothing.at.all",
-        "python:x",
+        "python:x", "~nobody/x.py",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["aggregators", "sources", "adapters"])

@@ -101,7 +101,7 @@ def fingerprint(name: str) -> str:
 def _module(kind: str, name: str) -> ModuleType:
     package = KINDS[kind].package
     if is_path(name):
-        return _module_from_file(Path(name).expanduser().resolve())
+        return _module_from_file(Path(name).resolve())
     dotted = name if "." in name else f"{package}.{name}"
     if not all(part.isidentifier() for part in dotted.split(".")):
         hint = did_you_mean(name, names(kind))
@@ -121,8 +121,8 @@ def _module(kind: str, name: str) -> ModuleType:
 def _module_from_file(path: Path) -> ModuleType:
     try:
         source = path.read_bytes()
-    except OSError as e:
-        what = "no file" if isinstance(e, FileNotFoundError) else f"{e.strerror}:"
+    except (OSError, ValueError) as e:  # ValueError: a null character
+        what = "no file" if isinstance(e, FileNotFoundError) else f"{one_line(e)}:"
         raise PluginError(f"{what} {path}: a plug-in named by path is looked for beside the YAML that names it") from e
     # the source is part of the name: a file that was edited is another module, in a long session too
     name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:8]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -147,7 +148,7 @@ def make(config: SimConfig, dataset: Dataset) -> Manifest:
 def load(path: str | Path) -> Manifest:
     """Read what `save` wrote. Raises DataError for a file that is missing, damaged, or changed since."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"the manifest {path} cannot be read: {e}") from e
     try:

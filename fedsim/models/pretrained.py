@@ -6,6 +6,7 @@ Whatever does not fit exactly is refused: a layer that silently stays random rui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from logging import CRITICAL
@@ -68,7 +69,7 @@ def _source(name: str) -> str:
     """The folder or hub id that a name stands for."""
     if name == "omniglot-vit":
         return str(OMNIGLOT_VIT)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
         raise ModelError(f"no folder {name}: model.backbone must be a folder with config.json and model.safetensors, or a hub id")
     return str(folder) if folder.is_dir() else name
@@ -92,7 +93,7 @@ def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]
         if config.backbone == "random":
             return _random(config), {}
         if config.backbone.endswith(".safetensors"):
-            encoder: Any = timm_names.load(Path(config.backbone).expanduser())
+            encoder: Any = timm_names.load(Path(os.path.expanduser(config.backbone)))
             return encoder, IMAGENET if encoder.config.num_channels == 3 else {}
         name = _source(config.backbone)
         with nullcontext("") if Path(name).is_dir() else hub.reached() as unreachable:

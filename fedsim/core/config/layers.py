@@ -16,7 +16,7 @@ from fedsim.core.errors import ConfigError
 
 def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The files that a YAML extends, outermost base first, then the file itself."""
-    path = Path(path).expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     if path in seen:
         raise ConfigError(f"extends goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not path.is_file():

@@ -12,7 +12,6 @@ from typing import Any
 
 from fedsim.core import plugins
 from fedsim.core.config import text
-from fedsim.core.contracts import require_finite
 from fedsim.core.errors import ConfigError, require_choice
 
 Section = Mapping[str, Any]  # {"name": plug-in, **options}
@@ -237,8 +236,6 @@ class SimConfig:
     trackers: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in SECTIONS:  # those that are built by hand in Python have not come by `typed`
-            require_finite(getattr(self, name), name)
         _require(self.seed >= 0, "seed", "must not be negative", self.seed)
         if self.stream.online and self.server.unlearning:
             raise ConfigError("server.unlearning and stream.online exclude each other: clients train once more by themselves")

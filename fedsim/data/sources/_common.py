@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ def at_least_one(**values: int | None) -> None:
 
 def existing(path: str, what: str) -> Path:
     """The path of a file. Raises DataError when it is not there."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if not found.is_file():
         raise DataError(f"no {what} at {found}: is the path right? (./ in a YAML is the YAML's own folder)")
     return found
