@@ -137,7 +137,8 @@ class Bundle:
         self.steps = [num_steps(shard, config.client) for shard in shards]
         self.params = {n: t.to(model.device) for n, t in jobs[0].params.items()}
         self.trained = matching(self.params, jobs[0].plan.train)
-        self.flat = Flat({n: self.params[n] for n in self.trained}, len(jobs))
+        by_group = sorted(self.trained, key=lambda n: optim.group_of(config.client, n))
+        self.flat = Flat({n: self.params[n] for n in by_group}, len(jobs))
 
     def train(self) -> list[ClientUpdate | ClientFailed]:
         """Every client's update, in their order. A client with numbers that are not finite fails alone."""
@@ -219,7 +220,8 @@ class Bundle:
             with local.stage("training"):
                 loss = local.last_epoch(losses_S[: self.steps[k]], self.config.client.epochs)
             with local.stage("update"):
-                update = {n: t.clone() for n, t in self.flat.of(k, updates_KP).items()}  # a view would travel with all the rest
+                own = self.flat.of(k, updates_KP)
+                update = {n: own[n].clone() for n in self.trained}  # a view would travel with all the rest
                 require_finite(update, "trained tensor")
             with local.stage("statistics"):
                 own = self.params | self.flat.of(k, self.flat.values_KP)
@@ -243,6 +245,13 @@ class Flat:
         """Client k's row of a matrix as tensors, which share its memory."""
         parts = torch.split(matrix_KP[k], [s.numel() for s in self.shapes.values()])
         return {n: part.view(shape) for part, (n, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+    def columns(self, matrix: Tensor, heads: Sequence[str]) -> list[Tensor]:
+        """A matrix cut before the tensors of these names, the first of them its own first."""
+        names = list(self.shapes)
+        ends = [names.index(n) for n in heads[1:]] + [len(names)]
+        sizes = [sum(self.shapes[n].numel() for n in names[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        return list(torch.split(matrix, sizes, dim=1))
 
     def leaves(self, active: int) -> dict[str, Tensor]:
         """The first clients' tensors, (a, …), for the model: they want gradients, and see what optimizers do to the matrix."""
@@ -276,11 +285,14 @@ def optimizers_of(client: ClientConfig, flat: Flat, steps: Sequence[int]) -> lis
 class Cohort:
     """One optimizer and its schedule, over the rows first … last − 1 of a matrix of parameters.
 
-    whole: over the single row's tensors, in place of the rows as one tensor.
+    whole: over the single row's tensors, in place of the rows as one tensor for each group of parameters, whose tensors lie side
+    by side.
     """
 
     def __init__(self, client: ClientConfig, flat: Flat, first: int, last: int, steps: int, whole: bool = False) -> None:
         self.flat, self.first, self.last, self.whole = flat, first, last, whole
+        groups = {n: optim.group_of(client, n) for n in flat.shapes}
+        self.heads = [n for i, n in enumerate(groups) if i == 0 or groups[n] != list(groups.values())[i - 1]]
         self.parameters = self._parts(flat.values_KP)
         self.optimizer, self.schedule = optim.build(client, self.parameters, steps)
 
@@ -290,21 +302,26 @@ class Cohort:
             return
         if len(gradient_aP) < self.last:
             self._shrink(len(gradient_aP))
-        for parameter, gradient in zip(self.parameters, self._parts(gradient_aP), strict=True):
-            parameter.grad = gradient
+        for name, gradient in self._parts(gradient_aP).items():
+            self.parameters[name].grad = gradient
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
 
-    def _parts(self, matrix: Tensor) -> list[Tensor]:
-        return list(self.flat.of(self.first, matrix).values()) if self.whole else [matrix[self.first : self.last]]
+    def _parts(self, matrix: Tensor) -> dict[str, Tensor]:
+        """What the optimizer sees of a matrix, by the name of the first tensor in it."""
+        if self.whole:
+            return self.flat.of(self.first, matrix)
+        return dict(zip(self.heads, self.flat.columns(matrix[self.first : self.last], self.heads), strict=True))
 
     def _shrink(self, last: int) -> None:
         """Go on with the first rows: those of the state, where it has rows."""
-        self.last, old, new = last, self.parameters[0], self.flat.values_KP[self.first : last]
-        state = self.optimizer.state.pop(old, {})
-        self.optimizer.state[new] = {
-            key: value[: len(new)] if isinstance(value, Tensor) and value.shape == old.shape else value
-            for key, value in state.items()
-        }
-        self.optimizer.param_groups[0]["params"] = self.parameters = [new]
+        self.last, before = last, self.parameters
+        self.parameters = self._parts(self.flat.values_KP)
+        for group, (name, new) in zip(self.optimizer.param_groups, self.parameters.items(), strict=True):
+            old = before[name]
+            self.optimizer.state[new] = {
+                key: value[: len(new)] if isinstance(value, Tensor) and value.shape == old.shape else value
+                for key, value in self.optimizer.state.pop(old, {}).items()
+            }
+            group["params"] = [new]

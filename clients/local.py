@@ -101,7 +101,7 @@ def fit(
     order = rng.stream(seed, "batches", *address)
     augment = rng.torch_stream(seed, "augment", *address, device=model.device)
     dropout = rng.torch_stream(seed, "dropout", *address, device=model.device)
-    parameters = [local[n] for n in trained]
+    parameters = {n: local[n] for n in trained}
     steps = client.epochs * math.ceil(len(shard) / client.batch_size)
     optimizer, schedule = optim.build(client, parameters, steps, fused=config.runtime.kernels == "onednn")
     start = {n: job.params[n].to(model.device) for n in trained} if objectives else {}
@@ -125,7 +125,7 @@ def fit(
                 for follower in followers:
                     follower.before_step()
                 if client.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, client.clip_norm)
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), client.clip_norm)
                 optimizer.step()
                 for follower in followers:
                     follower.after_step()

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from clients import optim
 from clients.pools.serial import Pool
-from fedsim.core.config import ClientConfig, build_aggregator
+from fedsim.core.config import ClientConfig, ParameterGroup, build_aggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors, bytes_up
 from fedsim.core.tensors import stack_modules
 from fedsim.models import model as models
-from fedsim.simulation import first_state, prepare_data, run
+from fedsim.simulation import first_state, prepare, prepare_data, run
 from server import sampling
 from server.consolidators.mean import Consolidator as Mean
 from server.ledger import charged, mean_loss
@@ -177,7 +177,7 @@ def test_sampling_of_nobody() -> None:
 @pytest.mark.parametrize("name", ["adamw", "SGD", "Adagrad", "RMSprop"])
 def test_any_torch_optimizer(name: str) -> None:
     parameter = torch.ones(3, requires_grad=True)
-    optimizer, schedule = optim.build(ClientConfig(optimizer=name, lr=0.1), [parameter], 4)
+    optimizer, schedule = optim.build(ClientConfig(optimizer=name, lr=0.1), {"p": parameter}, 4)
     (parameter.sum()).backward()
     optimizer.step()
     assert type(optimizer).__name__.lower() == name.lower()
@@ -193,7 +193,7 @@ def test_a_schedule_over_the_steps_of_the_round() -> None:
         schedule="CosineAnnealingLR",
         schedule_options={"T_max": "steps"},
     )
-    optimizer, schedule = optim.build(client, [torch.ones(1, requires_grad=True)], 8)
+    optimizer, schedule = optim.build(client, {"p": torch.ones(1, requires_grad=True)}, 8)
     assert schedule is not None
     rates = []
     for _ in range(8):
@@ -204,10 +204,92 @@ def test_a_schedule_over_the_steps_of_the_round() -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
 
 
+def rates_of(client: ClientConfig, names: Sequence[str], steps: int = 4) -> dict[str, list[float]]:
+    """How far one step after the other moves each tensor at a gradient of 1: SGD's learning rates."""
+    tensors = {n: torch.zeros(1, dtype=torch.float64, requires_grad=True) for n in names}
+    optimizer, schedule = optim.build(client, tensors, steps)
+    found: dict[str, list[float]] = {n: [] for n in names}
+    for _ in range(steps):
+        before = {n: float(t.detach()) for n, t in tensors.items()}
+        for tensor in tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        for name, tensor in tensors.items():
+            found[name].append(before[name] - float(tensor.detach()))
+    return found
+
+
+NAMES = ("adapter.x.lora_A", "adapter.x.lora_B", "head.weight", "head.bias")
+
+
+def test_every_group_has_its_own_rate_and_a_schedule_multiplies_it() -> None:
+    groups = [ParameterGroup("head.weight", lr=3.0), ParameterGroup("head.*", lr=2.0), ParameterGroup("*_B", weight_decay=0.5)]
+    client = ClientConfig(optimizer="sgd", lr=1.0, groups=groups)
+    assert {n: r[0] for n, r in rates_of(client, NAMES).items()} == dict(zip(NAMES, (1.0, 1.0, 3.0, 2.0), strict=True))
+    client = replace(client, schedule="StepLR", schedule_options={"step_size": 1, "gamma": 0.5})
+    rates = rates_of(client, NAMES[::2])
+    assert rates["adapter.x.lora_A"] == [1.0, 0.5, 0.25, 0.125]
+    assert rates["head.weight"] == [3.0, 1.5, 0.75, 0.375]
+
+
+def test_a_group_has_its_own_weight_decay() -> None:
+    client = ClientConfig(optimizer="sgd", lr=0.1, weight_decay=0.5, groups=[ParameterGroup("head.*", weight_decay=0.0)])
+    tensors = {n: torch.ones(1, dtype=torch.float64, requires_grad=True) for n in NAMES}
+    optimizer, _ = optim.build(client, tensors, 1)
+    for tensor in tensors.values():
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    assert [float(t.detach()) for t in tensors.values()] == pytest.approx([0.95, 0.95, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ['client.groups=[{match: "haed.*", lr: 1}]'],
+            r"^client\.groups\.0\.match 'haed\.\*' decides for no tensor that is trained: it matches none; .*'head\.bias'$",
+        ),
+        (
+            ['client.groups=[{match: "*", lr: 1}, {match: "head.*", lr: 2}]'],
+            r"^client\.groups\.1\.match 'head\.\*' decides for no tensor that is trained: earlier groups take",
+        ),
+        (
+            ["server.aggregator={name: lorm, train: B}", 'client.groups=[{match: "*_A", lr: 1}]'],
+            r"groups\.0\.match '\*_A' decides for",
+        ),
+        (['client.groups=[{match: "head.*", lr: 0}]'], r"^client\.groups\.0\.lr must be positive \(what is not to be trained"),
+        (['client.groups=[{match: "head.*"}]'], r"^client\.groups\.0\.lr or weight_decay must be given"),
+        (["client.groups=[{lr: 0.1}]"], r"^client\.groups\.0\.match must be given"),
+        (
+            ["client.optimizer=rprop", 'client.groups=[{match: "head.*", weight_decay: 0.1}]'],
+            r"^client\.groups\.0\.weight_decay is no option of Rprop",
+        ),
+        (
+            [
+                "client.schedule=onecyclelr",
+                "client.schedule_options={max_lr: 1, total_steps: 50}",
+                'client.groups=[{match: "head.*", lr: 0.1}]',
+            ],
+            r"^client\.schedule onecyclelr sets every learning rate itself",
+        ),
+    ],
+)
+def test_groups_that_decide_nothing_are_refused_before_training(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as told:
+        prepare(tiny(*overrides))
+    assert "\n" not in str(told.value)
+
+
+def test_rounds_take_turns_and_a_group_of_any_of_them_is_fine() -> None:
+    prepare(tiny('client.groups=[{match: "*_A", lr: 0.1}, {match: "*_B", lr: 0.2}, {match: "head.*", lr: 0.3}]'))
+
+
 def test_weight_decay_is_off_unless_asked_for() -> None:
     """torch's AdamW would decay by 0.01, which moves head rows of old tasks."""
     still: Tensor = torch.ones(2, requires_grad=True)
-    optimizer, _ = optim.build(ClientConfig(), [still], 1)
+    optimizer, _ = optim.build(ClientConfig(), {"still": still}, 1)
     still.grad = torch.zeros(2)
     optimizer.step()
     assert torch.equal(still.detach(), torch.ones(2))

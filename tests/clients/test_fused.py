@@ -123,6 +123,8 @@ def require_trained(updates: Sequence[Any], jobs: Sequence[ClientJob]) -> None:
             assert all((t - jobs[0].params[n]).abs().max() > 1e-4 for n, t in update.params.items())
 
 
+GROUPS = 'client.groups=[{match: "head.*", lr: 0.02}, {match: "*.lora_B", lr: 0.004, weight_decay: 0.3}]'
+
 CASES: dict[str, Callable[[], Work]] = {
     "lora": lambda: work(),
     "lora, only A": lambda: work(plan=RoundPlan(train=("*.lora_A", "head.*"))),
@@ -148,6 +150,14 @@ CASES: dict[str, Callable[[], Work]] = {
         "client.schedule=cosineannealinglr", "client.schedule_options={T_max: steps}", "client.optimizer=adam"
     ),
     "a schedule for all": lambda: work("client.schedule=steplr", "client.schedule_options={step_size: 2}"),
+    "groups": lambda: work(GROUPS),
+    "groups and a schedule by steps": lambda: work(
+        GROUPS,
+        "client.weight_decay=0.1",
+        "client.schedule=cosineannealinglr",
+        "client.schedule_options={T_max: steps}",
+        "client.optimizer=adam",
+    ),
     "momentum and decay": lambda: work(
         "client.optimizer=sgd",
         "client.lr=0.1",
@@ -172,6 +182,13 @@ def test_together_is_as_one_by_one(case: str, double: bool) -> None:
 )
 def test_every_optimizer_goes_its_own_way_for_every_client(name: str) -> None:
     here = doubled(work(f"client.optimizer={name}", "client.clip_norm=1.0", "client.epochs=3"))
+    got = here.together()
+    require_same(got, here.one_by_one(), 1e-9)
+    assert got[0].metrics["together"] == 4
+
+
+def test_groups_of_an_optimizer_that_looks_at_whole_tensors() -> None:
+    here = doubled(work("client.optimizer=adafactor", GROUPS))
     got = here.together()
     require_same(got, here.one_by_one(), 1e-9)
     assert got[0].metrics["together"] == 4

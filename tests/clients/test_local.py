@@ -123,7 +123,7 @@ def test_fused_steps_are_the_same_steps(optimizer: str, options: dict[str, Any],
     found = []
     for wanted in (True, False):
         p = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
-        made, _ = optim.build(ClientConfig(optimizer=optimizer, optimizer_options=options), [p], steps=5, fused=wanted)
+        made, _ = optim.build(ClientConfig(optimizer=optimizer, optimizer_options=options), {"p": p}, steps=5, fused=wanted)
         if wanted:
             assert made.defaults.get("fused") == fused
         for i in range(5):

@@ -100,11 +100,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Trained tensors with options of their own: the first group whose glob matches a tensor's name decides for it.
+
+    match: a glob over names of tensors ("head.*", "*.lora_B"). lr, weight_decay: null: those of `client`. Schedules multiply
+    every group's own rate. A rate of 0 is refused: what is not trained would still be sent and merged.
+    """
+
+    match: str
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.match), "match", 'must be a glob such as "head.*"', self.match)
+        what = "must be positive (what is not to be trained is left out of adapter.targets)"
+        _require(self.lr is None or self.lr > 0, "lr", what, self.lr)
+        _require(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", "must not be negative", self.weight_decay)
+        if self.lr is None and self.weight_decay is None:
+            raise ConfigError(f"lr or weight_decay must be given, or the group of '{self.match}' is none")
+
+
+@dataclass(frozen=True)
 class ClientConfig:
     """Local training: cross-entropy on the task's classes, a new optimizer every round.
 
     optimizer: any class of torch.optim, in any case; schedule: any class of torch.optim.lr_scheduler, stepped per batch.
     In their options, the number of steps of this client's round may be written as the word "steps".
+    groups: tensors with a learning rate or weight decay of their own: a list of {match: "head.*", lr: ..., weight_decay: ...}.
     clip_norm: maximum gradient norm; objectives: extra loss terms.
     """
 
@@ -113,6 +135,7 @@ class ClientConfig:
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    groups: list[ParameterGroup] = field(default_factory=list)
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     schedule: str | None = None
     schedule_options: dict[str, Any] = field(default_factory=dict)
