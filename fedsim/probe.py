@@ -43,16 +43,16 @@ def require(config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, tr
 
     params: what a task starts with; trained: names of the tensors that clients train in any of its rounds.
     """
-    splits = (_few(spec.train, spec.shard_indices, FEW), _few(spec.test, spec.test_indices, FEW))
-    key = _key(config, spec, params, trained, splits)
+    training, tested = _few(spec.train, spec.shard_indices, FEW), _few(spec.test, spec.test_indices, 1)
+    key = _key(config, spec, params, trained, (training, tested))
     if key in _passed:
         return
-    probe = _Probe(config, model, params, trained)
+    probe, samples = _Probe(config, model, params, trained), Samples(spec.train, model.device)
     with torch.random.fork_rng(devices=[]):
-        probe.evaluation(Samples(spec.test, model.device).batch(splits[1])[0])
-        training = Samples(spec.train, model.device)
-        if probe.idle(training.batch(splits[0])[0]):
-            probe.require_effect(training.batch(_few(spec.train, spec.shard_indices, MANY))[0])
+        if len(tested):
+            probe.evaluation(Samples(spec.test, model.device).batch(tested)[0])
+        if probe.idle(samples.batch(training)[0]):
+            probe.require_effect(samples.batch(_few(spec.train, spec.shard_indices, MANY))[0])
     _passed.add(key)
 
 
