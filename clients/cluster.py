@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ def start(address: str | None, cores: int, otherwise: str = OTHERWISE) -> None:
 def resources() -> dict[str, float]:
     """What the cluster has: {"CPU": 2.0, "GPU": ..., ...}."""
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def free() -> dict[str, float]:
+    """What of it nobody has reserved now."""
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def room(needs: Mapping[str, float], *places: Mapping[str, float]) -> int:
+    """How many that need this (each all of it in one place) these places have room for; some of the needs are above 0."""
+    fits = [min(there.get(name, 0.0) / amount for name, amount in needs.items() if amount) for there in places]
+    return sum(int(times + 1e-9) for times in fits)
 
 
 def machines() -> list[dict[str, float]]:

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from clients.pools import ray as ray_pool
 from fedsim.core.errors import PoolError
+from fedsim.core.events import Event, RoundDone
 from fedsim.simulation import run
 from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, tiny
@@ -80,12 +82,12 @@ def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(tmp_path: Path
         yield from real(self, jobs)
 
     serial = tiny("server.rounds=3", output=tmp_path / "serial")
-    ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray")
+    on_ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray")
     a = run(serial)
     monkeypatch.setattr(ray_pool.Pool, "train", train)
-    b = run(ray)
+    b = run(on_ray)
     assert killed
-    assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, ray)))
+    assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, on_ray)))
     np.testing.assert_array_equal(a.accuracy, b.accuracy)
 
 
@@ -140,3 +142,47 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
     serial = run(tiny(output=tmp_path / "serial"))
     for output in runs:
         assert (tmp_path / output / "rounds.csv").read_text() == (serial.path / "rounds.csv").read_text()  # type: ignore[operator]
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two machines of one core, the second of which can be killed."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    second = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield lambda: cluster.remove_node(second, allow_graceful=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_more_workers_than_places_and_a_machine_that_dies(
+    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "START_S", 2.0)
+    monkeypatch.setattr(ray_pool, "PATIENCE", 60)  # where there is place, a process may be slow to start
+    asked = r"no place for \d of 3 workers in 2 s: each asks for CPU 1, and Ray has CPU 2 \(0 free\): lower runtime.workers"
+    with pytest.raises(PoolError, match=asked):
+        run(tiny("runtime.pool=ray", "runtime.workers=3", output=tmp_path))
+
+    rounds: list[RoundDone] = []
+
+    def kill(event: Event) -> None:
+        if isinstance(event, RoundDone):
+            rounds.append(event)
+            if len(rounds) == 2:
+                two_nodes()
+
+    config = tiny("runtime.pool=ray", "runtime.workers=2", "server.rounds=3", output=tmp_path)
+    ended = run(config, progress=kill)  # the replacement finds no place, and gets no work
+    assert len(rounds) == 6
+    with pytest.raises(
+        PoolError, match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU 1 \(0 free\)"
+    ):
+        run(config)
+    serial = run(tiny("server.rounds=3", output=tmp_path / "serial"))
+    assert same_bits(learned(final_state(ended.path, config)), learned(final_state(serial.path, serial.config)))  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ from typing import Any, ClassVar
 import torch
 
 import fedsim
+from clients.pools import _workers
 from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
@@ -605,7 +606,7 @@ def _num_workers(spec: contracts.WorkSpec) -> int:
     gpus = _num_gpus(spec)
     if gpus:
         return max(1, min(spec.num_clients, int(gpus / runtime.gpus_per_worker) if runtime.gpus_per_worker else gpus))
-    return max(1, min(spec.num_clients, (os.cpu_count() or 1) // runtime.threads))
+    return max(1, min(spec.num_clients, _workers.by_memory(spec), (os.cpu_count() or 1) // runtime.threads))
 
 
 def _num_nodes(spec: contracts.WorkSpec) -> int:

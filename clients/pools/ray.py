@@ -20,13 +20,20 @@ import torch
 
 from clients import cluster
 from clients.cluster import last_line
-from clients.pools import _bundles
+from clients.pools import _bundles, _workers
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
 
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
-START_S = 60.0  # that the workers are waited for; those that are later get their first message all the same
+START_S = 60.0  # that Ray is given to find a place for a worker, and that loading is waited for before the first round
+PATIENCE = 10  # times as long, where there is room for all: then it is the processes that are slow to start
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,  # the result was on a machine that died
+)
 INLINE = 1 << 16  # bytes up to which a broadcast travels in messages: the object store has a price per object
 NO_PLAN = RoundPlan()
 _numbers = itertools.count(1)
@@ -34,14 +41,17 @@ _numbers = itertools.count(1)
 
 class Pool(contracts.Pool):
     """Bundles of clients over the workers, in the order of the jobs (longest first). A worker that dies is replaced, and its
-    clients run again with the same result; after `runtime.max_restarts` deaths over one bundle it is a PoolError."""
+    clients run again with the same result; after `runtime.max_restarts` deaths over one bundle it is a PoolError. A replacement
+    for which there is no place any more, since its machine died too, gets no work: the others go on."""
 
     worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
     def __init__(self, spec: contracts.WorkSpec) -> None:
         runtime = spec.config.runtime
-        self._owns_ray, self._actors = not ray.is_initialized(), list[Any]()
+        self._owns_ray, self._slots = not ray.is_initialized(), list[_Slot]()
         if self._owns_ray:
+            if runtime.address is None and runtime.workers != "auto":
+                _workers.require_room(spec, runtime.workers)
             cluster.start(runtime.address, 0 if runtime.workers == "auto" else runtime.workers * runtime.threads)
         try:
             self._start(spec)
@@ -53,14 +63,38 @@ class Pool(contracts.Pool):
         """Start the workers and wait until they have loaded, side by side."""
         runtime = spec.config.runtime
         self._size = _num_workers(spec)
-        self._max_restarts = runtime.max_restarts
+        self._max_restarts, self._starts_failed = runtime.max_restarts, 0
         self._spec = spec
         self._spec_ref = ray.put(spec)
-        self._options = {"num_cpus": runtime.threads, "num_gpus": _gpus_per_worker(spec, self._size), "max_concurrency": 1}
+        self._needs = {"CPU": float(runtime.threads), "GPU": _gpus_per_worker(spec, self._size)}
         self._actor_class = ray.remote(_worker_class())
-        self._actors = [self._new_actor() for _ in range(self._size)]
-        self._told = [0] * self._size  # the broadcast that each worker was sent last
-        ray.wait([actor.pid.remote() for actor in self._actors], num_returns=self._size, timeout=START_S)
+        room = min(cluster.room(self._needs, *cluster.machines()), cluster.room(self._needs, cluster.free()))
+        self._slots = [self._new_slot() for _ in range(self._size)]
+        self._wait_for_places(START_S if room < self._size else START_S * PATIENCE)
+        ray.wait([slot.loaded for slot in self._slots], num_returns=len(self._slots), timeout=START_S)
+
+    def _wait_for_places(self, seconds: float) -> None:
+        """Until Ray has placed every worker. Raises PoolError when it cannot; as many as there is place for are enough where
+        their number is "auto"."""
+        placed, missing = ray.wait([slot.placed for slot in self._slots], num_returns=self._size, timeout=seconds)
+        if missing and not (placed and self._spec.config.runtime.workers == "auto"):
+            raise PoolError(self._no_place(len(missing), seconds))
+        for slot in list(self._slots):
+            slot.is_placed = slot.placed in placed
+            if not slot.is_placed:
+                ray.kill(slot.actor)
+                self._slots.remove(slot)
+
+    def _no_place(self, missing: int, seconds: float) -> str:
+        """One line that says what was asked for, and what there is."""
+        needs = {name: amount for name, amount in self._needs.items() if amount}
+        total, free = cluster.resources(), cluster.free()
+        there = ", ".join(f"{name} {total.get(name, 0):g} ({free.get(name, 0):g} free)" for name in needs)
+        return (
+            f"Ray has had no place for {missing} of {len(self._slots)} workers in {seconds:.0f} s: each asks for "
+            f"{', '.join(f'{name} {amount:g}' for name, amount in needs.items())}, and Ray has {there}: "
+            "lower runtime.workers or runtime.threads, or end what else runs there"
+        )
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         shared = _Broadcasts()
@@ -78,61 +112,102 @@ class Pool(contracts.Pool):
         yield from self._run("evaluate", messages, lambda i: f"evaluation of task {jobs[i].task}")
 
     def close(self) -> None:
-        for actor in self._actors:
+        for slot in self._slots:
             with contextlib.suppress(Exception):  # it may be dead already
-                ray.kill(actor)
-        self._actors = []
+                ray.kill(slot.actor)
+        self._slots = []
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
         self._owns_ray = False
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers (for tests that kill one)."""
-        return [ray.get(actor.pid.remote()) for actor in self._actors]
+        return [ray.get(slot.actor.pid.remote()) for slot in self._slots]
 
-    def _new_actor(self) -> Any:
-        return self._actor_class.options(**self._options).remote(
-            cluster.ROOT, cluster.ours_first(), self.worker, [self._spec_ref]
-        )
+    def _new_slot(self) -> _Slot:
+        options = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"], "max_concurrency": 1}
+        actor = self._actor_class.options(**options).remote(cluster.ROOT, cluster.ours_first(), self.worker, [self._spec_ref])
+        return _Slot(actor, actor.pid.remote(), actor.load.remote())
 
     def _run(self, method: str, messages: Sequence[Any], describe: Callable[[int], str]) -> Iterator[Any]:
         """Hand out messages in order, `IN_FLIGHT` to a worker, and yield what comes back as it comes."""
         waiting = deque(range(len(messages)))
         deaths = [0] * len(messages)
         running: dict[Any, _Running] = {}
-        load = [0] * len(self._actors)
         while waiting or running:
-            while waiting and min(load) < IN_FLIGHT:
-                slot = load.index(min(load))
+            while waiting and (free := self._free_slot()):
                 number = waiting.popleft()
                 shared, *rest = messages[number]
-                content = None if self._told[slot] == shared.number else shared.content  # once per worker and round
-                self._told[slot] = shared.number
-                ref = getattr(self._actors[slot], method).remote(shared.number, content, *rest)
-                running[ref] = _Running(number, slot, self._actors[slot])
-                load[slot] += 1
-            finished, _ = ray.wait(list(running), num_returns=1)
-            for ref in finished:
+                content = None if free.told == shared.number else shared.content  # once per worker and round
+                free.told = shared.number
+                ref = getattr(free.actor, method).remote(shared.number, content, *rest)
+                running[ref] = _Running(number, free)
+                free.load += 1
+            for ref in self._next(list(running)):
                 task = running.pop(ref)
-                load[task.slot] -= 1
+                task.slot.load -= 1
                 try:
                     yield ray.get(ref)
-                except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as e:
+                except LOST as e:
                     deaths[task.number] += 1
                     if deaths[task.number] > self._max_restarts:
                         raise PoolError(_death(describe(task.number), deaths[task.number], e)) from e
-                    if self._actors[task.slot] is task.actor:  # the first of its messages to notice replaces it
-                        self._actors[task.slot], self._told[task.slot] = self._new_actor(), 0
+                    self._replace(task.slot)
                     waiting.appendleft(task.number)
                 except ray.exceptions.RayTaskError as e:
                     raise PoolError(f"a Ray worker failed on {describe(task.number)}: {last_line(e)}") from e
+
+    def _free_slot(self) -> _Slot | None:
+        """The placed worker that has least to do, if it takes one more message."""
+        slot = min((slot for slot in self._slots if slot.is_placed), key=lambda slot: slot.load, default=None)
+        return slot if slot and slot.load < IN_FLIGHT else None
+
+    def _next(self, running: list[Any]) -> list[Any]:
+        """What has come back, waiting for it; or nothing, when a worker was placed that was not before.
+
+        Raises PoolError when nobody works, and nobody is placed in a bounded time.
+        """
+        coming = {slot.placed: slot for slot in self._slots if not slot.is_placed}
+        seconds = None if running else START_S * (PATIENCE if cluster.room(self._needs, *cluster.machines()) else 1)
+        finished, _ = ray.wait([*running, *coming], num_returns=1, timeout=seconds)
+        if not finished:
+            raise PoolError(self._no_place(len(coming), seconds or 0.0))
+        for ref in [ref for ref in finished if ref in coming]:
+            try:
+                ray.get(ref)
+                coming[ref].is_placed = True
+            except LOST as e:
+                self._starts_failed += 1
+                if self._starts_failed > self._max_restarts:
+                    raise PoolError(_death("their start", self._starts_failed, e)) from e
+                self._replace(coming[ref])
+        return [ref for ref in finished if ref not in coming]
+
+    def _replace(self, slot: _Slot) -> None:
+        """Start another worker in the place of one that died; the first of its messages to notice does."""
+        if slot in self._slots:
+            with contextlib.suppress(Exception):
+                ray.kill(slot.actor)
+            self._slots[self._slots.index(slot)] = self._new_slot()
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A worker. placed: is ready when Ray has found a place for it and its process runs; loaded: when it has model and data;
+    told: the broadcast that it was sent last; load: how many messages it has."""
+
+    actor: Any
+    placed: Any
+    loaded: Any
+    is_placed: bool = False
+    told: int = 0
+    load: int = 0
 
 
 @dataclass(frozen=True)
 class _Running:
     number: int
-    slot: int
-    actor: Any
+    slot: _Slot
 
 
 @dataclass(frozen=True)
@@ -164,7 +239,12 @@ def _worker_class() -> type[Any]:
 
     class FedsimWorker:
         def __init__(self, root: str, put_first: Callable[[str], None], worker: str, spec_ref: list[Any]) -> None:
-            put_first(root)
+            put_first(root)  # and nothing else: whoever waits wants to know first that there is a place
+            self.named, self.spec_ref = worker, spec_ref
+            self.worker: Any = None
+            self.broadcast: tuple[int, Any, Any] = (0, None, None)
+
+        def load(self) -> None:
             import importlib
             from functools import partial
 
@@ -172,12 +252,11 @@ def _worker_class() -> type[Any]:
 
             from fedsim.core.defaults import torch_defaults
 
-            module, _, name = worker.partition(":")
-            spec = ray.get(spec_ref[0])
+            module, _, name = self.named.partition(":")
+            spec = ray.get(self.spec_ref[0])
             self.defaults = partial(torch_defaults, spec.config.runtime.threads)
             with self.defaults():
                 self.worker = getattr(importlib.import_module(module), name)(spec)
-            self.broadcast: tuple[int, Any, Any] = (0, None, None)
 
         def pid(self) -> int:
             import os
@@ -202,6 +281,8 @@ def _worker_class() -> type[Any]:
                 return self.worker.evaluate(replace(job, params=params))
 
         def _fetch(self, number: int, content: list[Any] | None) -> tuple[Any, Any]:
+            if self.worker is None:  # it could not load: whoever waits for this message is told why
+                self.load()
             if self.broadcast[0] != number:
                 from dataclasses import replace
 
@@ -264,7 +345,8 @@ def _num_workers(spec: contracts.WorkSpec) -> int:
     gpus = int(resources.get("GPU", 0)) if runtime.device != "cpu" else 0
     if gpus:
         return max(1, min(spec.num_clients, int(gpus / runtime.gpus_per_worker) if runtime.gpus_per_worker else gpus))
-    return max(1, min(spec.num_clients, int(resources.get("CPU", 1)) // runtime.threads))
+    fits = _workers.by_memory(spec) if len(cluster.machines()) == 1 else spec.num_clients  # of others nothing is known
+    return max(1, min(spec.num_clients, fits, int(resources.get("CPU", 1)) // runtime.threads))
 
 
 def _gpus_per_worker(spec: contracts.WorkSpec, workers: int) -> float:

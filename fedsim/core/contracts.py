@@ -589,6 +589,7 @@ class WorkSpec(ShardLookup):
     test: ArraySplit
     task_classes: tuple[tuple[int, ...], ...]
     user_files: tuple[tuple[str, str], ...] = ()  # path and fingerprint of the user's plug-in files when the run began
+    weights: int = 0  # bytes of the backbone, which every worker holds for itself
 
 
 # ---------------------------------------------------------------- trackers

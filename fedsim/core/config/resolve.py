@@ -104,7 +104,7 @@ def _known_pool(name: str) -> str:
 
 def resolve_device(name: str) -> str:
     """The device that "auto" stands for: the GPU if there is one here. Resolved with the config, since it moves bits."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else hardware.known_device(name)
 
 
 def resolve_kernels(name: str, device: str) -> str:
