@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 from clients import optim
 from fedsim import probe, suitable, tracking
 from fedsim.core import config as configs
-from fedsim.core import plugins, rng
+from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec, require_finite
 from fedsim.core.defaults import torch_defaults
@@ -56,6 +57,7 @@ def run(
         config = _with_rule_object(config, aggregator)
     begun = None if resume is None else RunDir.open(resume, config, moved=True)
     if begun is None:
+        _require_device(config)
         parts = prepare(config, aggregator)
         with RunDir.create(config, output).begun() as run_dir:
             return _run(parts, run_dir, progress, start)
@@ -65,6 +67,8 @@ def run(
     with begun.held():  # before anything else: whoever goes on with it now may have ended it by the time
         if begun.finished and not moved:
             return Results.load(begun.path)
+        if not begun.finished:
+            _require_device(config)
         parts = prepare_again(begun, config, aggregator)
         if begun.finished:  # the same data, proven by the split: those who ask again will find them
             begun.write_start(parts.manifest, parts.config.data)
@@ -115,6 +119,7 @@ def once(config: SimConfig, path: Path) -> Results:
 def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
     """Play a run, or its first rounds only, and keep nothing: what a round costs, or whether it works. No run directory."""
     start = time.perf_counter()
+    _require_device(config)
     parts = prepare(config)
     with _wired(parts) as sim:
         state = dataclasses.replace(parts.state.noting(parts.notes), seconds={"start_up": time.perf_counter() - start})
@@ -165,7 +170,9 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     probe.require(config, model, spec, state.params, trained)
-    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone))
+    told = hardware.too_many_threads(config.runtime.threads)
+    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
+    spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
     return Prepared(config, rule, manifest, spec, model, state, notes)
 
 
@@ -199,6 +206,14 @@ def _steps(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]
         if step is None:
             return
         yield step
+
+
+def _require_device(config: SimConfig) -> None:
+    """Before anything: the device is there, where it is this machine that trains."""
+    ray = sys.modules.get("ray")
+    joined = config.runtime.address is not None or (config.runtime.pool == "ray" and ray is not None and ray.is_initialized())
+    if not joined:
+        hardware.require_device(config.runtime.device)
 
 
 def check(config: SimConfig) -> None:

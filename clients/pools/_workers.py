@@ -18,15 +18,13 @@ def by_memory(spec: WorkSpec) -> int:
 
 def require_room(spec: WorkSpec, workers: int) -> None:
     """Raise PoolError, before any process is started, for more workers than this machine can hold."""
-    threads, cores, most = spec.config.runtime.threads, hardware.cores(), by_memory(spec)
-    fits = min(most, max(1, CROWD * cores // threads))
-    if workers > max(1, fits):
-        free = hardware.free_memory()
-        memory = f"{free / 1e9:.1f} GB free" if free else "memory unknown"
+    threads, cores, free = spec.config.runtime.threads, hardware.cores(), hardware.free_memory()
+    most = min(by_memory(spec), max(1, CROWD * cores // threads))
+    if workers > most:
+        need = f"{workers * threads} cores and at least {workers * _bytes_each(spec) / 1e9:.1f} GB"
+        there = f"{cores} core{'s' * (cores > 1)}" + (f" and {free / 1e9:.1f} GB free" if free else "")
         raise PoolError(
-            f"runtime.workers={workers} of {threads} thread{'s' * (threads > 1)} would take {workers * threads} cores and at least "
-            f"{workers * _bytes_each(spec) / 1e9:.1f} GB, and this machine has {cores} cores and {memory}: "
-            f"set it to auto, or to {max(1, min(most, cores // threads))} (at most {fits})"
+            f"runtime.workers={workers} would need {need}, and this machine has {there}: set it to auto, or to {most} at most"
         )
 
 

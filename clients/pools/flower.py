@@ -76,6 +76,8 @@ class Pool(contracts.Pool):
     def __init__(self, spec: contracts.WorkSpec) -> None:
         if spec.config.runtime.address is not None:
             raise PoolError("runtime.pool=flower runs on this machine only and cannot join runtime.address: use runtime.pool=ray")
+        if spec.config.runtime.workers != "auto":
+            _workers.require_room(spec, spec.config.runtime.workers)
         self._spec = spec
         self._engine: _Engine | None = None
 

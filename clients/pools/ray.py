@@ -62,6 +62,8 @@ class Pool(contracts.Pool):
     def _start(self, spec: contracts.WorkSpec) -> None:
         """Start the workers and wait until they have loaded, side by side."""
         runtime = spec.config.runtime
+        if runtime.device.startswith("cuda") and not cluster.resources().get("GPU"):
+            raise PoolError(f"runtime.device is {runtime.device}, and no machine of this Ray has a GPU: set it to cpu or auto")
         self._size = _num_workers(spec)
         self._max_restarts, self._starts_failed = runtime.max_restarts, 0
         self._spec = spec

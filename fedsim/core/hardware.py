@@ -60,14 +60,11 @@ def has_bf16(device: str) -> bool:
 
 
 def known_device(name: str) -> str:
-    """The device as torch spells it. Raises ConfigError for what is no device, without a look at this machine."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in KINDS:
-        raise ConfigError(f"runtime.device '{name}' is unknown. Choose from: auto, {', '.join(KINDS)}, or cuda:1 for the second GPU.")
-    return name
+    """The name of a device, as it is. Raises ConfigError for what is none, without a look at this machine."""
+    with suppress(RuntimeError):
+        if torch.device(name).type in KINDS:
+            return name
+    raise ConfigError(f"runtime.device '{name}' is unknown. Choose from: auto, {', '.join(KINDS)}, or e.g. cuda:1.")
 
 
 def require_device(name: str) -> None:
@@ -75,11 +72,17 @@ def require_device(name: str) -> None:
     device = torch.device(name)
     if device.type == "cpu":
         return
-    backend = getattr(torch, "mps" if device.type == "mps" else device.type)
-    count = backend.device_count() if device.type != "mps" or torch.backends.mps.is_available() else 0
-    if (device.index or 0) >= count:
-        there = f"it has {count} of the kind" if count else "torch finds none"
-        raise ConfigError(f"runtime.device is {name}, which this machine does not have ({there}): set it to cpu or auto")
+    there = getattr(torch, device.type).device_count() if device.type != "mps" or torch.backends.mps.is_available() else 0
+    if (device.index or 0) >= there:
+        raise ConfigError(f"runtime.device is {name}, and torch finds {there} of this kind here: set it to cpu or auto")
+
+
+def too_many_threads(threads: int) -> tuple[str, ...]:
+    """What is to be said of more threads than cores. They are part of what a run is, so nobody changes them."""
+    if threads <= cores():
+        return ()
+    text = f"runtime.threads is {threads}, but this machine has {cores()} core{'s' * (cores() > 1)}: that is far slower than"
+    return (f"{text} runtime.threads={cores()}, whose numbers differ in their last digits",)
 
 
 def cores() -> int:
@@ -90,12 +93,16 @@ def cores() -> int:
 def free_memory() -> int | None:
     """Bytes that can be taken without swapping, in a container within its limit; None where the system does not say."""
     found = list[int]()
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, KeyError):
+        found.append(1024 * _numbers(Path("/proc/meminfo"))["MemAvailable"])
+    with suppress(OSError, ValueError, KeyError):  # "max" where there is no limit
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
-        cache = [line.split()[1] for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines() if line[:14] == "inactive_file "]
-        found.append(limit - used + int(cache[0] if cache else 0))
+        found.append(limit - used + _numbers(group / "memory.stat")["inactive_file"])
     return max(0, min(found)) if found else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines such as `MemFree: 12 kB`."""
+    lines = [line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return {words[0]: int(words[1]) for words in lines}
