@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,7 +24,7 @@ from clients.samples import Samples
 from fedsim.core import contracts, rng
 from fedsim.core.config import ClientConfig, SimConfig
 from fedsim.core.contracts import IntArray, Slots, TrainStep
-from fedsim.core.errors import ClientFailed, ModelError
+from fedsim.core.errors import ClientFailed, ModelError, one_line
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
 from fedsim.core.tensors import matching, require_finite
 from fedsim.models.head import masked_cross_entropies
@@ -68,13 +68,14 @@ def train(
     jobs: Sequence[ClientJob],
     config: SimConfig,
     objectives: Sequence[contracts.Objective] = (),
+    tell: Callable[[str], None] = lambda note: None,
 ) -> list[ClientUpdate | ClientFailed]:
     """What `local.train` gives for every job and its shard, in the order of the jobs, up to rounding.
 
     All jobs are of one task and round, so they have the same `params` and `plan`. As many clients train together as fit: when
     the device's memory runs out, the bundle is halved and trained again, down to one by one, and later bundles start at what
     did fit. Whatever else goes wrong in a bundle is left to `local.train`, which says which client it was. The metric
-    `together` is the number of clients that an update was trained with.
+    `together` is the number of clients that an update was trained with; `tell` is told why clients were not trained together.
     """
     if not jobs:
         return []
@@ -82,12 +83,12 @@ def train(
     if any(job.params is not first.params or job.plan is not first.plan for job in jobs):
         raise ValueError("clients that train together start from the same tensors and have the same plan")
     longer = local.repeated(config, first.plan)
-    apart = (
-        any(map(local.follows, first.plan.statistics))
-        or obstacle(model) is not None
-        or not matching(first.params, first.plan.train)
-    )
-    working = [] if apart else [k for k in range(len(jobs)) if len(shards[k])]
+    trained = bool(matching(first.params, first.plan.train))
+    followed = next((r.name for r in first.plan.statistics if local.follows(r)), None)
+    apart = obstacle(model) if followed is None else f"the statistic {followed} follows the training of each"
+    if apart is not None and trained and len(jobs) > 1:
+        tell(f"clients are trained one by one, whatever runtime.fused says: {apart}")
+    working = [k for k in range(len(jobs)) if len(shards[k])] if trained and apart is None else []
     steps = [num_steps(shards[k], longer.client) for k in working]
     queue = [[working[k] for k in part] for part in bundles(steps, _fitting.get(model, len(jobs)))]
     while queue:
@@ -100,13 +101,15 @@ def train(
             results |= zip(places, updates, strict=True)
         except torch.OutOfMemoryError:
             short_of_memory = True  # acted upon below, where the error no longer holds on to what it ran out with
-        except Exception:
+        except Exception as e:
+            tell(f"clients that were to train together were trained one by one, which is slower: {one_line(e)}")
             continue
         if short_of_memory:
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             half = math.ceil(len(places) / 2)
             _fitting[model] = half
+            tell(f"memory is short for {len(places)} clients at once: fewer train together, which moves their last digits")
             queue[:0] = [places[:half], places[half:]]
     for k, job in enumerate(jobs):
         if k not in results:

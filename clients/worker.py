@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TypeGuard
@@ -31,6 +32,7 @@ class Worker:
         self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
+        self._told = set[str]()  # notes, without their numbers
         self._rule: Aggregator | None = None
         self._calibrator: Calibrator | None = None
         self._source: Tensors | None = None  # what is merged into the model now, as it came and on the device
@@ -42,14 +44,15 @@ class Worker:
 
         One client alone goes as it is: its update is half the bytes of a sum in float64.
         """
-        plan, total = jobs[0].plan, None
-        results = self._fused(jobs) if self.spec.config.runtime.fused else tuple(self.train_client(job) for job in jobs)
+        plan, total, notes = jobs[0].plan, None, list[str]()
+        together = self.spec.config.runtime.fused
+        results = self._fused(jobs, notes) if together else tuple(self.train_client(job) for job in jobs)
         if len(jobs) > 1:
             with suppress(Exception):  # a rule that cannot lift an update: the server will try, and say what is wrong
                 total = self._summed(results, plan)
-        if total is None:
-            return Bundle(start, results)
-        return Bundle(start, tuple(r.summed(r.client_id in plan.observed) if is_update(r) else r for r in results), total)
+        if total is not None:
+            results = tuple(r.summed(r.client_id in plan.observed) if is_update(r) else r for r in results)
+        return Bundle(start, results, total, tuple(notes))
 
     def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
         """One client's round."""
@@ -69,12 +72,19 @@ class Worker:
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())
         return EvalResult(job.task, sum(c[1] for c in by_class), right_in_task, len(positions), by_class)
 
-    def _fused(self, jobs: Sequence[ClientJob]) -> tuple[ClientUpdate | ClientFailed, ...]:
+    def _fused(self, jobs: Sequence[ClientJob], notes: list[str]) -> tuple[ClientUpdate | ClientFailed, ...]:
         """The rounds of several clients in one forward and backward."""
         self._restore()
         shards, classes = [self._shard(job) for job in jobs], self.spec.task_classes[jobs[0].task]
         config = self.spec.config
-        return tuple(fused.train(self.model, self.train_samples, shards, classes, jobs, config, self.objectives))
+
+        def tell(note: str) -> None:
+            alike = re.sub(r"[0-9]+", "#", note)  # the same reason in bundles of other sizes is said once
+            if alike not in self._told:
+                self._told.add(alike)
+                notes.append(note)
+
+        return tuple(fused.train(self.model, self.train_samples, shards, classes, jobs, config, self.objectives, tell))
 
     def _shard(self, job: ClientJob) -> IntArray:
         return local.round_shard(self.spec.shard(job.task, job.client_id), self.spec.config, job)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from fedsim.core import contracts
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, IntArray, Slots
 from fedsim.core.errors import ClientFailed, ConfigError, ModelError
+from fedsim.core.events import Note
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest
 from fedsim.models import model as models
 from fedsim.models.model import Model
+from fedsim.results import Results
+from fedsim.simulation import run
 from tests.models.zoo import BERT
 from tests.tiny import tiny
 
@@ -47,9 +51,11 @@ class Work:
     jobs: list[ClientJob]
     config: SimConfig
     objectives: list[contracts.Objective]
+    told: list[str] = field(default_factory=list)
 
     def together(self) -> list[ClientUpdate | ClientFailed]:
-        return fused.train(self.model, self.samples, self.shards, CLASSES, self.jobs, self.config, self.objectives)
+        known = (self.model, self.samples, self.shards, CLASSES, self.jobs, self.config, self.objectives)
+        return fused.train(*known, tell=self.told.append)
 
     def one_by_one(self) -> list[ClientUpdate | ClientFailed]:
         return [
@@ -329,6 +335,8 @@ def test_whatever_goes_wrong_together_is_found_client_by_client(monkeypatch: pyt
     require_same(got, here.one_by_one())
     assert [isinstance(g, ClientFailed) for g in got] == [False, True, False, False, False]
     assert "five samples are too few" in got[1].reason
+    (note,) = here.told
+    assert note.endswith("were trained one by one, which is slower: ValueError: five samples are too few")
 
 
 @dataclass(frozen=True)
@@ -406,6 +414,36 @@ def test_an_adapter_without_the_method_is_an_obstacle() -> None:
     assert "no method 'stacked'" in str(fused.obstacle(here.model))
     with pytest.raises(ModelError, match="several clients at once"):
         here.model.stacked({}, Slots(1, (1,)))
+    here.together()
+    assert here.told == [f"clients are trained one by one, whatever runtime.fused says: {fused.obstacle(here.model)}"]
+
+
+def test_a_statistic_of_the_training_is_an_obstacle_and_a_pass_over_data_is_none() -> None:
+    path_integral = StatisticRequest("path_integral", ("adapter.*",))
+    here = work(plan=RoundPlan(statistics=(path_integral,)))
+    assert all("together" not in getattr(g, "metrics", {}) for g in here.together())
+    assert here.told == [
+        "clients are trained one by one, whatever runtime.fused says: the statistic path_integral follows the training of each"
+    ]
+    only_looked_at = work(plan=RoundPlan(train=(), statistics=(StatisticRequest("class_moments", ("head.weight",)),)))
+    only_looked_at.together()
+    assert only_looked_at.told == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("12 of 34 rows\nare wrong"), torch.OutOfMemoryError("out")])
+def test_what_happened_to_bundles_is_said_once_in_log_and_results(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bundle: fused.Bundle) -> None:
+        raise error
+
+    monkeypatch.setattr(fused.Bundle, "train", fails)
+    said: list[Any] = []
+    results = run(tiny("runtime.fused=true", output=tmp_path), progress=said.append)
+    assert [event.text for event in said if isinstance(event, Note)] == list(results.notes)
+    (note,) = results.notes
+    assert ("memory is short for 3" if isinstance(error, torch.OutOfMemoryError) else "RuntimeError: 12 of 34 rows") in note
+    assert Results.load(str(results.path)).notes == results.notes
 
 
 def test_rows_that_are_not_sample_after_sample_are_refused() -> None:
