@@ -1,15 +1,13 @@
-"""Ray: start it on this machine or join a cluster, and make its processes import our packages, not the user's."""
+"""Ray: start it on this machine or join a cluster, and what the cluster has."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import fedsim
 from fedsim.core.errors import PoolError
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -19,7 +17,6 @@ os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")  # Ray's sec
 
 import ray
 
-ROOT = str(Path(fedsim.__file__).resolve().parents[1])
 OTHERWISE = "runtime.pool=serial runs without Ray"
 
 
@@ -69,28 +66,6 @@ def last_line(error: BaseException) -> str:
     """One line that says what an error of Ray is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
-
-
-def ours_first() -> Callable[[str], None]:
-    """A function for a Ray process to call before it imports anything of ours.
-
-    Made in a function, so that it travels by value: what travels by name is imported in the worker process before any line of
-    ours runs there, and would find a `clients.py` of the user's working directory.
-    """
-
-    def put_first(root: str) -> None:
-        import sys
-
-        if root in sys.path:
-            sys.path.remove(root)
-        sys.path.insert(0, root)
-        for name in ("fedsim", "clients", "server"):  # a decoy that was imported before us
-            module = sys.modules.get(name)
-            if module is not None and not str(getattr(module, "__file__", "")).startswith(root):
-                for key in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
-                    del sys.modules[key]
-
-    return put_first
 
 
 def _knock(address: str, otherwise: str) -> None:

@@ -39,8 +39,8 @@ from typing import Any, ClassVar
 
 import torch
 
-import fedsim
 from clients.pools import _workers
+from fedsim import ROOT, ours_first
 from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
@@ -56,7 +56,6 @@ with warnings.catch_warnings():  # flwr's own dependencies warn on import
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
-ROOT = str(Path(fedsim.__file__).resolve().parents[1])
 MAX_NODES = 32
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 3.0
@@ -368,20 +367,15 @@ def _last_line(reason: str) -> str:
 
 def client_app(folder: str, worker: str) -> ClientApp:
     """The ClientApp. `folder` holds the work spec; `worker` is `module:class`."""
-    root = ROOT
+    root, put_first = ROOT, ours_first()
     app = ClientApp()
 
     def handle(message: Message, context: Context) -> Message:
         # A function inside a function travels by value: one that travels by name would make the worker process import
         # `clients` before any line of ours runs there, and find a clients.py in the user's working directory.
         import importlib
-        import sys
 
-        if sys.path[0] != root:
-            sys.path.insert(0, root)
-        for name in [n for n in sys.modules if n.split(".")[0] in ("fedsim", "clients", "server")]:
-            if not str(getattr(sys.modules[name], "__file__", None) or root).startswith(root):
-                del sys.modules[name]
+        put_first(root)
         served: Message = importlib.import_module("clients.pools.flower").serve(message, folder, worker)
         return served
 

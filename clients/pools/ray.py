@@ -21,6 +21,7 @@ import torch
 from clients import cluster
 from clients.cluster import last_line
 from clients.pools import _bundles, _workers
+from fedsim import ROOT, ours_first
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
@@ -128,7 +129,7 @@ class Pool(contracts.Pool):
 
     def _new_slot(self) -> _Slot:
         options = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"], "max_concurrency": 1}
-        actor = self._actor_class.options(**options).remote(cluster.ROOT, cluster.ours_first(), self.worker, [self._spec_ref])
+        actor = self._actor_class.options(**options).remote(ROOT, ours_first(), self.worker, [self._spec_ref])
         return _Slot(actor, actor.pid.remote(), actor.load.remote())
 
     def _run(self, method: str, messages: Sequence[Any], describe: Callable[[int], str]) -> Iterator[Any]:
@@ -237,7 +238,7 @@ class _Broadcasts:
 
 
 def _worker_class() -> type[Any]:
-    """The actor's class, made in a function so that it travels by value (see `cluster.ours_first`)."""
+    """The actor's class, made in a function so that it travels by value (see `fedsim.ours_first`)."""
 
     class FedsimWorker:
         def __init__(self, root: str, put_first: Callable[[str], None], worker: str, spec_ref: list[Any]) -> None:

@@ -23,6 +23,7 @@ import ray
 from filelock import Timeout
 
 from clients import cluster
+from fedsim import ROOT, ours_first
 from fedsim.collection import verified
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, RunDirError, StorageError
@@ -208,7 +209,7 @@ def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:
 def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[..., Any]:
     """A function of `fedsim.sweep.job` as a Ray task: called with a run and more, it gets the run's config and that.
 
-    It travels by value, see `cluster.ours_first`.
+    It travels by value, see `fedsim.ours_first`.
     """
 
     def work(root: str, put_first: Callable[[str], None], command: list[str], name: str, cores: int, *arguments: Any) -> Any:
@@ -219,13 +220,13 @@ def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[...
 
         return getattr(importlib.import_module("fedsim.sweep.job"), name)(*arguments)
 
-    first, remote = cluster.ours_first(), ray.remote(**options, max_retries=0)(work)
+    first, remote = ours_first(), ray.remote(**options, max_retries=0)(work)
 
     def submit(run: PlannedRun, *arguments: Any) -> Any:
         need = needs(launch, run)
         task = remote.options(num_cpus=need["CPU"], num_gpus=need["GPU"], memory=int(need["memory"]) or None)
         config = _on_ray(launch, run, jobs)
-        return task.remote(cluster.ROOT, first, sys.argv, name, config.runtime.threads, config, *arguments)
+        return task.remote(ROOT, first, sys.argv, name, config.runtime.threads, config, *arguments)
 
     return submit
 
