@@ -12,7 +12,7 @@ import torch
 from fedsim.core import plugins
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import run
-from tests.tiny import final_state, tiny
+from tests.tiny import final_state, same_bits, tiny
 
 FEDAVG = ("server.aggregator=fedavg", "server.consolidator=none")
 
@@ -110,6 +110,33 @@ def test_a_calibrator_of_the_users_own(tmp_path: Path) -> None:
     state = final_state(run(config).path, run(config).config)
     assert state.calibrator == {"calls": 4}
     assert not state.params["head.bias"].any()
+
+
+@pytest.mark.parametrize("consolidator", ["regmean", "dolfin"])
+def test_passes_between_tasks_are_over_all_clients_or_those_drawn(consolidator: str, tmp_path: Path) -> None:
+    """Nothing is trained, so that a pass depends on who takes part alone: with one of four clients drawn a round it has the bits
+    of full participation, unless it is asked to go by the draw; who is left out is left out of it. Bytes and counts say so."""
+    alone = "server.participation=0.25"
+    small = ("server.aggregator=frozen", f"server.consolidator.name={consolidator}", "server.rounds=1", "partition={clients: 4}")
+    found = {}
+    for name, overrides in {
+        "full": (),
+        "all": (alone,),
+        "drawn": (alone, "server.pass_participation=drawn"),
+        "without": ("server.without=[2]",),
+    }.items():
+        config = tiny(*small, *overrides, output=tmp_path / name)
+        results = run(config)
+        found[name] = final_state(Path(str(results.path)), config).consolidator, results.costs
+    passes = 2 * (2 if consolidator == "dolfin" else 1)  # a start and an end in each of two tasks
+    assert same_bits(found["all"][0], found["full"][0])
+    assert not same_bits(found["drawn"][0], found["full"][0])
+    assert not same_bits(found["without"][0], found["full"][0])
+    participants = {"full": (4, 4), "all": (1, 4), "drawn": (1, 1), "without": (3, 3)}
+    for name, (in_rounds, in_passes) in participants.items():
+        costs = found[name][1]
+        assert costs["client_rounds"] == 2 * in_rounds + passes * in_passes
+        assert costs["bytes"]["up"]["statistics"] * 4 == found["full"][1]["bytes"]["up"]["statistics"] * in_passes
 
 
 def test_a_manifest_repeats_a_split_elsewhere(tmp_path: Path) -> None:

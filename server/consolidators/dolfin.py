@@ -40,7 +40,8 @@ class Consolidator(contracts.Consolidator):
     ‖H‖²_F (T and the first t of `tasks`). Above D/2 columns the complement is stored in its place, see `server.gpm`.
 
     Asks for `gram` (full) of the layers' inputs at every task's start and end: D(D+1)/2 numbers a layer, those that share their
-    inputs counted once. Sums of all clients' rows decide D_t and M, exactly as if all data were in one place.
+    inputs counted once. Sums over clients decide D_t and M: exactly as if all data were in one place, as long as all clients take
+    part in these passes (`server.pass_participation: all`, the default), whoever is drawn for the rounds.
 
     threshold, threshold_end, tasks: ε_0, ε_1 and T, the number of tasks over which the one rises towards the other. Energies are
         squares of second moments, so inputs with a large mean reach ε with a few directions.
