@@ -20,7 +20,7 @@ from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
 from server.linalg import ridged, solve_energies, solve_gram
 
 HEAD = "head.weight"
-LINEAR = (HEAD, "*" + LORA_A, "*" + LORA_B)
+FACTORS = ("*" + LORA_A, "*" + LORA_B)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Aggregator(contracts.AdditiveAggregator):
     """W⁺ = (Σ W_i Ĝ_i)(Σ Ĝ_i)⁺ for `head.weight`, `lora_A` and `lora_B`; every other tensor (biases, prompts) by FedAvg.
 
     Ĝ_i = decay·G_i + (1 − decay)·diag(G_i), G_i = Σ x xᵀ over the inputs that client i's own model gives the map; those of a
-    `lora_B` are A_i x, and it is their off-diagonals that decay (LoRM's decay those of x, before A). It minimises
+    `lora_B` are A_i x, and it is their off-diagonals that decay (LoRM's decay those of x, before A). The head sees the features
+    that will be deployed: where tasks are merged, those of a blend of past tasks' modules and the client's own. It minimises
     Σ_i ‖(W − W_i) X_i‖² (decay 1); clients with more samples weigh more by their Grams.
     Asks for `gram` of those maps: d(d+1)/2 numbers a map of d inputs, or d where the form is diagonal.
 
@@ -49,7 +50,9 @@ class Aggregator(contracts.AdditiveAggregator):
         require_ridge(self.ridge)
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=(gram_request(LINEAR, resolve_form(self.form, self.decay), self.decay),))
+        form = resolve_form(self.form, self.decay)
+        head = gram_request((HEAD,), form, self.decay, blended=True)
+        return RoundPlan(statistics=(gram_request(FACTORS, form, self.decay), head))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return lift_linear(update, self.ridge)

@@ -28,7 +28,7 @@ from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
-from fedsim.core.tensors import from_upper_triangle, upper_triangle
+from fedsim.core.tensors import from_upper_triangle, matching, upper_triangle
 from fedsim.results import Results
 from fedsim.simulation import prepare, run
 from server import loop
@@ -731,3 +731,13 @@ def test_nearest_mean_of_the_bare_backbone_depends_on_no_split(stream: Sequence[
         assert results.accuracy[1].tolist() == pytest.approx(right)
         accuracies.append(results.accuracy[1].tolist())
     assert accuracies[0] == accuracies[1] == accuracies[2]
+
+
+@pytest.mark.parametrize("name", ["lorm", "regmean"])
+def test_rules_that_fit_a_head_look_at_what_is_deployed(name: str) -> None:
+    """Grams of its inputs are asked for through the blend of tasks, in every round."""
+    rule = build("aggregators", {"name": name})
+    params = make_params()
+    for round in range(2):
+        asked = [r for r in rule.plan(rule.init(params), round).statistics if matching(["head.weight"], r.match)]
+        assert asked and all(r.blended for r in asked)
