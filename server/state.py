@@ -105,7 +105,7 @@ class ServerState:
         plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}
         plain["seconds"] = dict(self.seconds)
         last = [(k, *numbers) for k, numbers in self.delivered.last.items()]
-        plain["delivered"] = {**vars(self.delivered), "last": torch.tensor(last, dtype=torch.int64).reshape(-1, 3)}
+        plain["delivered"] = {**vars(self.delivered), "last": torch.tensor(last, dtype=torch.int64, device="cpu").view(-1, 3)}
         return plain
 
     @classmethod
