@@ -357,7 +357,8 @@ def _why_missing(folders: Sequence[Path], entry: Entry, absent: Sequence[Absent]
         path = failure_file(folder, entry)
         if path.is_file():
             try:
-                return f"failed: {json.loads(path.read_text())['error']}"
+                note = json.loads(path.read_text(encoding="utf-8"))
+                return f"failed: {note['error']}"
             except (OSError, ValueError, KeyError):
                 return f"failed ({path} is damaged)"
     return next((a.reason for a in absent if a.what == entry.folder), "not run yet: start the sweep again")

@@ -134,7 +134,7 @@ class Results:
         )
         if found.finished:
             with _damage(run_dir.path / "metrics.json"):
-                found._require_metrics(json.loads((run_dir.path / "metrics.json").read_text()))
+                found._require_metrics(json.loads((run_dir.path / "metrics.json").read_text(encoding="utf-8")))
         return found
 
     @cached_property
@@ -419,7 +419,7 @@ class RunDir:
     def _note_resume(self) -> None:
         path = self.path / "environment.json"
         with _damage(path):
-            first = dict(json.loads(path.read_text()))
+            first = dict(json.loads(path.read_text(encoding="utf-8")))
         self._write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
 
     def _copy_plugins(self) -> SimConfig:
@@ -467,7 +467,7 @@ def _git_state(root: Path) -> dict[str, Any] | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", check=True, timeout=10
         ).stdout.strip()
 
     try:
@@ -480,7 +480,7 @@ def _git_state(root: Path) -> dict[str, Any] | None:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -510,7 +510,7 @@ def _rule_object(config: SimConfig) -> Any:
 def _read_status(folder: Path) -> dict[str, Any]:
     path = folder / "status.json"
     with _damage(path):
-        status = json.loads(path.read_text())
+        status = json.loads(path.read_text(encoding="utf-8"))
         missing = {"state", "identity", "manifest_hash", "fedsim", "rule_object"} - set(status)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
@@ -605,7 +605,7 @@ def _from_csv(kind: type[Any], text: str) -> tuple[Any, ...]:
 
 
 def _read_text(path: Path, absent: str) -> str:
-    return path.read_text() if path.exists() else absent
+    return path.read_text(encoding="utf-8") if path.exists() else absent
 
 
 @contextmanager

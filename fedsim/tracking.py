@@ -178,7 +178,7 @@ def _describe(config: SimConfig, run_dir: RunDir) -> TrackedRun:
 
 def _read_id(path: Path) -> str:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return str(found["id"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunDirError(f"{path} is damaged: delete it, then the trackers begin a run of their own ({_reason(e)})") from e

@@ -450,7 +450,7 @@ def _leave_pid(folder: Path) -> None:
 def _kill_workers(folder: Path) -> None:
     """End the worker processes of an engine, whatever they are doing: Flower has no call for it."""
     for path in folder.glob("*.pid"):
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

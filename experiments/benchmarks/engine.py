@@ -127,10 +127,10 @@ def measured(engine: str, case: tuple[int, int, int, int, int], folder: str) -> 
     target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "experiments.benchmarks.engine", engine, json.dumps(case), str(target)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", check=False, timeout=600)
     if not target.exists():
         raise RuntimeError(f"{engine} {case}: {done.stderr[-2000:]}")
-    seconds: list[float] = json.loads(target.read_text())
+    seconds: list[float] = json.loads(target.read_text(encoding="utf-8"))
     return {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
 
 
@@ -164,7 +164,7 @@ if __name__ == "__main__":
         registered, sampled, size, rounds_ours, rounds_flower = json.loads(case)
         rounds = rounds_flower if which == "flower" else rounds_ours
         taken = flower(registered, sampled, size, rounds) if which == "flower" else ours(which, registered, sampled, size, rounds)
-        Path(out).write_text(json.dumps(taken))
+        Path(out).write_text(json.dumps(taken), encoding="utf-8")
     else:
         for line in main():
             print(line, flush=True)

@@ -14,5 +14,5 @@ def write(name: str, results: dict[str, Any]) -> Path:
     seen = environment()
     machine = {key: seen[key] for key in ("cpu", "cores", "platform", "python", "fedsim", "packages")}
     path = Path(__file__).with_name(f"{name}.json")
-    path.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -83,7 +83,7 @@ def in_own_process(split: str, clients: int) -> dict[str, float]:
     """`set_up` in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "experiments.benchmarks.registered", "--one", split, str(clients), folder]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        done = subprocess.run(words, check=True, capture_output=True, encoding="utf-8")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -35,7 +35,7 @@ def phase(folder: Path, workers: int) -> float:
     command = [sys.executable, "-m", "fedsim.cli", "run", "configs/quickstart.yaml", "runtime.pool=ray", "server.evaluate=task"]
     command += ["stream.tasks=2", f"runtime.workers={workers}", "runtime.threads=1", "--output", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    seconds: float = json.loads((folder / "costs.json").read_text())["seconds"]["train"]
+    seconds: float = json.loads((folder / "costs.json").read_text(encoding="utf-8"))["seconds"]["train"]
     return seconds
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"two workers over one: {measured['two_over_one']:.2f} ({', '.join(f'{r:.2f}' for r in ratios)})")
 
     samples, seconds = client_seconds()
-    engine = json.loads(Path(__file__).with_name("engine.json").read_text())
+    engine = json.loads(Path(__file__).with_name("engine.json").read_text(encoding="utf-8"))
     blocks = statistics.median(engine["registered"]["100 of 1 000, 4 KB"]["ray"]) / 10  # seconds of a message of ten clients
     draw = np.random.default_rng(0)
     table: dict[str, Any] = {}

@@ -71,7 +71,7 @@ def gram(form: str, name: str, params: Tensors) -> Tensor:
 
 def held() -> int:
     """Anonymous bytes of this process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["RssAnon"].split()[0]) * 1024
 
 
@@ -139,10 +139,10 @@ def main() -> None:
                 target = Path(folder) / "out.json"
                 command = [sys.executable, "-m", "experiments.benchmarks.server_memory", rule, str(sampled), str(target)]
                 env = {**os.environ, "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", check=False, timeout=600)
                 if not target.exists():
                     raise RuntimeError(done.stderr[-2000:])
-                row = json.loads(target.read_text())
+                row = json.loads(target.read_text(encoding="utf-8"))
                 target.unlink()
                 rows.setdefault(rule, {})[str(sampled)] = row
                 print(f"{rule}, {sampled}: {', '.join(f'{k} {v:.1f}' for k, v in row.items())}", flush=True)
@@ -151,6 +151,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        Path(sys.argv[3]).write_text(json.dumps(play(sys.argv[1], int(sys.argv[2]))))
+        Path(sys.argv[3]).write_text(json.dumps(play(sys.argv[1], int(sys.argv[2]))), encoding="utf-8")
     else:
         main()

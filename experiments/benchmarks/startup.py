@@ -58,7 +58,7 @@ def seconds_of(name: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         output = ["--output", f"{folder}/run"] if name == "first client step" else []
         clock = time.perf_counter()
-        done = subprocess.run([sys.executable, *words, *output], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words, *output], cwd=ROOT, capture_output=True, encoding="utf-8")
         spent = time.perf_counter() - clock
     if done.returncode != code:
         raise RuntimeError(f"{name}: exit code {done.returncode}: {done.stderr}")

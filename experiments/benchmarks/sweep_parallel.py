@@ -45,7 +45,7 @@ def one_by_one(folder: Path, *overrides: str) -> float:
 def as_sweep(folder: Path) -> float:
     """Seconds of all runs in one sweep."""
     folder.mkdir()
-    (folder / "sweep.yaml").write_text(SWEEP)
+    (folder / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
     return fedsim("sweep", str(folder / "sweep.yaml"), *SHORT, "--output", str(folder / "runs"))
 
 

@@ -39,7 +39,7 @@ def plain(path: Path, seed: int) -> dict[str, float]:
     """Seconds and final average accuracy that the loop prints."""
     command = [sys.executable, str(path), "--rule", "lorm", "--threads", "2", "--seed", str(seed)]
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, env=env, check=True, capture_output=True, encoding="utf-8").stdout
     found = re.search(r"final average accuracy ([\d.]+), ([\d.]+) s", out)
     assert found is not None, out
     return {"accuracy": float(found[1]), "seconds": float(found[2])}
@@ -49,15 +49,17 @@ def ours(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     """The same of a run, and where the seconds went."""
     command = [sys.executable, "-m", "fedsim.cli", "run", "configs/quickstart.yaml", f"seed={seed}", *COMMON, *overrides]
     subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True, capture_output=True)
-    phases = json.loads((folder / "costs.json").read_text())["seconds"]
-    metrics = json.loads((folder / "metrics.json").read_text())
+    phases = json.loads((folder / "costs.json").read_text(encoding="utf-8"))["seconds"]
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     loop = sum(seconds for phase, seconds in phases.items() if phase != "start_up")
     return {"accuracy": metrics["final_average_accuracy"], "seconds": loop, "phases": phases}
 
 
 def inside() -> dict[str, float]:
     """Seconds of the loop, and of those the seconds in forward and backward passes, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", __spec__.name, "inside"], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, "inside"], cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
+    )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

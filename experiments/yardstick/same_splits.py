@@ -78,7 +78,7 @@ def one(path: str, rule: str, alpha: float, seed: int, output: str, with_loop: b
     row: dict[str, object] = {"rule": rule, "alpha": alpha, "seed": seed, "fedsim": results.metrics["final_average_accuracy"]}
     if with_loop:
         command = [sys.executable, path, "--rule", rule, "--alpha", str(alpha), "--seed", str(seed), "--threads", "1"]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
         found = re.search(r"final average accuracy ([\d.]+)", printed)
         assert found is not None
         row["loop"] = float(found[1])

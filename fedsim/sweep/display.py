@@ -134,7 +134,7 @@ def share_done(folder: Path, run: PlannedRun) -> float:
 def progress(path: Path) -> tuple[int, str]:
     """Rounds that a run has finished, and its latest mean accuracy, from its files."""
     try:
-        rows: list[Mapping[str, str]] = list(csv.DictReader(io.StringIO((path / "rounds.csv").read_text())))
+        rows: list[Mapping[str, str]] = list(csv.DictReader(io.StringIO((path / "rounds.csv").read_text(encoding="utf-8"))))
     except OSError:
         return 0, ""
     if not rows:

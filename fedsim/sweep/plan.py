@@ -169,7 +169,7 @@ def expand(
         path.stem if path.stem != "sweep" else path.parent.name,
         order,
         tuple(run.entry for run in runs),
-        path.read_text(),
+        path.read_text(encoding="utf-8"),
         notes(fits),
     )
     where = output or configs.resolved({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
@@ -387,7 +387,7 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
         manifest = plan.folder / run.entry.folder / "manifest.json"
         if now is None or run.entry.identity in of_missing or not manifest.is_file():
             continue
-        if json.loads(manifest.read_text())["data"]["sha256"] != now:
+        if json.loads(manifest.read_text(encoding="utf-8"))["data"]["sha256"] != now:
             raise DataError(
                 f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
             )
