@@ -107,6 +107,15 @@ def test_ink_in_the_alpha_channel_is_seen(tmp_path: Path) -> None:
     assert pixels[0].reshape(16, 3)[5].tolist() == [5, 10, 15]
 
 
+def test_only_the_first_frame_is_taken(tmp_path: Path) -> None:
+    film = io.BytesIO()
+    frames_of = [Image.fromarray(RAMP), Image.fromarray(RAMP.T.copy())]
+    frames_of[0].save(film, "TIFF", save_all=True, append_images=frames_of[1:])
+    dataset = Source("parquet", data_files=frames(tmp_path, {"image": [film.getvalue()] * 2, "label": ["a", "b"]})).load()
+    assert np.array_equal(dataset.train.inputs["pixel_values"][0], RAMP)
+    assert dataset.notes == ("4 images of parquet: more than one frame, of which the first is taken",)
+
+
 def test_images_that_cannot_be_decoded(tmp_path: Path) -> None:
     real = io.BytesIO()
     Image.fromarray(RAMP.astype(np.float32)).save(real, "TIFF")

@@ -97,6 +97,8 @@ class Source(contracts.Source):
 
     def _load_splits(self) -> list[Any]:
         load_dataset, where = _datasets().load_dataset, Path(self.data_dir or self.path)
+        if where.is_absolute() and not where.exists():
+            raise DataError(f"no folder {where}: is the path right? (./ in a YAML is the YAML's own folder)")
         local = [Path(f) for f in _flat(self.data_files) if "://" not in f] or [p for p in (where,) if p.exists()]
         with nullcontext("") if local else hub.reached() as unreachable:
             found = []
@@ -333,6 +335,8 @@ class _Decoder:
         """Mode L or RGB."""
 
         mode = image.mode
+        if getattr(image, "n_frames", 1) > 1:
+            self.done["more than one frame, of which the first is taken"] += 1
         if mode in ("1", "L", "RGB") and "transparency" not in image.info:
             return image.convert("L") if mode == "1" else image
         if mode == "I" or mode.startswith("I;16"):
