@@ -137,7 +137,7 @@ class Adapter(contracts.Adapter):
             r"the gradient of 'adapter.layers.1.other' is not finite",
         ),
         (
-            "return output + torch.rand(()) + tensors['layers.0.shift'] + tensors['layers.1.other'].sum()",
+            "return output + torch.rand(output.shape) + tensors['layers.0.shift'] + tensors['layers.1.other'].sum()",
             r"^adapter .* draws at random in evaluation",
         ),
     ],
@@ -187,7 +187,7 @@ class Changed(nn.Module):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda y: y + torch.rand(()), r"^model.backbone 'random' \(ViTModel\) draws at random in evaluation"),
+        (lambda y: y + torch.rand(y.shape), r"^model.backbone 'random' \(ViTModel\) draws at random in evaluation"),
         (lambda y: y * torch.inf, r"^model.backbone 'random' \(ViTModel\) gives features that are not finite"),
         (lambda y: y[:, :2], r"^model.backbone 'random' \(ViTModel\) cannot read samples of the data: RuntimeError"),
     ],
