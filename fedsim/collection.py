@@ -114,12 +114,33 @@ class Absent:
 
 @dataclass(frozen=True)
 class Collection:
-    """Runs that belong together. `others`: finished runs of the folder that are not of the chosen sweep."""
+    """Runs that belong together. `others`: finished runs of the folder that are not of the chosen sweep; `folder`: its name where
+    all are of one, else empty."""
 
     runs: tuple[Run, ...]
     absent: tuple[Absent, ...] = ()
     sweep: SweepRecord | None = None
     others: int = 0
+    folder: str = ""
+
+    @cached_property
+    def unlike(self) -> tuple[str, ...]:
+        """Keys in which the runs' data, streams and partitions differ; "split" where runs that share all of these and the seed
+        were split otherwise. Numbers of such runs stand beside each other, but are not of the same thing."""
+        sections = ("data", "stream", "partition", "manifest")
+        keys = [key for key in self.varying if key.split(".")[0] in sections]
+        same: dict[str, set[str]] = {}
+        for run in self.runs:
+            config = run.results.config.to_dict()
+            asked = json.dumps([config["seed"], *(config[section] for section in sections)], sort_keys=True)
+            same.setdefault(asked, set()).add(run.results.manifest_hash)
+        return (*keys, *(["split"] if any(len(hashes) > 1 for hashes in same.values()) else []))
+
+    @property
+    def unlike_text(self) -> str:
+        """What a table of these runs says in its head; empty where all are of the same data and split."""
+        more = f" and {len(self.unlike) - 6} more" if len(self.unlike) > 6 else ""
+        return f"Rows differ in their data or split: {', '.join(self.unlike[:6])}{more}." if self.unlike else ""
 
     @cached_property
     def varying(self) -> Mapping[str, list[Label]]:
@@ -180,6 +201,7 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
     `sweep` chooses among several, `everything` takes every run and no record. Raises RunDirError when there is nothing.
     """
     folders = [Path(p).absolute() for p in paths]
+    name = folders[0].name if len(folders) == 1 else ""
     found: dict[str, Results] = {}
     absent: list[Absent] = []
     for path in _candidates(folders):
@@ -203,7 +225,7 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
             raise RunDirError(
                 f"no finished run in {', '.join(map(str, folders))}" + (f" ({reasons})" if reasons else _hint(folders))
             )
-        return Collection(tuple(Run(r) for r in found.values()), tuple(absent))
+        return Collection(tuple(Run(r) for r in found.values()), tuple(absent), folder=name)
     runs = [Run(found[e.identity], e.labels) for e in record.runs if e.identity in found]
     missing = [e for e in record.runs if e.identity not in found]
     if not runs:
@@ -214,7 +236,7 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
         *(Absent(label_text(e.labels), _why_missing(folders, e, absent)) for e in missing),
         *(a for a in absent if a.what not in named),
     ]
-    return Collection(tuple(runs), tuple(left_out), record, len(found.keys() - {e.identity for e in record.runs}))
+    return Collection(tuple(runs), tuple(left_out), record, len(found.keys() - {e.identity for e in record.runs}), name)
 
 
 def verified(path: Path) -> tuple[Results, str]:

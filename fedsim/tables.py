@@ -75,9 +75,12 @@ def to_parquet(frame: pd.DataFrame, path: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def to_markdown(long: pd.DataFrame, rows: str | None = None, digits: int = 1, levels: Levels | None = None) -> str:
+def to_markdown(
+    long: pd.DataFrame, rows: str | None = None, digits: int = 1, levels: Levels | None = None, head: str = ""
+) -> str:
     """A GitHub table. `rows`: the factor that goes down (default: the first); `digits`: decimals; `levels`: factor -> its levels
-    in the order of the columns, e.g. `collection.factors` (default: as they come)."""
+    in the order of the columns, e.g. `collection.factors` (default: as they come); `head`: what a reader must know first,
+    e.g. `collection.unlike_text`."""
     table = grid(long, rows, digits, levels)
     heads = [", ".join(filter(None, (metric, setting))) for setting, metric in table.heads]
     lines = [
@@ -85,13 +88,18 @@ def to_markdown(long: pd.DataFrame, rows: str | None = None, digits: int = 1, le
         "|---|" + "---:|" * len(heads),
         *("| " + " | ".join([_markdown(name), *map(_markdown_cell, cells)]) + " |" for name, cells in table.rows),
     ]
-    return "\n".join([*lines, "", caption(table)]) + "\n"
+    return "\n".join([*([_markdown(head), ""] if head else []), *lines, "", caption(table)]) + "\n"
 
 
-def to_latex(long: pd.DataFrame, rows: str | None = None, digits: int = 1, levels: Levels | None = None) -> str:
-    """A tabular with the rules of booktabs (\\usepackage{booktabs}), and what it shows as a comment on top."""
+def to_latex(long: pd.DataFrame, rows: str | None = None, digits: int = 1, levels: Levels | None = None, head: str = "") -> str:
+    """A tabular with the rules of booktabs (\\usepackage{booktabs}), and what it shows as comments on top."""
     table = grid(long, rows, digits, levels)
-    lines = [f"% {caption(table)}", rf"\begin{{tabular}}{{l{'r' * len(table.heads)}}}", r"\toprule"]
+    lines = [
+        *([f"% {head}"] if head else []),
+        f"% {caption(table)}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.heads)}}}",
+        r"\toprule",
+    ]
     groups = [(setting, len(list(same))) for setting, same in groupby(setting for setting, _ in table.heads)]
     if any(setting for setting, _ in groups):
         starts = accumulate((width for _, width in groups), initial=2)

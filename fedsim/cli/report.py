@@ -13,7 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--sweep", metavar="NAME", help="of several sweeps in the folder")
     which.add_argument("--all", action="store_true", help="every run of the folder, whatever its sweep")
-    command.add_argument("--output", metavar="FILE", default="report.html", help="the page (default: report.html)")
+    command.add_argument("--output", metavar="FILE", help="the page (default: report.html in PATH; of several, here)")
     command.add_argument("--figures", metavar="DIR", help="also write every chart as a file of its own into this folder")
     command.add_argument("--format", choices=FORMATS, default="svg", help="of these files (default: svg)")
 
@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from fedsim.collection import collect
 
     collection = collect(args.paths, sweep=args.sweep, everything=args.all)
-    written = report.write(collection, args.output, args.figures, args.format)
+    output = args.output or os.path.join(args.paths[0] if len(args.paths) == 1 else "", "report.html")
+    written = report.write(collection, output, args.figures, args.format)
     print_line = line_printer(console())
     shown = f"{counted(written.charts, 'chart')} of {counted(written.runs, 'run')}"
     said = f"{os.path.relpath(written.path)}: {human_bytes(written.size)}, {shown}"

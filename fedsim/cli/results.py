@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     differences = compare.paired(frame, by, parse_baseline(args.baseline), metrics) if args.baseline else None
     texts: dict[str, Any] = {
         "csv": lambda: tables.to_csv(frame, args.with_path),
-        "markdown": lambda: tables.to_markdown(long, args.rows, args.digits, collection.factors),
-        "latex": lambda: tables.to_latex(long, args.rows, args.digits, collection.factors),
+        "markdown": lambda: tables.to_markdown(long, args.rows, args.digits, collection.factors, collection.unlike_text),
+        "latex": lambda: tables.to_latex(long, args.rows, args.digits, collection.factors, collection.unlike_text),
         "parquet": lambda: tables.to_parquet(frame, args.with_path),
     }
     wanted = {kind: make() for kind, make in texts.items() if getattr(args, kind)}
@@ -181,7 +181,7 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
         columns[title(metric)] = cells
     what = f"{collection.sweep.name}: " if collection.sweep else ""
     name = f"{what}{counted(len(collection.runs), 'run')}, {counted(len(found), 'setting')}"
-    yield from _fitted(name, heads, labels, columns, width)
+    yield from _fitted("\n".join(filter(None, (name, collection.unlike_text))), heads, labels, columns, width)
 
 
 def paired_tables(table: pd.DataFrame, by: Sequence[str], baseline: Sequence[str], digits: int, width: int) -> Iterator[Table]:

@@ -79,10 +79,12 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
     print_line = line_printer(console())
     for label, error in failed.items():
         print_line(f"failed: {label}: {error}")
-    if len(failed) < len(plan.runs):
+    folder = _short(plan.folder)
+    if len(failed) == len(plan.runs):
+        print_line(f"folder: {folder}")
+    else:
         from fedsim.cli import results
 
-        folder = _short(plan.folder)
         parser = argparse.ArgumentParser()
         results.add_arguments(parser)
         results.run(parser.parse_args([str(plan.folder), "--sweep", plan.record.name]))

@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 
 from fedsim.report import theme
-from fedsim.report.data import Series
+from fedsim.report.data import SEEDS, Series
 
 Tooltip = list[alt.Tooltip]
 ROWS = "rows"
@@ -25,7 +25,7 @@ CELL_TEXT = 12  # beyond so many tasks, the cells of a matrix are too small for 
 
 
 def heterogeneity(series: Sequence[Series], splits: Sequence[str], title: str, intervals: bool) -> alt.LayerChart:
-    """A metric against the heterogeneity of the clients: mean and 95 % interval over seeds."""
+    """A metric against the heterogeneity of the clients: mean, and interval over seeds or the seeds themselves."""
     x = alt.X(
         "split:N", sort=list(splits), title=title, axis=alt.Axis(labelAngle=0, ticks=True), scale=alt.Scale(paddingOuter=0.2)
     )
@@ -36,20 +36,22 @@ def heterogeneity(series: Sequence[Series], splits: Sequence[str], title: str, i
     tips = [*_who(), *_numbers("{{metric}}")]
     return _layer(
         series,
-        *([base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", title="{{metric}}"), y2="high:Q")] if intervals else []),
+        *([base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("from:Q", title="{{metric}}"), y2="to:Q")] if intervals else []),
+        *([_seeds(base).encode(y=alt.Y("value:Q", title="{{metric}}"))] if intervals else []),
         base.mark_line().encode(y=mean, strokeDash=_dash(series)),
         base.mark_point(size=70).encode(y=mean, shape=_shape(series), tooltip=tips),
     )
 
 
 def dots(series: Sequence[Series], intervals: bool) -> alt.LayerChart:
-    """A metric of every series on one split: mean and 95 % interval over seeds, the best first."""
+    """A metric of every series on one split, the best first: mean, and interval over seeds or the seeds themselves."""
     y = alt.Y("series:N", sort=[s.text for s in series], title=None, axis=alt.Axis(labelLimit=320, labelColor="var(--ink)"))
     base = _base().encode(y=y, color=_colour(series, legend=False), opacity=_opacity(series, legend=False))
     mean = alt.X("mean:Q", title="{{metric}}", axis=alt.Axis(grid=True), scale=alt.Scale(zero=False))
     chart = _layer(
         series,
-        *([base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title="{{metric}}"), x2="high:Q")] if intervals else []),
+        *([base.mark_rule(strokeWidth=2).encode(x=alt.X("from:Q", title="{{metric}}"), x2="to:Q")] if intervals else []),
+        *([_seeds(base).encode(x=alt.X("value:Q", title="{{metric}}"))] if intervals else []),
         base.mark_point(size=90).encode(x=mean, shape=_shape(series, legend=False), tooltip=[*_who(), *_numbers("{{metric}}")]),
         legend=False,
     )
@@ -339,8 +341,8 @@ def _scatter(series: Sequence[Series], x: str, y: str, intervals: bool) -> alt.L
         alt.Tooltip("n:Q", title="seeds"),
     ]
     rule = base.mark_rule(strokeWidth=1.5)
-    across = rule.encode(x=alt.X("x_low:Q", title=x), x2="x_high:Q", y=at_y)
-    along = rule.encode(x=at_x, y=alt.Y("y_low:Q", title=y), y2="y_high:Q")
+    across = rule.encode(x=alt.X("x_from:Q", title=x), x2="x_to:Q", y=at_y)
+    along = rule.encode(x=at_x, y=alt.Y("y_from:Q", title=y), y2="y_to:Q")
     return _layer(
         series,
         *([across, along] if intervals else []),
@@ -355,7 +357,14 @@ def _band(base: alt.Chart, series: Sequence[Series], intervals: bool) -> list[al
     opacity: Any = alt.value(0.12 if len(series) <= 4 else 0.07)
     if len(series) > 1:
         opacity = alt.when(_picked(True)).then(opacity).otherwise(alt.value(0.01))
-    return [base.mark_area(line=False, strokeWidth=0).encode(y="low:Q", y2="high:Q", opacity=opacity)]
+    return [base.mark_area(line=False, strokeWidth=0).encode(y="from:Q", y2="to:Q", opacity=opacity)]
+
+
+def _seeds(base: alt.Chart) -> alt.Chart:
+    """The runs themselves, where they are few."""
+    folded = base.transform_fold(list(SEEDS), as_=["seed", "value"]).transform_filter("isValid(datum.value)")
+    chart: alt.Chart = folded.mark_point(size=16, filled=True, strokeWidth=0, shape="circle")
+    return chart
 
 
 def _ends(tasks: int) -> alt.Chart:

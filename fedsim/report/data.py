@@ -25,18 +25,23 @@ from server.metrics import forgetting
 if TYPE_CHECKING:
     import pandas as pd
 
+FEW = 3  # seeds: up to so many are shown one by one, their interval would be far wider than what is known of them
+SEEDS = tuple(f"seed_{i}" for i in range(FEW))
 SHOWN_CLIENTS = 50  # one by one; of more, the sizes are shown as a histogram
 HEADLINE = "final_average_accuracy"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number of a run is called and read. sign: 1 where more is better, -1 where less is, 0 where neither."""
+    """How a number of a run is called and read. sign: 1 where more is better, -1 where less is, 0 where neither; least, most: of
+    what it can be."""
 
     name: str
     title: str
     sign: int
     unit: str = "%"
+    least: float = 0.0
+    most: float = 100.0
 
     @property
     def axis(self) -> str:
@@ -46,14 +51,15 @@ class Metric:
 METRICS = (
     Metric(HEADLINE, "Final average accuracy", 1),
     Metric("average_incremental_accuracy", "Average incremental accuracy", 1),
-    Metric("forgetting", "Forgetting", -1),
+    Metric("forgetting", "Forgetting", -1, least=-100.0),
     Metric("plasticity", "Plasticity", 1),
-    Metric("backward_transfer", "Backward transfer", 1),
+    Metric("backward_transfer", "Backward transfer", 1, least=-100.0),
     Metric("final_average_accuracy_task_incremental", "Final average accuracy, task told", 1),
     Metric("newest_share", "Predictions on the newest task's classes", 0),
     Metric("client_accuracy_worst_decile", "Accuracy of the worst tenth of clients", 1),
     Metric("client_accuracy_std", "Standard deviation of accuracy over clients", -1),
 )
+LIMITS = {"accuracy": (0.0, 100.0)} | {m.name: (m.least, m.most) for m in METRICS}
 DRIFT = {
     "relative_norm": "Length of a client's change / length of the weights",
     "cosine": "Mean cosine between two clients' changes",
@@ -126,17 +132,29 @@ class Study:
             series,
             tuple(known),
             _split_title(runs),
-            collection.sweep.name if collection.sweep else _common_name(runs),
+            _title(collection),
         )
 
     def summary(self, metrics: Sequence[str], frame: pd.DataFrame | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
-        """series, split, `by`, metric, n, mean, std, low, high: only what some run has."""
+        """series, split, `by`, metric, n, mean, std, low, high, and what is drawn: only what some run has.
+
+        from, to: the 95 % interval, as far as the metric can go; of `FEW` seeds or less their range, NaN of one. Without `by`
+        also seed_0, seed_1, …: these few seeds, else NaN.
+        """
         import pandas as pd
 
-        of = self.frame if frame is None else frame
+        of, names = self.frame if frame is None else frame, ("from", "to", *(SEEDS if not by else ()))
+        by = ["series", "split", *by]
         if of.empty:
-            return pd.DataFrame(columns=["series", "split", *by, *compare.SUMMARY])
-        long = compare.summary(of, ["series", "split", *by], [m for m in metrics if m in of])
+            return pd.DataFrame(columns=[*by, *compare.SUMMARY, *names])
+        metrics = [m for m in metrics if m in of]
+        long = compare.summary(of, by, metrics)
+        columns = {metric: of[metric].to_numpy(dtype=float) for metric in metrics}
+        places = compare.settings(of, by).values()
+        values = [[v for v in columns[metric][at] if not math.isnan(v)] for at in places for metric in metrics]
+        about = long[["metric", "low", "high"]].itertuples(index=False)
+        drawn = [_drawn(few, *record) for few, record in zip(values, about, strict=True)]
+        long = long.assign(**{name: [row[i] for row in drawn] for i, name in enumerate(names)})
         return long[long["n"] > 0].reset_index(drop=True)
 
     @cached_property
@@ -261,7 +279,7 @@ def matrices(study: Study) -> pd.DataFrame:
 
 
 def trade_off(study: Study) -> pd.DataFrame:
-    """Plasticity (x) against forgetting (y) of every setting with two tasks or more: n, x, x_low, x_high, y, y_low, y_high."""
+    """Plasticity (x) against forgetting (y) of every setting with two tasks or more: n, x, x_from, x_to, y, y_from, y_to."""
     return _against(study, "plasticity", "forgetting")
 
 
@@ -503,9 +521,21 @@ def _best_first(frame: pd.DataFrame, texts: Sequence[str]) -> list[str]:
     return sorted(order, key=lambda t: -math.inf if math.isnan(score[t]) else score[t], reverse=True)
 
 
-def _common_name(runs: Sequence[Run]) -> str:
-    names = {run.results.config.name for run in runs}
-    return names.pop() if len(names) == 1 else f"{len(runs)} runs"
+def _drawn(values: Sequence[float], metric: str, low: float, high: float) -> tuple[float, ...]:
+    """from, to, seed_0, … of one setting."""
+    if len(values) <= FEW:
+        ends = (min(values), max(values)) if len(values) > 1 else (math.nan, math.nan)
+        return (*ends, *values, *[math.nan] * (FEW - len(values)))
+    least, most = LIMITS.get(metric, (-math.inf, math.inf))
+    return (max(low, least), min(high, most), *[math.nan] * FEW)
+
+
+def _title(collection: Collection) -> str:
+    """The name of the study: of the sweep, of the config that all runs share, of the folder; else how many runs there are."""
+    names = {run.results.config.name for run in collection.runs}
+    if collection.sweep is not None:
+        return collection.sweep.name
+    return names.pop() if len(names) == 1 else collection.folder or f"{len(collection.runs)} runs"
 
 
 def _task_names(path: Path | None) -> tuple[str, ...]:
@@ -534,10 +564,7 @@ def _against(study: Study, x: str, y: str, frame: pd.DataFrame | None = None) ->
         if x in values and y in values:
             row = {"series": series, "split": split, "n": values[y]["n"]}
             for axis, metric in (("x", x), ("y", y)):
-                row |= {
-                    axis: values[metric]["mean"],
-                    f"{axis}_low": values[metric]["low"],
-                    f"{axis}_high": values[metric]["high"],
-                }
+                row |= {axis: values[metric]["mean"]}
+                row |= {f"{axis}_{end}": values[metric][end] for end in ("from", "to")}
             rows.append(row)
     return pd.DataFrame(rows)

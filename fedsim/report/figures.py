@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_SERIES = 8  # as many as have a colour
-PANELS = 6  # accuracy matrices side by side
 PANELS_IN_FILE = 3  # per row
 PIXELS_PER_INCH = 300
 
@@ -67,8 +66,7 @@ def _comparing(study: Study) -> Iterator[Figure]:
     several, splits = len(study.series) > 1, len(study.splits) > 1
     on = (Select("split", "Split", tuple((s, split_option(s)) for s in study.splits)),) if splits else ()
     known = _has_intervals(study.settings)
-    intervals = " Bands: 95 % intervals of the mean over seeds." if known else ""
-    bars = " Bars: 95 % intervals of the mean over seeds." if intervals else ""
+    intervals, bars = (f" {what}: {_spread(study)}." if known else "" for what in ("Bands", "Bars"))
     measured = (Select("metric", "Metric", tuple((m.name, m.axis) for m in study.metrics)),)
     if splits and study.metrics:
         chart: Any = charts.heterogeneity(study.series, study.splits, study.split_title, known)
@@ -116,10 +114,12 @@ def _comparing(study: Study) -> Iterator[Figure]:
         chart = charts.by_task(study.series, known, "Forgetting (%)")
         yield Figure("forgetting", "forgetting", "Forgetting by task learned", note, [forgetting], [chart], on)
     if several and study.tasks > 1:
-        note = f"Mean over seeds. Row: after which task; column: on which task. The first {PANELS} series that are shown."
+        note = "Mean over seeds. Row: after which task; column: on which task."
         chart = charts.matrices("series", [s.text for s in study.series], study.tasks)
         frame = data.matrices(study)
-        yield Figure("matrices", "forgetting", "Accuracy matrices", note, [frame], [chart], on, wide=True, limit=PANELS)
+        yield Figure(
+            "matrices", "forgetting", "Accuracy matrices", note, [frame], [chart], on, wide=True, limit=len(study.series)
+        )
     yield from _cost(study, on, bars)
     drift = data.drift(study)
     if len(drift):
@@ -320,4 +320,13 @@ def split_option(split: str) -> str:
 
 
 def _has_intervals(summary: pd.DataFrame) -> bool:
-    return any(not math.isnan(v) for v in summary["low"])
+    return any(not math.isnan(v) for v in summary["from"])
+
+
+def _spread(study: Study) -> str:
+    """What bands and bars are, see `Study.summary`."""
+    several = {int(n) > data.FEW for n in study.settings["n"] if n > 1}
+    if several == {True}:
+        return "95 % intervals of the mean over seeds, as far as the metric can go"
+    few = f"of {data.FEW} seeds or fewer from the lowest to the highest"
+    return few if several == {False} else f"95 % intervals of the mean over seeds, as far as the metric can go; {few}"

@@ -138,6 +138,10 @@ def _notices(study: Study) -> str:
 
 def _differences(study: Study) -> list[str]:
     lines = []
+    if study.collection.unlike:
+        lines.append(study.collection.unlike_text)
+    for note in study.collection.sweep.notes if study.collection.sweep else ():
+        lines.append(f"{note}: left out there.")
     others = study.collection.others
     if others:
         lines.append(
