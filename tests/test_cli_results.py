@@ -157,6 +157,22 @@ def test_runs_of_one_seed_in_one_setting_are_noted(tmp_path: Path, printed: Prin
     assert "method=lorm holds runs of the same seed, and their mean counts every one." in printed(tmp_path)
 
 
+def test_a_table_says_in_its_head_that_its_rows_are_not_of_the_same_data(tmp_path: Path, small: Path, printed: Printed) -> None:
+    for rule, classes in (("lorm", 6), ("fedavg", 8)):
+        write_run(tmp_path, method(rule, 0, data={"classes": classes}))
+    said = "Rows differ in their data or split: data.classes."
+    assert printed(tmp_path).splitlines()[1].strip() == said
+    assert printed(tmp_path, "--markdown", "-").startswith(f"{said}\n\n| ")
+    assert printed(tmp_path, "--latex", "-").startswith(f"% {said}\n% Mean")
+    assert "Rows differ" not in printed(small)
+
+
+def test_splits_that_no_key_tells_apart_are_said(tmp_path: Path, printed: Printed) -> None:
+    for rule, split in (("lorm", "a"), ("fedavg", "b")):
+        write_run(tmp_path, method(rule, 0), split=split * 64)
+    assert "Rows differ in their data or split: split." in printed(tmp_path).splitlines()[1]
+
+
 def test_long_settings_have_one_column(tmp_path: Path, printed: Printed) -> None:
     for rule in ("lorm", "fedavg"):
         for alpha in (0.1, 0.5):

@@ -74,7 +74,7 @@ def test_joint_is_one_client_with_all_tasks_at_once_whatever_the_stream() -> Non
     for words in ([], ["stream.name=task_incremental"], ["stream.tasks=2", "stream.classes_per_task=7"]):
         files = [ROOT / "configs/streams/omniglot.yaml", ROOT / "configs/methods/joint.yaml"]
         manifest, _, _ = prepare_data(load(files, words))
-        parts, _ = prepare_data(load(files[0], words))
+        parts = prepare_data(load(files[0], words))[0]
         assert (manifest.num_clients, manifest.task_names) == (1, ("all tasks",))
         assert manifest.class_names == parts.class_names
         assert manifest.task_classes == (tuple(range(len(parts.class_names))),)

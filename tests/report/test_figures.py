@@ -20,6 +20,7 @@ from fedsim.report.data import Series, Study
 from fedsim.report.figures import Drawing, convert, drawings, figures
 from fedsim.results import RunDir
 from tests.report.factory import fake_run, invent, split_of
+from tests.run_dirs import write_run
 from tests.tiny import tiny
 
 ALL = {
@@ -121,7 +122,7 @@ def test_every_figure_becomes_a_file(drawn: dict[str, Drawing]) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
-        ("heterogeneity-final_average_accuracy", "symbol", 9),  # 3 series × 3 splits
+        ("heterogeneity-final_average_accuracy", "symbol", 27),  # 3 series × 3 splits × (mean and 2 seeds)
         ("heterogeneity-forgetting", "rule", 9),
         ("by_task-0.1", "symbol", 9),  # 3 series × 3 tasks
         ("by_round-iid", "symbol", 27),  # × 3 evaluations
@@ -149,6 +150,43 @@ def test_a_bubble_per_client_and_class(study: Study, drawn: dict[str, Drawing]) 
         (h.client, h.class_row, h.samples) for h in first.holdings
     }
     assert marks(svg(drawn["partition-0.1"]), "symbol") == len(rows)
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_accuracy_stays_between_0_and_100(run_dirs: Path, seeds: int) -> None:
+    """Runs far apart: the 95 % interval of two is −586 to 686 %, which set the axes; two are shown as they are."""
+    for seed in range(seeds):
+        for rule in ("lorm", "fedavg"):
+            accuracy = ((100,), (100, 0 if seed % 2 else 100))
+            write_run(run_dirs, tiny(f"server.aggregator={rule}", f"seed={seed}"), accuracy, split="s" * 64)
+    study = Study.of(collect([run_dirs]))
+    row = study.settings[study.settings["metric"] == "final_average_accuracy"].iloc[0]
+    assert row["low"] < 30 and row["high"] > 100
+    found = {d.name: d for d in drawings(study, figures(study))}
+    for name in ("settings-final_average_accuracy", "by_task"):
+        labels = re.findall(r'<g class="mark-text role-axis-label".*?</g>', svg(found[name]), flags=re.DOTALL)
+        ticks = [float(t.replace("−", "-")) for t in re.findall(r">([−\d.]+)</text>", "".join(labels))]
+        assert ticks and min(ticks) >= 0 and max(ticks) <= 100
+    shown = (50.0, 100.0) if seeds == 2 else (row["low"], 100.0)
+    assert (row["from"], row["to"]) == pytest.approx(shown)
+    assert marks(svg(found["settings-final_average_accuracy"]), "symbol") == (2 + 2 * 2 if seeds == 2 else 2)
+
+
+def test_matrices_of_every_series(run_dirs: Path) -> None:
+    for rank in range(1, 11):
+        write_run(run_dirs, tiny(f"adapter.rank={rank}"))
+    study = Study.of(collect([run_dirs]))
+    assert study.title == "tiny"
+    found = {d.name: d for d in drawings(study, figures(study))}
+    assert marks(svg(found["matrices"]), "rect") == 10 * 3
+
+
+def test_the_title_is_the_studys_name(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        write_run(tmp_path / "ranks", tiny(f"adapter.rank={rank}", f"name=r{rank}"))
+    assert Study.of(collect([tmp_path / "ranks"])).title == "ranks"
+    paths = [path for path in (tmp_path / "ranks").iterdir() if path.is_dir()]
+    assert Study.of(collect(paths)).title == "2 runs"
 
 
 def test_one_seed_draws_no_intervals(run_dirs: Path) -> None:

@@ -224,8 +224,13 @@ def test_command(sweep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", str(sweep_folder)]) == 0
     out = capsys.readouterr().out
-    assert re.fullmatch(r"report\.html: 1\.\d MB, 14 charts of 18 runs\n", out)
-    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert re.fullmatch(r"\S*/report\.html: 1\.\d MB, 14 charts of 18 runs\n", out)
+    assert (sweep_folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / out.split(":")[0]).resolve() == (sweep_folder / "report.html").resolve()
+    assert not (tmp_path / "report.html").exists()
+    run_dirs = sorted(str(p) for p in sweep_folder.iterdir() if (p / "status.json").exists())[:2]
+    assert cli.main(["report", *run_dirs]) == 0
+    assert capsys.readouterr().out.startswith("report.html: ") and (tmp_path / "report.html").exists()
 
 
 def test_command_says_what_is_missing(

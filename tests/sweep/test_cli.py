@@ -33,8 +33,12 @@ def test_what_it_prints_and_leaves(
         cli.main(["sweep", "sweep.yaml", "--output", "out", "--quiet"]) == 1
     )  # what failed is tried again, what is finished is not
     assert "accuracy " not in capsys.readouterr().out
-    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "server.aggregator.fail=never"]) == 2
-    assert "rule=lorm seed=0: unknown key 'server.aggregator.fail'" in capsys.readouterr().err
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "server.aggregator.fial=never"]) == 2
+    assert "rule=lorm seed=0: unknown key 'server.aggregator.fial'" in capsys.readouterr().err
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "server.aggregator.fail=never"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[2] == "server.aggregator.fail does not apply to rule=lorm: left out there"
+    assert f"{out[2]}." in out[3:]  # below the table, too
 
 
 def test_a_dry_run_changes_nothing(
