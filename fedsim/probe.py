@@ -169,8 +169,9 @@ def _few(data: ArraySplit, used: IntArray, count: int) -> IntArray:
     chosen = {int(used[i * (len(used) - 1) // max(1, count - 1)]) for i in range(count)}
     if "attention_mask" in data.inputs:
         mask_NL = data.inputs["attention_mask"]
-        last = int(np.flatnonzero(mask_NL.any(axis=0)).max(initial=0))
-        chosen.add(int(used[np.argmax(mask_NL[:, last][used] != 0)]))
+        columns = (mask_NL[:, i][used] for i in reversed(range(mask_NL.shape[1])))
+        longest_n = next((column_n for column_n in columns if column_n.any()), np.zeros(1))
+        chosen.add(int(used[np.argmax(longest_n != 0)]))
     return np.array(sorted(chosen))
 
 

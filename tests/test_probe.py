@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedsim import probe, simulation
 from fedsim.core import config as configs
+from fedsim.core.contracts import ArraySplit
 from fedsim.core.errors import ConfigError, DataError, ModelError
 from fedsim.models import backbone as backbones
 from tests.models.families import FAMILIES
@@ -87,6 +88,16 @@ def test_channels_that_do_not_fit() -> None:
         prepare(data={**TINY["data"], "channels": 3})
     colour = {**TINY["model"]["config"], "num_channels": 3}
     prepare(model={"backbone": "random", "config": colour})  # grey ones are repeated
+
+
+def test_the_longest_text_that_is_used_is_probed() -> None:
+    lengths = np.array([2, 9, 4, 7, 3])
+    mask = (np.arange(10) < lengths[:, None]).astype(np.int64)
+    split = ArraySplit({"input_ids": mask, "attention_mask": mask}, np.zeros(5, np.int64))
+    assert probe._few(split, np.array([4, 2, 3, 0]), 1).tolist() == [3, 4]
+    assert probe._few(split, np.arange(5), 2).tolist() == [0, 1, 4]
+    empty = ArraySplit({"input_ids": mask, "attention_mask": 0 * mask}, split.labels)
+    assert probe._few(empty, np.array([4, 2]), 2).tolist() == [2, 4]
 
 
 # ---------------------------------------------------------------- the model
