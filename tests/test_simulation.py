@@ -293,7 +293,7 @@ def test_notes_are_said_once_and_kept(
     noting = lambda *args: replace(whole(*args), notes=("slower than asked",))  # noqa: E731
     monkeypatch.setattr(Worker, "train", noting)
     monkeypatch.setattr(simulation, "prepare", lambda *args: replace(prepared(*args), notes=("known before",)))
-    config, events = tiny(output=tmp_path, **METHODS["every hook"]), list[Any]()
+    config, events = tiny("server.aggregator=fedavg", "server.consolidator=none", output=tmp_path), list[Any]()
     with monkeypatch.context() as stopped:
         stopped.setattr(checkpoint, "save", stopping(after=1))
         with pytest.raises(KeyboardInterrupt):
