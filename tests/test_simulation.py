@@ -189,7 +189,7 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
     assert same_bits(*states)
 
 
-@pytest.mark.parametrize("method", ["lorm", "every hook"])
+@pytest.mark.parametrize("method", ["lorm", "groups", "every hook"])
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
