@@ -49,15 +49,16 @@ MEAN_IF_TRAINED_SO = Family(auto=POOLER, only_if="use_mean_pooling")  # BeitMode
 KNOWN: dict[str, Family] = {
     "clip": TWO_TOWERS,
     "siglip": TWO_TOWERS,
-    "metaclip_2": TWO_TOWERS,
     "chinese_clip": TWO_TOWERS,
     "clip_vision_model": CLASS_TOKEN_NORMED_LAST,
-    "metaclip_2_vision_model": CLASS_TOKEN_NORMED_LAST,
     "chinese_clip_vision_model": CLASS_TOKEN_NORMED_LAST,
     "clip_text_model": Family(auto=POOLER),  # the token of the end
     "siglip_vision_model": Family(auto=POOLER, only_if="vision_use_head", optional=True),  # attention of one learned query
     "convnext": MEAN_NORMED_LAST,
     "convnextv2": MEAN_NORMED_LAST,
+    "hiera": MEAN_NORMED_LAST,
+    "dinov3_convnext": Family(auto=POOLER, before=1),  # the normed mean, which also stands before the places
+    "aimv2_vision_model": Family(auto=POOLER, only_if="use_head", optional=True),
     "beit": MEAN_IF_TRAINED_SO,
     "data2vec-vision": MEAN_IF_TRAINED_SO,
     "vit_mae": Family(plain=True),  # ViTMAEModel hides patches at random in evaluation too

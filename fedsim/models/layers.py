@@ -15,7 +15,8 @@ class Pointwise(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        self.stride = convolution.stride
+        for said in ("kernel_size", "stride", "padding", "dilation", "groups"):  # some models ask a convolution for its shape
+            setattr(self, said, getattr(convolution, said))
         weight = convolution.weight.detach().flatten(1)
         self.linear = _linear(weight, convolution.bias)
 

@@ -190,7 +190,11 @@ def test_checkpoint_of_a_whole_model_gives_the_features_that_it_publishes(name: 
     close(of_features(model, features(got, inputs)), of_the_model(model, inputs))
 
 
-TOWERS = {"clip": ("CLIP", "clip_vision"), "siglip": ("Siglip", "siglip_vision")}
+TOWERS = {
+    "clip": ("CLIP", "clip_vision"),
+    "siglip": ("Siglip", "siglip_vision"),
+    "chinese_clip": ("ChineseCLIP", "clip_vision"),
+}
 
 
 def two_towers(name: str, folder: Path) -> Any:
@@ -212,7 +216,7 @@ def test_vision_tower_of_a_checkpoint_of_two(name: str, tmp_path: Path) -> None:
     assert any(n.startswith("vision_model.encoder.layers.0.") for n in load_file(tmp_path / "model.safetensors"))
     got = loaded(tmp_path)
     embedded = model.get_image_features(pixel_values=x).pooler_output
-    close(model.visual_projection(features(got, x)) if name == "clip" else features(got, x), embedded)
+    close(features(got, x) if name == "siglip" else model.visual_projection(features(got, x)), embedded)
     assert not any("text" in n for n, _ in got.encoder.named_parameters())
 
 
@@ -480,3 +484,40 @@ def test_a_stream_is_trained_on_a_checkpoint(name: str, tmp_path: Path) -> None:
         runtime={"pool": "serial", "device": "cpu", "output": str(tmp_path / "runs")},
     )
     assert simulation.run(config).accuracy[0, 0] > 75  # of two classes
+
+
+# ---------------------------------------------------------------- families whose outputs hold more than they seem to
+
+ODD: dict[str, dict[str, Any]] = {
+    "dinov3_convnext": {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "image_size": 32},
+    "aimv2_vision_model": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 32,
+        "patch_size": 16,
+    },
+    "hiera": {"embed_dim": 8, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    "cvt": {"image_size": 32, "embed_dim": [8, 8, 16], "depth": [1, 2, 3], "num_heads": [1, 1, 2]},
+    "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
+    "pvt_v2": {
+        "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 2], "image_size": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_families_of_many_stages_and_heads_of_their_own(name: str) -> None:
+    """`auto` is what the encoder publishes, `mean` is over places or patches and nothing else, and there is no class token."""
+    published, plain = (loaded("random", config={"model_type": name, **ODD[name]}, pooling=p) for p in ("auto", "mean"))
+    if name != "mobilenet_v1":  # so many layers of such weights explode
+        drawn(published.encoder), drawn(plain.encoder)
+    x = torch.randn(2, 3, *published.image_size, generator=torch.Generator().manual_seed(2))
+    out: Any = published.encoder(pixel_values=x)
+    pooled = getattr(out, "pooler_output", None)
+    if pooled is not None:
+        torch.testing.assert_close(published.image_features(x), pooled.flatten(1))
+    states: Tensor = plain.encoder(pixel_values=x).last_hidden_state
+    assert plain.width == 256 if name == "mobilenet_v1" else 16
+    if name == "dinov3_convnext":
+        states = states[:, 1:]
+    torch.testing.assert_close(plain.image_features(x), states.mean((2, 3)) if states.dim() == 4 else states.mean(1))
+    with pytest.raises(ModelError, match="has no class token"):
+        loaded("random", config={"model_type": name, **ODD[name]}, pooling="cls")
