@@ -209,8 +209,7 @@ def _text_pooling(layout: Any, chosen: str, name: str) -> str:
 
 def _image_pooling(encoder: Any, places: bool, chosen: str, name: str) -> tuple[str, bool]:
     """The pooling, and whether there is a class token."""
-    tokens = (n for n, _ in encoder.named_parameters() if n.endswith(("cls_token", "class_embedding")))
-    class_token = not places and any(not n.startswith("head.") for n in tokens)  # a head may ask with a token of its own
+    class_token = not places and any(n.endswith(("cls_token", "class_embedding")) for n, _ in encoder.named_parameters())
     if chosen == "cls" and not class_token:
         raise ModelError(f"model.pooling is cls, but {name} has no class token: use mean")
     if chosen == "last":

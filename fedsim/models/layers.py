@@ -13,6 +13,8 @@ EMBEDDING = "embed"  # in the name of what turns pixels to tokens, which stays a
 class Pointwise(nn.Module):
     """A convolution of 1 × 1 as a linear layer over the channels: (b, C, H, W) -> (b, C', H', W')."""
 
+    stride: tuple[int, int]
+
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         for said in ("kernel_size", "stride", "padding", "dilation", "groups"):  # some models ask a convolution for its shape

@@ -151,7 +151,8 @@ def _encoder_class(layout: Any) -> Any:
     if type(layout) not in AutoModel._model_mapping:
         raise ModelError(f"transformers has no encoder for the architecture '{layout.model_type}'")
     alone = AutoModelForTextEncoding._model_mapping
-    return (alone if layout.is_encoder_decoder and type(layout) in alone else AutoModel._model_mapping)[type(layout)]
+    has_decoder = layout.is_encoder_decoder or hasattr(layout, "num_decoder_layers")  # T5's encoder alone says no to the first
+    return (alone if has_decoder and type(layout) in alone else AutoModel._model_mapping)[type(layout)]
 
 
 def _encoder_of(model: Any) -> Any:

@@ -258,6 +258,12 @@ def test_encoder_of_an_encoder_with_a_decoder(name: str, tmp_path: Path) -> None
     assert not any("decoder" in n for n, _ in got.encoder.named_parameters())
 
 
+def test_checkpoint_of_an_encoder_alone(tmp_path: Path) -> None:
+    """As sentence encoders made of T5 are published: no tensor of a decoder is asked for."""
+    model, inputs = whole("T5EncoderModel", "t5", tmp_path), batch(FAMILIES["t5"])
+    close(features(loaded(tmp_path), inputs), mean(model(**inputs).last_hidden_state, inputs))
+
+
 # ---------------------------------------------------------------- pooling
 
 
