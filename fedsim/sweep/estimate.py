@@ -21,6 +21,7 @@ MOST_KINDS = 12  # measured at most; the others get the mean
 SAME_COST = (
     "lr",
     "weight_decay",
+    "groups",
     "clip_norm",
     "optimizer_options",
     "schedule_options",
