@@ -20,10 +20,10 @@ from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
 
-HEAD = "head.weight"
+HEAD, WEIGHT = "head.weight", ".weight"
 FORMS = {  # form -> what its subjects may be
-    "diagonal": (HEAD, LORA_A, LORA_B),
-    "full": (HEAD, LORA_A, LORA_B),
+    "diagonal": (HEAD, LORA_A, LORA_B, WEIGHT),
+    "full": (HEAD, LORA_A, LORA_B, WEIGHT),
     "projected": (LORA_B,),
     "cross": (LORA_B,),
 }
@@ -34,7 +34,8 @@ class Statistic(contracts.Statistic):
     """Ĝ = decay·G + (1 − decay)·diag(G), G = Σ x xᵀ over the inputs x of the map whose weight is the subject.
 
     Subjects: `head.weight` (x = features, d of them); `<layer>.lora_A` (x = inputs of the layer); `<layer>.lora_B` (x = its own
-    inputs, A times those of the layer with the client's own A, so d = r there). Forms:
+    inputs, A times those of the layer with the client's own A, so d = r there); `<layer>.weight` of a linear layer that is
+    trained as a whole (x = inputs of the layer), where weights of other layers (norms, embeddings) are passed over. Forms:
         diagonal   g = diag(G), (d,)
         full       upper triangle of Ĝ, (d(d+1)/2,)
         projected  A Ĝ Aᵀ, (r, r), Ĝ of the layer's inputs    for lora_B
@@ -58,7 +59,7 @@ class Statistic(contracts.Statistic):
     @contextmanager
     def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[_Accumulator]:
         """Raises ConfigError for a subject that has no Gram of this form."""
-        sums = {subject: self._sum(params, subject) for subject in subjects}
+        sums = {subject: self._sum(params, subject) for subject in subjects if _has_gram(model, subject)}
         with ExitStack() as hooks:
             for subject, one in sums.items():
                 if subject != HEAD:
@@ -140,6 +141,10 @@ class _Accumulator:
         if self.form == "diagonal":
             return one.energies()
         return upper_triangle(one.total()) if self.form == "full" else one.total()
+
+
+def _has_gram(model: contracts.ModelLike, subject: str) -> bool:
+    return subject == HEAD or not subject.endswith(WEIGHT) or isinstance(model.layer(subject), nn.Linear)
 
 
 def _feeding(one: _DecayedSum) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -20,12 +20,13 @@ from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
 from server.linalg import ridged, solve_energies, solve_gram
 
 HEAD = "head.weight"
-FACTORS = ("*" + LORA_A, "*" + LORA_B)
+MAPS = ("*" + LORA_A, "*" + LORA_B, "adapter.*.weight")
 
 
 @dataclass(frozen=True)
 class Aggregator(contracts.AdditiveAggregator):
-    """W⁺ = (Σ W_i Ĝ_i)(Σ Ĝ_i)⁺ for `head.weight`, `lora_A` and `lora_B`; every other tensor (biases, prompts) by FedAvg.
+    """W⁺ = (Σ W_i Ĝ_i)(Σ Ĝ_i)⁺ for `head.weight`, `lora_A` and `lora_B`, and every linear layer of a backbone that is trained
+    itself (adapter `full`); every other tensor (biases, norms, embeddings, prompts) by FedAvg.
 
     Ĝ_i = decay·G_i + (1 − decay)·diag(G_i), G_i = Σ x xᵀ over the inputs that client i's own model gives the map; those of a
     `lora_B` are A_i x, and it is their off-diagonals that decay (LoRM's decay those of x, before A). The head sees the features
@@ -52,7 +53,7 @@ class Aggregator(contracts.AdditiveAggregator):
     def plan(self, state: State, round: int) -> RoundPlan:
         form = resolve_form(self.form, self.decay)
         head = gram_request((HEAD,), form, self.decay, blended=True)
-        return RoundPlan(statistics=(gram_request(FACTORS, form, self.decay), head))
+        return RoundPlan(statistics=(gram_request(MAPS, form, self.decay), head))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return lift_linear(update, self.ridge)
