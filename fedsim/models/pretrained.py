@@ -161,7 +161,8 @@ def _encoder_of(model: Any) -> Any:
 
 
 def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
-    """transformers fills what a file lacks with random numbers; the pooler is the one part that is never used."""
+    """transformers fills what a file lacks with random numbers. A pooler may be missing: features pass through none, or through
+    BEiT's, which is a norm and starts as one without weights."""
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
         raise ModelError(
