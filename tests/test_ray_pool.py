@@ -160,15 +160,11 @@ def two_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
-def test_more_workers_than_places_and_a_machine_that_dies(
+def test_a_machine_that_dies_and_then_more_workers_than_places(
     two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_pool, "START_S", 2.0)
     monkeypatch.setattr(ray_pool, "PATIENCE", 60)  # where there is place, a process may be slow to start
-    asked = r"no place for \d of 3 workers in 2 s: each asks for CPU 1, and Ray has CPU 2 \(0 free\): lower runtime.workers"
-    with pytest.raises(PoolError, match=asked):
-        run(tiny("runtime.pool=ray", "runtime.workers=3", output=tmp_path))
-
     rounds: list[RoundDone] = []
 
     def kill(event: Event) -> None:
@@ -181,7 +177,8 @@ def test_more_workers_than_places_and_a_machine_that_dies(
     ended = run(config, progress=kill)  # the replacement finds no place, and gets no work
     assert len(rounds) == 6
     with pytest.raises(
-        PoolError, match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU 1 \(0 free\)"
+        PoolError,
+        match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU 1 \([01] free\): lower runtime.w",
     ):
         run(config)
     serial = run(tiny("server.rounds=3", output=tmp_path / "serial"))

@@ -191,7 +191,7 @@ class RuntimeConfig:
     """Where and how it runs. Only threads, device, kernels, precision, fused, eval_batch and a pool of your own may move bits.
 
     pool: serial | ray | flower, or one of your own, which is part of what a run is.
-    workers: processes, "auto": CPU cores / threads (at most one per client).
+    workers: processes, "auto": CPU cores / threads (at most one per client, and as many as memory holds).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
     kernels: of the CPU's products in float32: torch | onednn | auto (onednn where it makes use of AVX-512, else torch).
     precision: fp32 | bf16 (the frozen backbone in half precision, all that is trained in float32). A machine that was not made
