@@ -49,6 +49,7 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
             distinct[name] = tensor
     estimate, length = sum(bytes_up(update).values()), len(save({n: t.contiguous() for n, t in distinct.items()}))
     assert estimate <= length <= estimate + 8 + 2 + sum(len(n) + 90 for n in distinct) + 16
+    assert estimate == sum(t.nbytes for t in distinct.values())
     thrice = sum(t.nbytes for t in update.statistics.values()) - sum(
         distinct[n].nbytes for n in distinct if n in update.statistics
     )
