@@ -19,7 +19,7 @@ from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec, require_finite
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import ConfigError, DataError
+from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, one_line
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.data import door
@@ -244,7 +244,12 @@ def most_steps(config: SimConfig, manifest: Manifest) -> int:
 
 def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
     """The `adapter.*` tensors that a new module of this task starts with, the same for all clients."""
-    return model.init_adapter(rng.torch_stream(config.seed, "adapter", task))
+    try:
+        return model.init_adapter(rng.torch_stream(config.seed, "adapter", task))
+    except FedsimError:
+        raise
+    except Exception as e:  # sizes beyond memory, or a fault of an adapter of the user's own
+        raise ModelError(f"adapter {config.adapter['name']} cannot be made: {one_line(e)}") from e
 
 
 def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[ServerState, list[str]]:

@@ -147,7 +147,9 @@ def values_of(draw: DrawFn, field: dataclasses.Field[Any], key: str = "") -> Any
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     right = list(CHOICES.get(key, [] if default is dataclasses.MISSING else [default]))
     hint = str(field.type)
-    right += [1, 2, 5] if "int" in hint else [0.1, 0.5, 1] if "float" in hint else [True, False] if hint == "bool" else []
+    if "int" in hint or "float" in hint:
+        right += [1, 2, 5, 0, -1, 2**45] if "int" in hint else [0.1, 0.5, 1, 0.0, -0.5, 1e-30, 1e30]
+    right += [True, False] if hint == "bool" else []
     if right and mostly(draw):
         return draw(st.sampled_from(right))
     return draw(st.one_of(leaves, wild))
@@ -355,7 +357,9 @@ OTHERS = {  # by chance in their place
     "partition": [{"name": n, "clients": 3, "min_samples": 1} for n in ("dirichlet", "pathological", "quantity")],
     **{key: [{"name": n} for n in sorted(PLUGINS[kind])] for key, kind in KINDS.items() if key not in ("data", "partition")},
 }
-SIZES = re.compile("draws|domains|classes|image_size|channels|length|vocab|_size|_layers|clients")  # bounded by the above
+SIZES = re.compile(
+    "draws|domains|classes|per_class|image_size|channels|length|vocab|_size|_layers|clients"
+)  # bounded by the above
 
 
 @st.composite

@@ -17,7 +17,7 @@ import pytest
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
 from fedsim.core.config import ClientConfig, load
-from fedsim.core.errors import ConfigError, FedsimError, PluginError, require_choice
+from fedsim.core.errors import ConfigError, FedsimError, ModelError, PluginError, require_choice
 from fedsim.simulation import prepare, run
 from fedsim.sweep.plan import expand
 from server.aggregators.lorm import Aggregator as Lorm
@@ -337,6 +337,6 @@ def test_the_users_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "~").exists()
 
 
-def test_a_model_from_python_is_prepared_as_ever() -> None:
-    """Building the plug-ins of a checked config asks nothing that the door did not."""
-    assert prepare(tiny()).config.name == "tiny"
+def test_an_adapter_beyond_memory_is_one_line() -> None:
+    with pytest.raises(ModelError, match=r"^adapter vpt cannot be made: RuntimeError: "):
+        prepare(tiny("server.aggregator=fedavg", "server.consolidator=none", "adapter={name: vpt, length: 4611686018427387904}"))
