@@ -215,6 +215,7 @@ def test_objects_from_python_are_checked_too() -> None:
         ("client.epochs", [1], r"client.epochs must be a whole number, got [1]"),
         ("client.epochs", 10**400, "client.epochs must lie between -2**63 and 2**63 - 1, got a number of 1329 bits"),
         ("client.lr", True, "client.lr must be a number, got True"),
+        ("client.lr", 2**53 + 1, "client.lr must be a number, got 9007199254740993"),
         ("client.lr", "fast", "client.lr must be a number, got 'fast'"),
         ("server.drift", 5, "server.drift must be true or false, got 5"),
         ("server.drift", "maybe", "server.drift must be true or false, got 'maybe'"),

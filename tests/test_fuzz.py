@@ -19,7 +19,7 @@ def test_what_is_given_is_found_again_or_refused_in_one_line(tmp_path_factory: p
     fuzz.check(case, tmp_path_factory.getbasetemp())
 
 
-@settings(BOUNDED, max_examples=200)
+@settings(BOUNDED, max_examples=100)
 @given(fuzz.small_runs())
 def test_a_run_is_prepared_or_refused_in_one_line(layer: dict[str, Any]) -> None:
     fuzz.check_prepare(layer)
