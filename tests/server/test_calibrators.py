@@ -643,6 +643,7 @@ def test_ccvr_sees_all_data_under_the_merged_model_and_puts_the_head_back(
     """With one of three clients drawn a round: moments are those of the concatenated data under what is deployed; the adapter and
     the head that training goes on from have the bits of the run without it; rows are the same SGD on the same draws."""
     small = ("server.aggregator=fedavg", f"server.consolidator={consolidator}", "server.participation=0.34", "server.rounds=1")
+    small = (*small, "client.epochs=6", "client.lr=0.1")  # so that it matters through which module one looks
     config = tiny(*small, f"server.calibrator={{name: ccvr, covariance: {covariance}}}", output=tmp_path)
     plain = tiny(*small, output=tmp_path)
     without = final_state(Path(run(plain).path), plain)
@@ -658,6 +659,9 @@ def test_ccvr_sees_all_data_under_the_merged_model_and_puts_the_head_back(
             want = data[c].T.cov()
             got = known[second][0].double().diag() if second == "variance" else from_upper_triangle(known[second][0].double())
             np.testing.assert_allclose(got, want.diagonal().diag() if second == "variance" else want, rtol=1e-4, atol=1e-4)
+        before = features_of(config, state.params, task)
+        apart = max(float((before[c].mean(0) - data[c].mean(0)).abs().max()) for c in data)
+        assert (apart > 1e-2) == (consolidator != "none" and task == 1)
         head = {n: torch.zeros_like(t) for n, t in state.params.items() if n in HEAD}
         classes = [(0, 1, 2), (3, 4, 5)][: task + 1]
         trained = {**deployed, **{n: state.params[n] for n in head}}
