@@ -105,7 +105,7 @@ def _module(kind: str, name: str) -> ModuleType:
     dotted = name if "." in name else f"{package}.{name}"
     if not all(part.isidentifier() for part in dotted.split(".")):
         hint = did_you_mean(name, names(kind))
-        raise PluginError(f"'{name}' is no name of a {kind[:-1]}, no file that ends in .py, and no dotted module.{hint}")
+        raise PluginError(f"'{name}' names no {kind[:-1]}, no file that ends in .py, and no dotted module.{hint}")
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError as e:
