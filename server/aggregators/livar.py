@@ -49,8 +49,9 @@ class Aggregator(contracts.Aggregator):
     total_weights_sum: ω is divided by it (the reference's knob; anything but 1 scales A and B).
 
     Not copied from the reference: it takes v_ic from the bare backbone on images that are not normalised, so that the head's
-    weights never change; here they come from the client's own model on inputs as in testing. Clients without samples count
-    nowhere, not in the quantiles either. A layer on which some signal is not finite falls back to p_i.
+    weights never change; here they come from the client's own module, blended with those of past tasks where that is deployed, on
+    inputs as in testing. Clients without samples count nowhere, not in the quantiles either. A layer on which some signal is not
+    finite falls back to p_i.
     The reference has no task stream (it runs one task). Here every task begins with fresh signals and any consolidator will do.
     Prompts and single factors have no layer signals: they are averaged by samples. Without a head's weight, the bias too.
 

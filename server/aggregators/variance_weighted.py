@@ -25,7 +25,8 @@ class Aggregator(contracts.AdditiveAggregator):
     """H⁺[c] = Σ_i ω_ic H_i[c], b⁺[c] = Σ_i ω_ic b_i[c], ω_ic = v_ic / Σ_j v_jc; every other tensor by FedAvg.
 
     v_ic: mean over the features of their unbiased variance in class c on client i (0 with fewer than 2 samples), under the
-    client's own model. A class whose spreads are all zero keeps the server's row.
+    client's own module, in a blend with those of past tasks where that is what is deployed. A class whose spreads are all zero
+    keeps the server's row.
     Asks for `class_moments` in scalar form: 2 numbers per class. Raises AggregationError when nobody sent an update or nobody
     holds samples, and ConfigError when its tensors do not hold the head's weight.
     """
@@ -40,7 +41,7 @@ class Aggregator(contracts.AdditiveAggregator):
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"}),))
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"}, blended=True),))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)

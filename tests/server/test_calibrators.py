@@ -737,9 +737,9 @@ def test_nearest_mean_of_the_bare_backbone_depends_on_no_split(stream: Sequence[
     assert accuracies[0] == accuracies[1] == accuracies[2]
 
 
-@pytest.mark.parametrize("name", ["lorm", "regmean"])
+@pytest.mark.parametrize("name", ["lorm", "regmean", "variance_weighted", "livar"])
 def test_rules_that_fit_a_head_look_at_what_is_deployed(name: str) -> None:
-    """Grams of its inputs are asked for through the blend of tasks, in every round."""
+    """Statistics of its inputs are asked for through the blend of tasks, in every round."""
     rule = build("aggregators", {"name": name})
     params = make_params()
     for round in range(2):
