@@ -65,7 +65,7 @@ def render(study: Study, figures: Sequence[Figure]) -> str:
 
 
 def _lead(study: Study) -> str:
-    """Mean of what: data, stream, clients, in one line."""
+    """Mean of what: data, stream, clients, in one line, and what of it is not alike."""
     configs = [run.results.config for run in study.runs]
     said = {
         "backbone": {str(c.model.backbone) for c in configs},
@@ -74,7 +74,7 @@ def _lead(study: Study) -> str:
         "adapter": {str(c.adapter["name"]) for c in configs},
     }
     same = [f"{name} {values.pop()}" for name, values in said.items() if len(values) == 1]
-    return ", ".join(same)
+    return ". ".join(filter(None, (", ".join(same), study.collection.unlike_text)))
 
 
 def _tiles(study: Study) -> str:
@@ -138,8 +138,6 @@ def _notices(study: Study) -> str:
 
 def _differences(study: Study) -> list[str]:
     lines = []
-    if study.collection.unlike:
-        lines.append(study.collection.unlike_text)
     for note in study.collection.sweep.notes if study.collection.sweep else ():
         lines.append(f"{note}: left out there.")
     others = study.collection.others
