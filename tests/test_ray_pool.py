@@ -178,7 +178,7 @@ def test_a_machine_that_dies_and_then_more_workers_than_places(
     assert len(rounds) == 6
     with pytest.raises(
         PoolError,
-        match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU 1 \([01] free\): lower runtime.w",
+        match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU \d \(\d free\): lower runtime.w",
     ):
         run(config)
     serial = run(tiny("server.rounds=3", output=tmp_path / "serial"))
