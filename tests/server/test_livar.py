@@ -394,7 +394,7 @@ def test_a_missing_statistic_names_client_and_tensor() -> None:
         ({"signal": "gradients"}, "signal 'gradients' is unknown. Did you mean 'gradient'"),
         ({"evaluated": "product"}, "evaluated 'product' is unknown. Did you mean 'products'"),
         ({"total_weights_sum": 0.0}, "total_weights_sum must be above 0, got 0.0"),
-        ({"total_weights_sum": float("nan")}, "total_weights_sum must be above 0"),
+        ({"total_weights_sum": float("nan")}, "total_weights_sum must be a finite number, got nan"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
