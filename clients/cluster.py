@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fedsim.core.errors import PoolError
@@ -29,16 +32,28 @@ def start(address: str | None, cores: int, otherwise: str = OTHERWISE) -> None:
     if address is not None:
         _knock(address, otherwise)
         try:
-            ray.init(address=address, **quiet)
+            with _signals_kept():
+                ray.init(address=address, **quiet)
         except Exception as e:  # somebody is there, and refuses
             advice = "the same versions of Ray and Python? a token, as clusters of Ray >= 2.59 want: set RAY_AUTH_MODE=token"
             raise PoolError(f"cannot join the Ray cluster at '{address}': {last_line(e)} ({advice})") from e
         return
     wanted = max(os.cpu_count() or 1, cores)
     try:
-        ray.init(address="local", num_cpus=wanted, include_dashboard=False, **quiet)  # never a cluster that happens to be there
+        with _signals_kept():
+            # "local": never a cluster that happens to be there
+            ray.init(address="local", num_cpus=wanted, include_dashboard=False, **quiet)
     except Exception as e:
         raise PoolError(f"Ray does not start: {last_line(e)} ({otherwise})") from e
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray sets a handler of SIGTERM that aborts the process with a stack trace; what was there before stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def resources() -> dict[str, float]:

@@ -173,6 +173,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     told = hardware.too_many_threads(config.runtime.threads)
     notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
     spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
+    plugins.load("pools", config.runtime.pool).check(spec)
     return Prepared(config, rule, manifest, spec, model, state, notes)
 
 

@@ -25,6 +25,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["server.aggregator.name=fedavg", "server.aggregator.decya=1"],
         r"unknown key 'server.aggregator.decya'",
     ),
+    "a name that is a path": (["name=../oops"], r"name must be a plain word, of which the run directory's name is made, got"),
     "wrong type": (["client.lr=fast"], r"client.lr must be a number, got 'fast'"),
     "alpha 0": (["partition.alpha=0"], r"partition.alpha must be positive, got 0"),
     "alpha below 0": (["partition.alpha=-1"], r"partition.alpha must be positive"),

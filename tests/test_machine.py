@@ -77,6 +77,7 @@ def test_more_workers_than_a_machine_holds(
     monkeypatch.setattr(cluster, "start", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(PoolError, match=line):
         run(tiny("runtime.workers=50", f"runtime.pool={pool}", output=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_number_of_workers_is_capped_by_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,24 @@ def fedsim(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_sigterm_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
+    """What batch systems send at the end of the time; Ray by itself would abort with a stack trace."""
+    config = tiny("runtime.pool=ray", "runtime.workers=1", "server.rounds=300")
+    (tmp_path / "long.yaml").write_text(config.to_yaml())
+    words = [sys.executable, "-m", "fedsim.cli", "run", "long.yaml", "--output", "out"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.strip().splitlines()[-1].startswith("fedsim: stopped")
+    assert "logging.cc" not in output
+    assert final_state(tmp_path / "out", config).round >= 1
+
+
 def test_a_rule_and_decoys_in_the_users_folder(tmp_path: Path) -> None:
     """A rule named by path works under Ray with no install, and the folder's own clients.py and server.py do no harm."""
     for decoy in ("clients.py", "server.py"):

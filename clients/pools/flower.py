@@ -72,11 +72,14 @@ class Pool(contracts.Pool):
 
     worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
-    def __init__(self, spec: contracts.WorkSpec) -> None:
+    @classmethod
+    def check(cls, spec: contracts.WorkSpec) -> None:
         if spec.config.runtime.address is not None:
             raise PoolError("runtime.pool=flower runs on this machine only and cannot join runtime.address: use runtime.pool=ray")
         if spec.config.runtime.workers != "auto":
             _workers.require_room(spec, spec.config.runtime.workers)
+
+    def __init__(self, spec: contracts.WorkSpec) -> None:
         self._spec = spec
         self._engine: _Engine | None = None
 

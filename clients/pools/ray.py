@@ -47,12 +47,16 @@ class Pool(contracts.Pool):
 
     worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
+    @classmethod
+    def check(cls, spec: contracts.WorkSpec) -> None:
+        runtime = spec.config.runtime
+        if runtime.address is None and runtime.workers != "auto" and not ray.is_initialized():
+            _workers.require_room(spec, runtime.workers)
+
     def __init__(self, spec: contracts.WorkSpec) -> None:
         runtime = spec.config.runtime
         self._owns_ray, self._slots = not ray.is_initialized(), list[_Slot]()
         if self._owns_ray:
-            if runtime.address is None and runtime.workers != "auto":
-                _workers.require_room(spec, runtime.workers)
             cluster.start(runtime.address, 0 if runtime.workers == "auto" else runtime.workers * runtime.threads)
         try:
             self._start(spec)

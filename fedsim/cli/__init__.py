@@ -7,8 +7,12 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import fedsim
 from fedsim.cli.printing import fail
@@ -28,14 +32,15 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0; 1 when something failed on the way; 2 for bad input; 130 for Ctrl-C."""
+    """Run a command and return its exit code: 0; 1 when something failed on the way; 2 for bad input; 130 when it was stopped."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     try:
-        code: int = args.command(args)
-        sys.stdout.flush()
+        with _terminable():
+            code: int = args.command(args)
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return fail("stopped", 130)
@@ -48,6 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(e, FedsimError):
             return fail(f"error: {e}", e.exit_code)
         return fail(f"error: {type(e).__name__}: {e} (this is not expected: run with --debug for the traceback)", 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which batch systems send, stops a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

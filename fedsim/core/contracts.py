@@ -533,7 +533,12 @@ class Accumulator(Protocol):
 
 
 class Pool(ABC):
-    """Runs clients somewhere."""
+    """Runs clients somewhere. Made with one `WorkSpec`."""
+
+    @classmethod
+    def check(cls, spec: WorkSpec) -> None:
+        """Before there is a run directory. Raises PoolError for what this machine cannot hold."""
+        return
 
     @abstractmethod
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +77,7 @@ def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[Event]:
 
     Raises PoolError when Ray does not start, StorageError for a folder that cannot be written.
     """
-    with _ray(plan.launch, runs) as jobs, _terminable():
+    with _ray(plan.launch, runs) as jobs:
         submit = _tasks("perform", plan.launch, jobs)
         waiting = deque((run, 1) for run in runs)
         elsewhere: list[PlannedRun] = []
@@ -169,23 +167,6 @@ def _ray(launch: Launch, runs: Sequence[PlannedRun]) -> Iterator[int]:
     finally:
         if owned:
             ray.shutdown()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, which batch systems send, stops a sweep as Ctrl-C does; Ray's own handler, set when it starts, aborts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:

@@ -155,7 +155,7 @@ def expand(
         values = {key: value for step in steps if step.by_key and step not in gone for key, value in step.changes.items()}
         _require_as_labelled(config, labels, values | {"seed": seed})
         labels = labels | {name: None for step in gone for name in step.labels}
-        name = "-".join(str(v) for v in labels.values() if v is not None)
+        name = "-".join(str(v) for v in labels.values() if v is not None).replace("/", "_").replace("\\", "_")
         run = PlannedRun(Entry(config.identity(), labels), replace(config, name=name))
         if not gone or all(run.entry != other.entry for other in runs):
             runs.append(run)

@@ -259,6 +259,8 @@ class SimConfig:
     trackers: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        plain = self.name.strip(".") and not set(self.name) & set("/\\")
+        _require(bool(plain), "name", "must be a plain word, of which the run directory's name is made", self.name)
         _require(self.seed >= 0, "seed", "must not be negative", self.seed)
         if self.stream.online and self.server.unlearning:
             raise ConfigError("server.unlearning and stream.online exclude each other: clients train once more by themselves")
