@@ -66,7 +66,7 @@ def test_the_table_holds_the_statistics(study: Path, printed: Printed) -> None:
     low, high = long.loc[(long["method"] == "lorm") & (long["alpha"] == 0.5), ["low", "high"]].iloc[0]
     assert text.startswith("study: 12 runs, 4 settings")
     assert f" 3  {values.mean():.1f} ± {values.std():.1f} [{low:.1f}, {high:.1f}]  " in row(text, "lorm", "0.5")
-    assert [line.split()[:2] for line in text.splitlines()[3:7]] == [
+    assert [line.split()[:2] for line in text.splitlines()[4:8]] == [
         ["lorm", "0.1"],
         ["lorm", "0.5"],
         ["fedavg", "0.1"],
@@ -178,7 +178,8 @@ def test_long_settings_have_one_column(tmp_path: Path, printed: Printed) -> None
         for alpha in (0.1, 0.5):
             write_run(tmp_path, method(rule, 0, alpha))
     text = printed(tmp_path, width=80)
-    assert text.splitlines()[1].split()[0] == "setting"
+    assert text.splitlines()[1].rstrip() == "Rows differ in their data or split: partition.alpha."
+    assert text.splitlines()[2].split()[0] == "setting"
     joined = "".join(line[:30].strip() for line in text.splitlines())
     assert "server.aggregator.name=" in joined
 

@@ -174,9 +174,9 @@ def test_workers_do_not_sum_with_a_rule_that_was_edited_since(tmp_path: Path) ->
     rule = tmp_path / "rule.py"
     rule.write_text(ODD_MEAN.split("    def combine")[0] + "    pass\n")
     spec = prepare_data(tiny(f"server.aggregator.name={rule}"))[1]
-    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule()) is not None
+    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule(), None) is not None
     rule.write_text(rule.read_text() + "# edited\n")
-    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule()) is None
+    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule(), None) is None
 
 
 def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_refused_before_training(overrides: list[str], told: str) -> None:
 def test_a_class_that_nobody_holds_enough_of_is_refused_with_a_calibrator() -> None:
     """12 samples of a class over 36 clients: every client has one at most, which has no spread; pooled they have one."""
     spread = ("partition={name: iid, clients: 36, min_samples: 1}", "server.aggregator=fedavg", "server.consolidator=none")
-    with pytest.raises(ConfigError, match=r"hgp draws features of every class .* of \d of 6 classes .* nobody"):
+    with pytest.raises(ConfigError, match=r"hgp makes the head's rows of what clients tell .* of \d of 6 classes .* nobody"):
         prepare(tiny(*spread, "server.calibrator=hgp"))
     prepare(tiny(*spread, "server.calibrator=ccvr"))  # pools
 

@@ -67,7 +67,7 @@ def fit(base: Sequence[Layer], extended: Sequence[Sequence[Layer]], changes: Seq
         if end[place] != start[place] and end[place] is not None:
             first = configs.merge(first, _put(place, {_key(kind): end[place]}))
     return Fitted(
-        as_given=[*base, *files, *changes],
+        as_given=[*base, *files, first, *changes],
         layers=[*base, *(layer for group in fewer for layer in group), first, *kept],
         changes=changes,
         gone_files=[not any(group) for group in fewer],

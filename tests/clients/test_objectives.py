@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.objectives import square
+from fedsim.core import config as configs
 from fedsim.core.contracts import TrainStep
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import run
@@ -65,7 +66,7 @@ def test_square_refuses_a_label_of_another_task() -> None:
 @pytest.mark.parametrize("options", [{"kappa": 0.0}, {"kappa": float("inf")}, {"kappa": float("nan")}, {"classes": "old"}])
 def test_options_that_can_never_work(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        square.Objective(**options)
+        configs.build("objectives", {"name": "square", **options})
 
 
 @pytest.mark.parametrize("classes", ["task", "all"])

@@ -206,7 +206,10 @@ def test_clients_that_could_train_together_give_the_same_signals(tmp_path: Path)
     for fused in ("runtime.fused=false", "runtime.fused=true"):
         config = tiny(*livar, fused, output=tmp_path / fused.rpartition("=")[2])
         states.append(learned(final_state(run(config).path, config)))
+    said = [state.pop("notes") for state in states]
     assert same_bits(*states)
+    assert not said[0]
+    assert "clients are trained one by one, whatever runtime.fused says" in said[1][0]
 
 
 # ---------------------------------------------------------------- errors

@@ -290,7 +290,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an option of no variant": (
         {"list": {"m": {"a": {"adapter": "none"}, "b": {"adapter": {"name": "prefix"}}}}, "set": {"adapter.rank": 2}},
-        "^m=a seed=0: adapter.rank applies to none of the runs: leave it out",
+        "^m=a seed=0: unknown key 'adapter.rank'. There are no options of adapter.",
     ),
     "an option beside another plug-in's name": (
         {"list": {"m": {"a": {}, "b": {"adapter.rank": 2, "adapter.name": "prefix"}}}},
