@@ -21,13 +21,15 @@ def ours_first() -> Callable[[str], None]:
     """
 
     def put_first(root: str) -> None:
+        import os
         import sys
 
         if root in sys.path:
             sys.path.remove(root)
         sys.path.insert(0, root)
         for name in [n for n in sys.modules if n.split(".")[0] in ("fedsim", "clients", "server")]:  # a decoy, imported before us
-            if not str(getattr(sys.modules[name], "__file__", None) or root).startswith(root):
+            ours = os.path.join(root, name.split(".")[0], "")
+            if not str(getattr(sys.modules[name], "__file__", None) or ours).startswith(ours):
                 del sys.modules[name]
 
     return put_first
@@ -45,7 +47,7 @@ def _claim_names() -> None:
         if there is None:
             sys.modules[name] = module_from_spec(ours)
             ours.loader.exec_module(sys.modules[name])
-        elif (file := getattr(there, "__file__", None)) and not str(Path(file).resolve()).startswith(ROOT):
+        elif (file := getattr(there, "__file__", None)) and Path(file).resolve() != Path(str(ours.origin)).resolve():
             raise ImportError(f"{file} stands in the way of fedsim, which has a package named '{name}': rename that file")
 
 
