@@ -13,7 +13,7 @@ run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
 
 test: $(VENV)/.installed-test  ## run the tests
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 check: $(VENV)/.installed-dev  ## lint, format, types, import arrows
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import WorkSpec
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest
-from fedsim.simulation import prepare_data
+from fedsim.simulation import prepare, prepare_data
 from tests.tiny import tiny
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -336,9 +336,8 @@ def test_a_pool_that_never_worked_starts_and_stops_nothing(spec: WorkSpec) -> No
 
 
 def test_a_cluster_elsewhere_is_refused() -> None:
-    _, spec, _ = prepare_data(tiny("runtime.pool=flower", "runtime.address=10.0.0.1:6379"))
     with pytest.raises(PoolError, match=r"cannot join runtime\.address: use runtime\.pool=ray"):
-        flower.Pool(spec)
+        prepare(tiny("runtime.pool=flower", "runtime.address=10.0.0.1:6379"))
 
 
 def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch) -> None:

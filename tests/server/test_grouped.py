@@ -46,7 +46,7 @@ def test_plan_is_the_union_with_names_written_out() -> None:
     subjects = ("adapter.block.0.lora_B", "adapter.block.1.lora_B")
     assert first.statistics == (
         StatisticRequest("gram", subjects, {"form": "projected", "decay": 0.5}, blended=True),
-        StatisticRequest("class_moments", ("head.weight",), {"form": "scalar"}),
+        StatisticRequest("class_moments", ("head.weight",), {"form": "scalar"}, blended=True),
     )
 
 
