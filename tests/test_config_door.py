@@ -341,3 +341,8 @@ def test_the_users_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytes
 def test_an_adapter_beyond_memory_is_one_line() -> None:
     with pytest.raises(ModelError, match=r"^adapter vpt cannot be made: RuntimeError: "):
         prepare(tiny("server.aggregator=fedavg", "server.consolidator=none", "adapter={name: vpt, length: 4611686018427387904}"))
+
+
+def test_half_a_character_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^manifest holds half a character"):
+        configs.compose([TINY, {"manifest": "\ud800"}])

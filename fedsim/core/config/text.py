@@ -134,6 +134,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         if "\0" in value:
             raise ConfigError(f"{where} holds a null character: {value!r}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where} holds half a character, which no file can: {value!r}")
         return home(str.__str__(value))
     if isinstance(value, int):
         if value not in WHOLE_NUMBERS:
