@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from fedsim.collection import Label, label_text
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.config import PLUGIN_KEYS, SERVER_PLUGIN_KEYS, SimConfig
+from fedsim.core.config import PLUGIN_KEYS, SERVER_PLUGIN_KEYS, SimConfig, name_key
 from fedsim.core.errors import PluginError
 
 Layer: TypeAlias = Mapping[str, Any]
@@ -65,7 +65,7 @@ def fit(base: Sequence[Layer], extended: Sequence[Sequence[Layer]], changes: Seq
     first: dict[str, Any] = {}  # plug-ins before options: what `set` says of a rank holds for the adapter that a variant names
     for place, kind in PLACES.items():
         if end[place] != start[place] and end[place] is not None:
-            first = configs.merge(first, _put(place, {_key(kind): end[place]}))
+            first = configs.merge(first, _put(place, {name_key(kind): end[place]}))
     return Fitted(
         as_given=[*base, *files, first, *changes],
         layers=[*base, *(layer for group in fewer for layer in group), first, *kept],
@@ -104,14 +104,14 @@ def _names(layers: Sequence[Layer]) -> dict[Place, str | None]:
     for place, kind in PLACES.items():
         name = _name_of(getattr(default.server, place[1]) if len(place) > 1 else getattr(default, place[0]), kind)
         for section in (_at(layer, place) for layer in layers):
-            if not isinstance(section, Mapping) or _key(kind) in section:
+            if not isinstance(section, Mapping) or name_key(kind) in section:
                 name = name if section is ABSENT else _name_of(section, kind)
         found[place] = name
     return found
 
 
 def _name_of(section: Any, kind: str) -> str | None:
-    name = section.get(_key(kind)) if isinstance(section, Mapping) else section
+    name = section.get(name_key(kind)) if isinstance(section, Mapping) else section
     return name if isinstance(name, str) else None
 
 
@@ -130,7 +130,7 @@ def _unfit(layer: Layer, names: Mapping[Place, str | None]) -> set[str]:
             continue
         if kind == "partitions" and cls is not None and cls.whole and not _is_whole(layer):
             found |= set(_keys(place, section, kind)) | ({".".join(place)} if _name_of(section, kind) else set())
-        elif isinstance(section, Mapping) and _key(kind) not in section and (names[place] is None or cls is not None):
+        elif isinstance(section, Mapping) and name_key(kind) not in section and (names[place] is None or cls is not None):
             known = set() if cls is None else {f.name for f in fields(cls) if f.init}
             found |= {key for key in _keys(place, section, kind) if key.rpartition(".")[2] not in known}
     return found
@@ -144,7 +144,7 @@ def _keys(place: Place, section: Any, kind: str) -> list[str]:
     """Dotted keys that a section gives; the section itself where it is a plug-in's name alone."""
     where = ".".join(place)
     if isinstance(section, Mapping):
-        return [f"{where}.{key}" for key in section if key != _key(kind)] or [where]
+        return [f"{where}.{key}" for key in section if key != name_key(kind)] or [where]
     return [] if section is ABSENT or section is None else [where]
 
 
@@ -167,10 +167,6 @@ def _class(kind: str, name: str | None) -> type[Any] | None:
         return None if name is None else plugins.load(kind, name)
     except PluginError:
         return None
-
-
-def _key(kind: str) -> str:
-    return "source" if kind == "sources" else "name"
 
 
 def _at(layer: Layer, place: Place) -> Any:

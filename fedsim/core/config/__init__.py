@@ -31,6 +31,7 @@ from fedsim.core.config.schema import (
     SimConfig,
     StreamConfig,
     TransformConfig,
+    name_key,
 )
 from fedsim.core.config.text import resolved
 from fedsim.core.config.typed import typed
@@ -56,6 +57,7 @@ __all__ = [
     "is_python_object",
     "load",
     "merge",
+    "name_key",
     "nested",
     "parse_overrides",
     "read_layers",

@@ -312,6 +312,7 @@ def _plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
 
 
 def name_key(kind: str) -> str:
+    """The key under which a section of this kind of plug-in holds its name."""
     return "source" if kind == "sources" else "name"
 
 
