@@ -14,10 +14,11 @@ from clients import fused, local
 from clients.samples import Samples
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.contracts import Aggregator, Calibrator, IntArray, WorkSpec, lift_of
+from fedsim.core.contracts import Aggregator, Calibrator, IntArray, lift_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 from fedsim.core.sums import BlockSum
+from fedsim.core.work import WorkSpec
 from fedsim.models import model as models
 from fedsim.models.head import predict
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from clients.samples import Samples
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, IntArray, WorkSpec
+from fedsim.core.contracts import ArraySplit, IntArray
 from fedsim.core.errors import ModelError, one_line
 from fedsim.core.messages import Tensors
+from fedsim.core.work import WorkSpec
 from fedsim.models import inject
 from fedsim.models.model import ADAPTER, Model
 

@@ -17,11 +17,12 @@ from fedsim import probe, suitable, tracking
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, WorkSpec, require_finite
+from fedsim.core.contracts import Aggregator, Consolidator, require_finite
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, one_line
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.work import WorkSpec
 from fedsim.data import door
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedsim.core import hardware
-from fedsim.core.contracts import WorkSpec
 from fedsim.core.errors import PoolError
+from fedsim.core.work import WorkSpec
 
 PROCESS = 350e6  # bytes that Python, torch and Ray take of a worker alone (measured: 330 MB beside what processes share)
 CROWD = 4  # threads per core from which on they only stand in each other's way: starting them alone takes minutes

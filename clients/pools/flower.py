@@ -45,6 +45,7 @@ from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.work import WorkSpec
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -73,13 +74,13 @@ class Pool(contracts.Pool):
     worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
     @classmethod
-    def check(cls, spec: contracts.WorkSpec) -> None:
+    def check(cls, spec: WorkSpec) -> None:
         if spec.config.runtime.address is not None:
             raise PoolError("runtime.pool=flower runs on this machine only and cannot join runtime.address: use runtime.pool=ray")
         if spec.config.runtime.workers != "auto":
             _workers.require_room(spec, spec.config.runtime.workers)
 
-    def __init__(self, spec: contracts.WorkSpec) -> None:
+    def __init__(self, spec: WorkSpec) -> None:
         self._spec = spec
         self._engine: _Engine | None = None
 
@@ -414,7 +415,7 @@ def _worker(folder: str, worker: str) -> Any:
         return getattr(importlib.import_module(module), name)(spec)
 
 
-def write_spec(spec: contracts.WorkSpec, folder: Path) -> None:
+def write_spec(spec: WorkSpec, folder: Path) -> None:
     """Pickle a work spec with its arrays apart, 64-byte aligned in one file, so that all workers can map the same pages."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(spec, protocol=5, buffer_callback=buffers.append)
@@ -428,7 +429,7 @@ def write_spec(spec: contracts.WorkSpec, folder: Path) -> None:
     (folder / "spec").write_bytes(pickle.dumps((pickled, sizes)))
 
 
-def read_spec(folder: Path) -> contracts.WorkSpec:
+def read_spec(folder: Path) -> WorkSpec:
     """The spec that `write_spec` wrote. Its arrays map the file: a page that is written to becomes this process's own."""
     pickled, sizes = pickle.loads((folder / "spec").read_bytes())
     data = memoryview(b"")
@@ -440,7 +441,7 @@ def read_spec(folder: Path) -> contracts.WorkSpec:
         buffers.append(data[start : start + size])
         start += size + -size % 64
     spec = pickle.loads(pickled, buffers=buffers)
-    assert isinstance(spec, contracts.WorkSpec)
+    assert isinstance(spec, WorkSpec)
     return spec
 
 
@@ -470,7 +471,7 @@ class _Engine:
     grid: Grid
     nodes: list[int]
 
-    def __init__(self, spec: contracts.WorkSpec, worker: str) -> None:
+    def __init__(self, spec: WorkSpec, worker: str) -> None:
         _refuse_foreign_ray()
         self._environment = {key: os.environ.get(key) for key in ("PYTHONPATH", "FLWR_HOME")}
         self._ray_level = logging.getLogger("ray").level
@@ -539,7 +540,7 @@ class _Engine:
                 raise PoolError(f"Flower's simulation engine did not start within {START_TIMEOUT_S:.0f} s{self.last_words()}")
             time.sleep(POLL_S)
 
-    def _simulate(self, spec: contracts.WorkSpec, worker: str) -> None:
+    def _simulate(self, spec: WorkSpec, worker: str) -> None:
         try:
             _run_simulation(self._server_app(), client_app(str(self._folder), worker), _num_nodes(spec), _backend_config(spec))
         except BaseException as e:
@@ -568,7 +569,7 @@ def _run_simulation(server: ServerApp, client: ClientApp, num_nodes: int, backen
     run_simulation(server, client, num_nodes, backend_config=backend)
 
 
-def _backend_config(spec: contracts.WorkSpec) -> dict[str, dict[str, Any]]:
+def _backend_config(spec: WorkSpec) -> dict[str, dict[str, Any]]:
     """Ray starts with exactly the cores that `workers` actors need, because Flower fills whatever Ray has.
 
     Flower hands `client_resources` to Ray as options of its actors, so restarts can be asked for there. Retries of jobs are
@@ -593,11 +594,11 @@ def _backend_config(spec: contracts.WorkSpec) -> dict[str, dict[str, Any]]:
     }
 
 
-def _num_gpus(spec: contracts.WorkSpec) -> int:
+def _num_gpus(spec: WorkSpec) -> int:
     return torch.cuda.device_count() if spec.config.runtime.device != "cpu" else 0
 
 
-def _num_workers(spec: contracts.WorkSpec) -> int:
+def _num_workers(spec: WorkSpec) -> int:
     """As asked, or one per `threads` cores (one per GPU when there are GPUs), at most one per client."""
     runtime = spec.config.runtime
     if runtime.workers != "auto":
@@ -608,7 +609,7 @@ def _num_workers(spec: contracts.WorkSpec) -> int:
     return max(1, min(spec.num_clients, _workers.by_memory(spec), (os.cpu_count() or 1) // runtime.threads))
 
 
-def _num_nodes(spec: contracts.WorkSpec) -> int:
+def _num_nodes(spec: WorkSpec) -> int:
     """A node for every client up to MAX_NODES, and for every worker.
 
     The engine hands each node at most one message per 0.1 s, so a node per worker would starve workers on short jobs;

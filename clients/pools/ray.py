@@ -25,6 +25,7 @@ from fedsim import ROOT, ours_first
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
+from fedsim.core.work import WorkSpec
 
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
 START_S = 60.0  # that Ray is given to find a place for a worker, and that loading is waited for before the first round
@@ -48,12 +49,12 @@ class Pool(contracts.Pool):
     worker: ClassVar[str] = "clients.worker:Worker"  # module:class that does the work, imported in the worker processes
 
     @classmethod
-    def check(cls, spec: contracts.WorkSpec) -> None:
+    def check(cls, spec: WorkSpec) -> None:
         runtime = spec.config.runtime
         if runtime.address is None and runtime.workers != "auto" and not ray.is_initialized():
             _workers.require_room(spec, runtime.workers)
 
-    def __init__(self, spec: contracts.WorkSpec) -> None:
+    def __init__(self, spec: WorkSpec) -> None:
         runtime = spec.config.runtime
         self._owns_ray, self._slots = not ray.is_initialized(), list[_Slot]()
         if self._owns_ray:
@@ -64,7 +65,7 @@ class Pool(contracts.Pool):
             self.close()
             raise
 
-    def _start(self, spec: contracts.WorkSpec) -> None:
+    def _start(self, spec: WorkSpec) -> None:
         """Start the workers and wait until they have loaded, side by side."""
         runtime = spec.config.runtime
         if runtime.device.startswith("cuda") and not cluster.resources().get("GPU"):
@@ -343,7 +344,7 @@ def _describe(jobs: Sequence[ClientJob]) -> str:
     return f"client{'s' * (len(jobs) > 1)} {clients}, task {jobs[0].task}, round {jobs[0].round}"
 
 
-def _num_workers(spec: contracts.WorkSpec) -> int:
+def _num_workers(spec: WorkSpec) -> int:
     """As asked, or one per `threads` cores of the cluster (one per GPU when there are GPUs), at most one per client."""
     runtime = spec.config.runtime
     if runtime.workers != "auto":
@@ -356,7 +357,7 @@ def _num_workers(spec: contracts.WorkSpec) -> int:
     return max(1, min(spec.num_clients, fits, int(resources.get("CPU", 1)) // runtime.threads))
 
 
-def _gpus_per_worker(spec: contracts.WorkSpec, workers: int) -> float:
+def _gpus_per_worker(spec: WorkSpec, workers: int) -> float:
     runtime = spec.config.runtime
     if runtime.gpus_per_worker or runtime.device == "cpu":
         return runtime.gpus_per_worker

@@ -10,6 +10,7 @@ from clients.worker import Worker
 from fedsim.core import contracts
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
+from fedsim.core.work import WorkSpec
 
 
 class Pool(contracts.Pool):
@@ -17,7 +18,7 @@ class Pool(contracts.Pool):
 
     worker: ClassVar[type[Worker]] = Worker
 
-    def __init__(self, spec: contracts.WorkSpec) -> None:
+    def __init__(self, spec: WorkSpec) -> None:
         self._threads = spec.config.runtime.threads
         self._fused = spec.config.runtime.fused
         with torch_defaults(self._threads):

@@ -9,7 +9,8 @@ import numpy as np
 from clients.worker import Worker
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, Pool, WorkSpec
+from fedsim.core.contracts import ArraySplit, Pool
+from fedsim.core.work import WorkSpec
 from server.state import Simulation
 
 

@@ -21,9 +21,10 @@ import numpy as np
 from fedsim.core import config as configs
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition, ShardLookup, WorkSpec
+from fedsim.core.contracts import ArraySplit, Dataset, IntArray, Partition
 from fedsim.core.errors import ConfigError, DataError, PartitionError
 from fedsim.core.files import storage_errors, write_atomic
+from fedsim.core.work import ShardLookup, WorkSpec
 from fedsim.data import streams
 from fedsim.data.digits import json_of_lists
 from fedsim.data.partitions._alpha import estimate_alpha as estimate_alpha

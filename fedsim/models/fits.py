@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core.contracts import ArraySplit, IntArray, WorkSpec
+from fedsim.core.contracts import ArraySplit, IntArray
 from fedsim.core.errors import DataError
+from fedsim.core.work import WorkSpec
 from fedsim.models.backbone import Backbone
 
 

@@ -27,9 +27,9 @@ pytest.importorskip("flwr")
 from clients.pools import flower, serial
 from clients.worker import Worker
 from fedsim.core import contracts
-from fedsim.core.contracts import WorkSpec
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest
+from fedsim.core.work import WorkSpec
 from fedsim.simulation import prepare, prepare_data
 from tests.tiny import tiny
 

@@ -1,0 +1,59 @@
+"""What a plug-in promises, room by room. One class per file, named as here; the file's name is the plug-in's name.
+
+Every plug-in is a frozen dataclass whose fields are its YAML schema. Rules are pure: no self-mutation, no device, no Ray;
+what they remember is the `State` they are handed and hand back.
+"""
+
+from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Statistic, TrainingStatistic, TrainStep
+from fedsim.core.contracts.data import ArraySplit, Dataset, Partition, Source
+from fedsim.core.contracts.models import Adapter, BackboneLike, ModelLike, Slots
+from fedsim.core.contracts.numbers import MAY_BE_INFINITE, IntArray, require_finite
+from fedsim.core.contracts.pools import Pool
+from fedsim.core.contracts.server import (
+    AdditiveAggregator,
+    Aggregator,
+    Calibrator,
+    Consolidator,
+    Lift,
+    is_additive,
+    lift_of,
+    lift_statistics,
+    require_updates,
+    sent,
+)
+from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
+
+__all__ = [
+    "MAY_BE_INFINITE",
+    "Accumulator",
+    "Adapter",
+    "AdditiveAggregator",
+    "Aggregator",
+    "ArraySplit",
+    "BackboneLike",
+    "Calibrator",
+    "Consolidator",
+    "Dataset",
+    "Follower",
+    "IntArray",
+    "Lift",
+    "ModelLike",
+    "Objective",
+    "Outcome",
+    "Partition",
+    "Pool",
+    "Recording",
+    "Slots",
+    "Source",
+    "Statistic",
+    "TrackedRun",
+    "Tracker",
+    "TrainStep",
+    "TrainingStatistic",
+    "is_additive",
+    "lift_of",
+    "lift_statistics",
+    "require_finite",
+    "require_updates",
+    "sent",
+]

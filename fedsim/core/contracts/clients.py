@@ -1,0 +1,94 @@
+"""What clients do with their samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from fedsim.core.contracts.models import ModelLike
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import Tensors
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What an objective sees of a training step.
+
+    params: tensors being trained; start: the same, as received; logits (b, C) over all classes, unmasked; labels (b,), head rows;
+    classes: head rows of the current task.
+    """
+
+    params: Tensors
+    start: Tensors
+    logits: Tensor
+    labels: Tensor
+    classes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """An extra loss term of local training.
+
+    replaces_cross_entropy: it stands in the place of the cross-entropy, which is left out.
+    learns_one_class: it teaches something even where a task has a single class, of which the cross-entropy is 0.
+    """
+
+    replaces_cross_entropy: ClassVar[bool] = False
+    learns_one_class: ClassVar[bool] = False
+
+    @abstractmethod
+    def term(self, step: TrainStep) -> Tensor:
+        """A scalar that is added to the loss."""
+
+
+@dataclass(frozen=True)
+class Statistic(ABC):
+    """A statistic of a client's data under its trained model, as an accumulator over batches."""
+
+    @abstractmethod
+    def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
+        """Open for one pass over the client's samples. `params` are the client's own tensors; `subjects` the parameter
+        names that the request matched."""
+
+
+@dataclass(frozen=True)
+class TrainingStatistic(Statistic):
+    """A statistic of the training itself: it sees every step, and no pass over the samples is made for it."""
+
+    @abstractmethod
+    def follow(self, params: Tensors, subjects: Sequence[str]) -> Follower:
+        """Before the first step. `params` are the client's own tensors, which training changes in place. `subjects` that are not
+        trained in this round have no gradient."""
+
+    def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
+        raise ConfigError(
+            f"statistic {type(self).__module__} follows the training: there is none to follow in a pass over samples"
+        )
+
+
+class Follower(Protocol):
+    """Sees every step of a client's training."""
+
+    def before_step(self) -> None:
+        """The gradients are there (`.grad` of the tensors), not clipped yet."""
+
+    def after_step(self) -> None:
+        """The optimizer has changed the tensors."""
+
+    def result(self) -> dict[str, Tensor]:
+        """Named `<form>/<subject>`; float32 on the CPU. Also asked for where a client holds nothing and took no step."""
+        ...
+
+
+class Accumulator(Protocol):
+    """Sees every batch of a statistics pass, after the forward."""
+
+    def update(self, features: Tensor, labels: Tensor) -> None: ...
+    def result(self) -> dict[str, Tensor]:
+        """Named `<form>/<subject>`; float32 on the CPU."""
+        ...

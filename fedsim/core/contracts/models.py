@@ -1,0 +1,102 @@
+"""Modules on a frozen backbone, and what others see of a client's model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core.errors import ModelError
+from fedsim.core.messages import Tensors
+
+
+class BackboneLike(Protocol):
+    """What adapters see of a backbone: the frozen encoder and its width."""
+
+    @property
+    def encoder(self) -> nn.Module: ...
+    @property
+    def width(self) -> int: ...
+
+
+@dataclass
+class Slots:
+    """Where K clients' samples lie in a batch. Whoever runs the encoder writes it anew before every forward.
+
+    width: samples of a slot: client k's are the rows from `k · width` on. rows: how many of these are its own, K numbers; the
+    rest of the slot only fills it. tokens: how long each client's texts would be without the others' beside them, None for
+    images. dropout: the generators of the clients' dropout masks in training, None otherwise.
+    """
+
+    width: int
+    rows: Sequence[int]
+    tokens: Sequence[int] | None = None
+    dropout: Sequence[torch.Generator] | None = None
+
+    def axis(self, batch: int) -> int:
+        """Rows of a slot in a tensor of `batch` rows in which a sample may take several (windows).
+
+        Raises ModelError when they cannot be told apart: what the tensor holds is not sample after sample.
+        """
+        samples = len(self.rows) * self.width
+        if batch % samples:
+            raise ModelError(
+                f"a layer's input has {batch} rows for {samples} samples, so the clients' parts cannot be told apart"
+            )
+        return batch // len(self.rows)
+
+
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix).
+
+    lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
+    last block may leave out all tokens but that one.
+    sources: with tensors that have a leading axis of sources, `applied` and `merged` give features (b, S, D), one per source,
+    each the same bits whatever the others are. `head.weight` (S, C, D) then makes one prediction of them (`head.logits`).
+    affine: features are affine in the tensors, so that modules of clients and tasks add up.
+    """
+
+    lean: ClassVar[bool] = False
+    affine: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh tensors; with them the backbone computes what it computes without an adapter (prompts apart)."""
+
+    @abstractmethod
+    def applied(
+        self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, the encoder's forward runs with these tensors, and gradients flow to them.
+        `dropout`: the generator of dropout masks while training, None otherwise. The base weights are never touched."""
+
+    def notes(self, backbone: BackboneLike) -> tuple[str, ...]:
+        """Lines that whoever reads the numbers has to know of this adapter on this backbone, such as what is left out."""
+        return ()
+
+    def merged(self, backbone: BackboneLike, tensors: Tensors) -> AbstractContextManager[None]:
+        """Like `applied`, in the cheapest form for inference; the base weights come back bit for bit."""
+        return self.applied(backbone, tensors)
+
+    def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
+        """Like `applied` for K clients whose samples share the batch: a tensor has a leading axis of clients, or is the same for
+        all of them and has none. What one client's samples give must not depend on the others. An adapter without this method
+        is trained client by client."""
+        raise ModelError(f"the adapter {type(self).__module__} cannot train several clients at once: it has no method 'stacked'")
+
+
+class ModelLike(Protocol):
+    """What objectives and statistics see of a client's model. `adapter.*` and `head.*` are in the tensors they are given."""
+
+    num_classes: int
+
+    def features(self, inputs: Tensors) -> Tensor: ...
+    def logits(self, features: Tensor, params: Tensors) -> Tensor: ...
+    def layer(self, parameter: str) -> nn.Module: ...

@@ -1,0 +1,254 @@
+"""Rules of the server: how clients and tasks are merged, and how a head is repaired."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias, TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.core.contracts.numbers import IntArray
+from fedsim.core.errors import AggregationError
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.sums import BlockSum
+
+Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
+
+
+@dataclass(frozen=True)
+class Aggregator(ABC):
+    """Merges clients, every round.
+
+    exempt: law of the contract suite (`server/laws.py`) -> why this rule cannot keep it.
+    examples: options under which the suite holds this rule against the laws.
+    one_round: it takes what clients train in a single round per task; more rounds are refused.
+    sources: what it deploys has a leading axis of sources, one per client, in place of one merged model (see `Adapter.sources`).
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    one_round: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
+
+    @property
+    def additive(self) -> bool:
+        """Whether it merges from a sum over clients, see `AdditiveAggregator`."""
+        return False
+
+    def init(self, params: Tensors, task: int = 0) -> State:
+        """State at the start of every task, 0-based (empty by default). `params` are the tensors this rule is in charge of."""
+        return {}
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        """What the clients are asked to do in this round of the task (0-based). Default: train and send everything."""
+        return RoundPlan()
+
+    @abstractmethod
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        """New state and new parameters (all of them, same layout), from updates in client-id order.
+
+        Raises AggregationError when there are no updates.
+        """
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """What is evaluated, and what the consolidator is handed at a task's end: the parameters themselves, unless a rule keeps
+        more than they hold."""
+        return params
+
+
+@dataclass(frozen=True)
+class AdditiveAggregator(Aggregator):
+    """A rule whose clients' contributions are closed under `+`, so that they are summed where the clients run.
+
+    What `lift` makes of each update is summed by `BlockSum`, and the total is handed to `finish`: the server's memory does
+    not grow with the number of clients.
+    """
+
+    @property
+    def additive(self) -> bool:
+        """Not where a subclass has a `combine` of its own, which a sum would pass by."""
+        return type(self).combine is AdditiveAggregator.combine
+
+    @abstractmethod
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """One client's contribution, float64; every client gives the same names and shapes. Runs next to the client."""
+
+    @abstractmethod
+    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+        """New state and parameters from the total."""
+
+    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        """The same from whole updates: `finish` of the sum of their `lift`."""
+        require_updates(updates)
+        total = BlockSum()
+        for place, update in enumerate(updates):
+            total.add(place, 1, self.lift(update))
+        return self.finish(state, params, total.result() or {})
+
+
+def is_additive(rule: Aggregator) -> TypeGuard[AdditiveAggregator]:
+    """Whether a rule merges from a sum over clients. A list of rules does if all of them do."""
+    return rule.additive
+
+
+def lift_statistics(update: ClientUpdate) -> Tensors:
+    """A client's statistics as they are summed for a consolidator: float64, and `num_samples`."""
+    n = torch.tensor(float(update.num_samples), dtype=torch.float64)
+    return {name: t.double() for name, t in update.statistics.items()} | {"num_samples": n}
+
+
+def require_updates(updates: Sequence[ClientUpdate]) -> None:
+    """Raise AggregationError unless somebody sent something that is based on data."""
+    if not updates:
+        raise AggregationError("nothing to merge: no client sent an update in this round")
+    if sum(u.num_samples for u in updates) <= 0:
+        raise AggregationError("nothing to merge: the clients of this round hold no samples")
+
+
+def sent(update: ClientUpdate, key: str) -> Tensor:
+    """A statistic that a plan asked for. Raises AggregationError when the client did not send it."""
+    if key not in update.statistics:
+        raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")
+    return update.statistics[key]
+
+
+def lift_of(plan: RoundPlan, rule: Aggregator | None, calibrator: Calibrator | None) -> Lift | None:
+    """What is summed of an update, as the plan says it; None for nothing, and for a part that is not at hand or not additive."""
+    if plan.lift == "rule":
+        return rule.lift if rule is not None and is_additive(rule) else None
+    if plan.lift == "calibrator":
+        return None if calibrator is None else calibrator.lift
+    return lift_statistics if plan.lift == "statistics" else None
+
+
+@dataclass(frozen=True)
+class Consolidator(ABC):
+    """Merges tasks at a task's end, and says which tensors are deployed for evaluation.
+
+    Works on `adapter.*`; the head is one for all classes and goes on.
+
+    frozen: globs of tensors that no client trains, whatever the aggregator asks for.
+    beside: clients train their module on top of those of past tasks (`background`), not on the bare backbone.
+    freezes_heads: the head's rows of old tasks' classes stay as they are, bit for bit.
+    sources: takes tensors with a leading axis of sources (see `Aggregator.sources`), and no others.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    beside: ClassVar[bool] = False
+    freezes_heads: ClassVar[bool] = False
+    sources: ClassVar[bool] = False
+
+    def init(self) -> State:
+        """State before the first task."""
+        return {}
+
+    def opening(self, state: State, params: Tensors) -> RoundPlan | None:
+        """A statistics pass at a task's start (`server.pass_participation` says over whom), through the model that the last
+        task ended with; None if none is needed."""
+        return None
+
+    @abstractmethod
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
+        """Parameters that a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients; `total`: the
+        statistics of `opening` and `num_samples`, summed over the clients, float64 (empty if there was no such pass).
+
+        Raises ConfigError for tensors that it does not suit; it is called with no total once before any training.
+        """
+
+    def background(self, state: State) -> tuple[Tensors, float]:
+        """Modules of past tasks (already weighted) and the weight of the current one, for blended statistics and for training
+        beside them."""
+        return {}, 1.0
+
+    def modules(self, state: State) -> Sequence[Tensors]:
+        """The modules that `background` is made of, as their tasks left them: what travels in a deployment, each once, where a
+        client weighs and stacks them itself. None: the background travels as it is."""
+        return ()
+
+    def plan(self, state: State, params: Tensors) -> RoundPlan | None:
+        """A statistics pass at the task's end (`server.pass_participation` says over whom); None if none is needed."""
+        return None
+
+    @abstractmethod
+    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+        """State after the task. `total`: the statistics of `plan` and `num_samples`, summed over the clients, float64 (empty if
+        the plan was None)."""
+
+    @abstractmethod
+    def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
+        """Tensors that evaluation uses: during a task (`finished` False) and after `end_task` (True)."""
+
+    def without(self, state: State, clients: Collection[int], tasks: Collection[int]) -> State | None:
+        """The state as if these clients had not taken part in these tasks, exactly; None if they cannot be told apart in it."""
+        return None
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Repairs the head from statistics of features. It works in one of two places, or in both:
+
+    after a round, from what comes with its updates (`plan`, `calibrate`): training goes on from the repaired head;
+    at a task's end, from a pass through the model that is then deployed (`closing`, `lift`, `end_task`): what `deployed` makes of
+    it is evaluated, and training goes on from the head as it was.
+
+    `classes`: head rows of the classes of every task so far, the current task's last.
+    """
+
+    def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
+        """Of which classes of a task, (C,), the clients can send what it needs, by the samples (K, C) that each of them holds.
+        A stream with a class of which they cannot is refused before any training."""
+        return np.ones(held_KC.shape[1], dtype=np.bool_)
+
+    @property
+    def rewrites_old_rows(self) -> bool:
+        """Whether it changes the head's rows of classes of past tasks."""
+        return True
+
+    def init(self) -> State:
+        return {}
+
+    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
+        """Statistics that are asked for on top of the aggregator's (`train` is ignored), of which those that are to see the
+        features that are deployed are `blended`; None: nothing is done in this round. `last`: it is the task's last round."""
+        return None if type(self).calibrate is Calibrator.calibrate else RoundPlan(train=())
+
+    def calibrate(
+        self,
+        state: State,
+        params: Tensors,
+        updates: Sequence[ClientUpdate],
+        classes: Sequence[Sequence[int]],
+        generator: torch.Generator,
+    ) -> tuple[State, Tensors]:
+        """New state and parameters, of which only `head.*` may differ, from the updates of a round in client-id order."""
+        return state, params
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        """A statistics pass at the task's end (`server.pass_participation` says over whom), through the tensors that are deployed
+        after the consolidator's work; None if none is needed."""
+        return None
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """One client's contribution to the sum over that pass, float64; every client gives the same names and shapes. Runs next
+        to the client."""
+        return lift_statistics(update)
+
+    def end_task(
+        self,
+        state: State,
+        params: Tensors,
+        total: Tensors,
+        classes: Sequence[Sequence[int]],
+        generator: torch.Generator,
+    ) -> State:
+        """State after the task. `params`: what is deployed, its head as it was trained; `total`: the sum of what `lift` gave."""
+        return state
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """Tensors that are evaluated at a task's end, of which only `head.*` may differ from the consolidator's."""
+        return params
