@@ -22,9 +22,11 @@ from fedsim.core.contracts.server import (
     sent,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
+from fedsim.core.contracts.traits import WORDS, Part, Traits
 
 __all__ = [
     "MAY_BE_INFINITE",
+    "WORDS",
     "Accumulator",
     "Adapter",
     "AdditiveAggregator",
@@ -40,6 +42,7 @@ __all__ = [
     "ModelLike",
     "Objective",
     "Outcome",
+    "Part",
     "Partition",
     "Pool",
     "Recording",
@@ -50,6 +53,7 @@ __all__ = [
     "Tracker",
     "TrainStep",
     "TrainingStatistic",
+    "Traits",
     "is_additive",
     "lift_of",
     "lift_statistics",

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from fedsim.core.contracts.models import ModelLike
+from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 
@@ -31,7 +32,7 @@ class TrainStep:
 
 
 @dataclass(frozen=True)
-class Objective(ABC):
+class Objective(Part, ABC):
     """An extra loss term of local training.
 
     replaces_cross_entropy: it stands in the place of the cross-entropy, which is left out.

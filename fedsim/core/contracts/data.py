@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.contracts.numbers import IntArray
+from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Source(ABC):
+class Source(Part, ABC):
     """Loads a data set. What it gives is held against `Dataset`'s promises, and its classes are looked at, in `fedsim.data.door`:
     a source need not do that itself."""
 
@@ -55,7 +56,7 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class Partition(ABC):
+class Partition(Part, ABC):
     """Splits one task's training samples over clients.
 
     whole: nothing is split, so that no other split of a sweep applies to a variant that chooses it.

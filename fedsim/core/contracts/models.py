@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 
@@ -52,7 +53,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Adapter(ABC):
+class Adapter(Part, ABC):
     """A small trainable module on a frozen backbone, as functions of its tensors (names without the `adapter.` prefix).
 
     lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core.contracts.numbers import IntArray
+from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.sums import BlockSum
@@ -21,7 +22,7 @@ Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
 
 
 @dataclass(frozen=True)
-class Aggregator(ABC):
+class Aggregator(Part, ABC):
     """Merges clients, every round.
 
     exempt: law of the contract suite (`server/laws.py`) -> why this rule cannot keep it.
@@ -127,7 +128,7 @@ def lift_of(plan: RoundPlan, rule: Aggregator | None, calibrator: Calibrator | N
 
 
 @dataclass(frozen=True)
-class Consolidator(ABC):
+class Consolidator(Part, ABC):
     """Merges tasks at a task's end, and says which tensors are deployed for evaluation.
 
     Works on `adapter.*`; the head is one for all classes and goes on.
@@ -189,7 +190,7 @@ class Consolidator(ABC):
 
 
 @dataclass(frozen=True)
-class Calibrator:
+class Calibrator(Part):
     """Repairs the head from statistics of features. It works in one of two places, or in both:
 
     after a round, from what comes with its updates (`plan`, `calibrate`): training goes on from the repaired head;
