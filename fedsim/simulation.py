@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clients import optim
-from fedsim import probe, suitable, tracking
+from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
@@ -29,7 +29,9 @@ from fedsim.data.manifest import Manifest
 from fedsim.models import fits, pretrained
 from fedsim.models import model as models
 from fedsim.models.model import Model
-from fedsim.results import Holding, Results, RunDir
+from fedsim.runs.directory import Holding, RunDir
+from fedsim.runs.results import Results
+from fedsim.watch import tracking
 from server import checkpoint, loop, planning, sampling
 from server.state import ServerState, Simulation
 
@@ -101,7 +103,7 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
                 elif progress is not None:
                     progress(step)
                 record(step)
-        results = run_dir.write_end(_results(config, state, parts.manifest.hash))
+        results = _results(config, state, parts.manifest.hash).write_end(run_dir)
         record(results)
     return results
 
@@ -280,7 +282,7 @@ def _keep(run_dir: RunDir, state: ServerState) -> ServerState:
     checkpoint.save(
         run_dir.checkpoint, state, run_dir.identity, f"free space, then go on with: fedsim run --resume {run_dir.path}"
     )
-    run_dir.write_progress(_results(run_dir.config, state))
+    _results(run_dir.config, state).write_progress(run_dir)
     return dataclasses.replace(state, seconds=state.spent("checkpoint", time.perf_counter() - clock))
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.collection import Collection, Entry, Run, SweepRecord
 from fedsim.core.config import SimConfig
 from fedsim.core.events import ClassRow, Row
-from fedsim.results import Results, RunDir
+from fedsim.runs.collection import Collection, Entry, Run, SweepRecord
+from fedsim.runs.directory import RunDir
+from fedsim.runs.results import Results
 from tests.tiny import tiny
 
 TESTED = 1000  # samples per task: an accuracy in steps of 0.1 percent
@@ -48,7 +49,7 @@ def write_run(folder: Path, config: SimConfig, accuracy: Sequence[Sequence[float
     split = split or f"{config.seed}-{config.partition.get('alpha')}".ljust(64, "x")
     run_dir = RunDir.create(config, folder / config.identity()[:16])
     run_dir.write_start(Split(split, len(accuracy)))
-    run_dir.write_end(results(config, accuracy, split))
+    results(config, accuracy, split).write_end(run_dir)
     return run_dir.path
 
 

@@ -20,8 +20,8 @@ from fedsim.cli import run as cli_run
 from fedsim.cli.printing import human_bytes
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.events import ClientDone, ClientSkipped, RoundDone, Row, RunDirOpened, RunStarted, TaskDone
-from fedsim.progress import ProgressDisplay, duration
-from fedsim.results import Results
+from fedsim.runs.results import Results
+from fedsim.watch.progress import ProgressDisplay, duration
 from tests.tiny import tiny
 
 COSTS = {

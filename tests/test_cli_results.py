@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedsim import cli, compare
+from fedsim import cli
 from fedsim.cli import results as cli_results
-from fedsim.collection import collect
+from fedsim.runs import compare
+from fedsim.runs.collection import collect
 from tests import run_dirs
 from tests.run_dirs import method, write_run
 from tests.tiny import tiny

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import fedsim
-from fedsim import collection as collections
-from fedsim.collection import Absent, Collection, Entry, SweepRecord, collect
 from fedsim.core.errors import RunDirError
-from fedsim.results import Holding, Results
+from fedsim.runs import collection as collections
+from fedsim.runs.collection import Absent, Collection, Entry, SweepRecord, collect
+from fedsim.runs.directory import Holding
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests import run_dirs
 from tests.run_dirs import method, write_run

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedsim import compare
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import ClassRow
-from fedsim.results import Holding, Results
-from server import metrics as server_metrics
+from fedsim.runs import compare
+from fedsim.runs import metrics as all_metrics
+from fedsim.runs.directory import Holding
+from fedsim.runs.results import Results
 from tests import run_dirs
 from tests.tiny import tiny
 
@@ -269,7 +270,7 @@ def test_unequal_seeds() -> None:
 
 
 def test_every_metric_that_is_judged_exists() -> None:
-    known = {*server_metrics.summary([[1]], [[1]]), *server_metrics.fairness(np.ones(3)), compare.GAP, compare.INTRANSIGENCE}
+    known = {*all_metrics.summary([[1]], [[1]]), *all_metrics.fairness(np.ones(3)), compare.GAP, compare.INTRANSIGENCE}
     costs = {"bytes", "seconds", "skipped_clients"}
     assert set(compare.DIRECTIONS) - costs <= known
     assert [

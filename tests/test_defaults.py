@@ -16,7 +16,7 @@ from fedsim import simulation
 from fedsim.core.config import SimConfig
 from fedsim.core.defaults import PRECISIONS, torch_defaults
 from fedsim.core.messages import ClientJob, EvalJob
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests.tiny import final_state, learned, same_bits, tiny
 

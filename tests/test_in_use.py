@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from fedsim.cli import main
-from fedsim.collection import Entry
 from fedsim.core.errors import InUse, RunDirError
 from fedsim.core.files import held, in_use
-from fedsim.results import Results, RunDir
+from fedsim.runs.collection import Entry
+from fedsim.runs.directory import RunDir
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from fedsim.sweep.job import perform
 from tests.run_dirs import write_run

@@ -13,7 +13,7 @@ from clients.pools import ray as ray_pool
 from fedsim import simulation
 from fedsim.core import hardware
 from fedsim.core.errors import ConfigError, PoolError
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests.run_dirs import write_run
 from tests.tiny import tiny

@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix
 from clients.worker import Worker, class_counts
 from fedsim import simulation
 from fedsim.core.config import SimConfig
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from server import checkpoint
 from tests.tiny import final_state, stopping, tiny

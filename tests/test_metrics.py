@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from server import metrics
+from fedsim.runs import metrics
 
 SIZES = np.array([100, 100, 200])
 ORACLE = np.array([[90, 0, 0], [80, 70, 0], [60, 75, 50]])

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsim.collection import flatten
 from fedsim.core import config as configs
 from fedsim.core import files
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, StorageError
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.results import Holding, Results, RunDir
+from fedsim.runs.collection import flatten
+from fedsim.runs.directory import Holding, RunDir
+from fedsim.runs.results import Results
 from tests.tiny import tiny
 
 COSTS = {
@@ -148,7 +149,7 @@ def test_drift_is_a_mean_over_rounds() -> None:
 
 def test_round_trip(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
-    written = run_dir.write_end(known("client 1 failed"))
+    written = known("client 1 failed").write_end(run_dir)
     loaded = Results.load(run_dir.path)
     assert loaded == written
     assert (loaded.manifest_hash, loaded.failures, loaded.finished) == ("abc", ("client 1 failed",), True)
@@ -161,7 +162,7 @@ def test_tables_come_back_as_they_were(run_dirs: Path) -> None:
     drifts = (*DRIFTS, DriftRow(1, 0, "adapter", 3, 1 / 3, -1e-17, -1.0, 0.1 + 0.2, 1e300, 5e-324, None))
     run_dir = RunDir.create(tiny(output=run_dirs))
     run_dir.write_start(FakeManifest(names=tuple(names)))
-    written = run_dir.write_end(dataclasses.replace(known(), drifts=drifts))
+    written = dataclasses.replace(known(), drifts=drifts).write_end(run_dir)
     loaded = Results.load(run_dir.path)
     assert loaded.drifts == written.drifts == drifts
     assert loaded.classes == written.classes == CLASSES
@@ -171,7 +172,7 @@ def test_tables_come_back_as_they_were(run_dirs: Path) -> None:
 
 def test_only_what_a_tasks_end_gave_is_kept_by_class(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
-    run_dir.write_progress(dataclasses.replace(known(), classes=(*CLASSES, ClassRow(1, 0, "round", 0, 1, 2, 5))))
+    dataclasses.replace(known(), classes=(*CLASSES, ClassRow(1, 0, "round", 0, 1, 2, 5))).write_progress(run_dir)
     assert Results.load(run_dir.path).classes == CLASSES
 
 
@@ -179,7 +180,7 @@ def test_files_at_the_end(run_dirs: Path) -> None:
     import pandas as pd
 
     run_dir = begun(tiny(output=run_dirs))
-    results = run_dir.write_end(known())
+    results = known().write_end(run_dir)
     names = {p.name for p in run_dir.path.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "environment.json", "rounds.csv", "costs.json", "status.json",
@@ -194,7 +195,7 @@ def test_files_at_the_end(run_dirs: Path) -> None:
 def test_an_unfinished_run_loads_what_there_is(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
     assert Results.load(run_dir.path).rows == ()
-    run_dir.write_progress(known(rows=ROWS[:2]))
+    known(rows=ROWS[:2]).write_progress(run_dir)
     loaded = Results.load(run_dir.path)
     assert (loaded.rows, loaded.costs, loaded.finished) == (ROWS[:2], COSTS, False)
     np.testing.assert_array_equal(loaded.accuracy, [[90]])
@@ -217,7 +218,7 @@ def test_environment_says_what_made_the_numbers(run_dirs: Path) -> None:
 def test_nan_accuracy_of_a_task_without_test_samples(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
     rows = (Row(0, 1, "task_end", 0, 0, 0, 0),)
-    assert run_dir.write_end(known(rows=rows)).metrics["final_average_accuracy"] is None
+    assert known(rows=rows).write_end(run_dir).metrics["final_average_accuracy"] is None
     assert Results.load(run_dir.path).rows == rows
     assert math.isnan(Results.load(run_dir.path).frame()["accuracy"][0])
 
@@ -329,7 +330,7 @@ def unfinished(path: Path) -> Path:
 
 
 def finished(path: Path) -> Path:
-    begun(tiny(), path).write_end(known())
+    known().write_end(begun(tiny(), path))
     return path
 
 
@@ -406,7 +407,7 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
 )
 def test_damage_is_one_line(tmp_path: Path, harm: Callable[[Path], Any], message: str) -> None:
     run_dir = begun(tiny(), tmp_path / "out")
-    run_dir.write_end(known())
+    known().write_end(run_dir)
     harm(run_dir.path)
     with pytest.raises(RunDirError, match=message) as caught:
         Results.load(run_dir.path)
@@ -423,14 +424,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = begun(tiny(), tmp_path / "out")
-    run_dir.write_progress(known(rows=ROWS[:1]))
+    known(rows=ROWS[:1]).write_progress(run_dir)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StorageError, match=f"disk full, .*rounds.csv.*fedsim run --resume {run_dir.path}"):
-        run_dir.write_progress(known())
+        known().write_progress(run_dir)
     monkeypatch.undo()
     assert Results.load(run_dir.path).rows == ROWS[:1]
     assert not list(run_dir.path.glob(".*"))

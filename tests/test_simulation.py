@@ -21,9 +21,10 @@ from fedsim.core.contracts import lift_of
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, DataError, RunDirError
 from fedsim.core.events import ClientDone, ClientSkipped, Note, RoundDone, RunDirOpened, RunStarted, TaskDone
 from fedsim.core.messages import Bundle, RoundPlan
-from fedsim.progress import ProgressDisplay
-from fedsim.results import Results, RunDir
+from fedsim.runs.directory import RunDir
+from fedsim.runs.results import Results
 from fedsim.simulation import prepare_again, prepare_data, run
+from fedsim.watch.progress import ProgressDisplay
 from server import checkpoint, gather, loop
 from tests.readme import median_rule
 from tests.tiny import final_state, learned, same_bits, stopping, tiny

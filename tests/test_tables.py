@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedsim import compare, tables
-from fedsim.collection import collect
 from fedsim.core.errors import ConfigError
+from fedsim.runs import compare, tables
+from fedsim.runs.collection import collect
 from tests import run_dirs
 
 FAA = compare.FAA

@@ -28,7 +28,7 @@ from fedsim.core.config import SimConfig, build
 from fedsim.core.contracts import TrackedRun
 from fedsim.core.errors import ConfigError, PluginError, RunDirError
 from fedsim.core.events import Event, RoundDone, TaskDone
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from server import checkpoint
 from tests.tiny import final_state, learned, same_bits, tiny

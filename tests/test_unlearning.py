@@ -16,13 +16,15 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from clients import local
-from fedsim import unlearning
 from fedsim.cli import main
 from fedsim.core.errors import ClientFailed, ConfigError, RunDirError
 from fedsim.core.messages import ClientJob, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
 from fedsim.simulation import run
-from fedsim.unlearning import FinishedRun, membership_auc, remove
+from fedsim.unlearning import measure as measuring
+from fedsim.unlearning.finished import FinishedRun
+from fedsim.unlearning.measure import measure, membership_auc
+from fedsim.unlearning.remove import remove
 from tests.tiny import tiny
 
 KEEP = "server.unlearning=true"
@@ -187,13 +189,13 @@ def test_clients_that_failed_are_no_participants(tmp_path: Path, monkeypatch: py
 def test_one_task_is_measured_on_what_was_held_in_it(tmp_path: Path) -> None:
     found = finished(tmp_path, KEEP, "server.aggregator=fedavg")
     sizes, seen = found.parts.manifest.sizes, []
-    real = unlearning._judged
+    real = measuring._judged
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            unlearning, "_judged", lambda run, params, split, at: (seen.append(len(at)), real(run, params, split, at))[1]
+            measuring, "_judged", lambda run, params, split, at: (seen.append(len(at)), real(run, params, split, at))[1]
         )
-        unlearning.measure(found, "one", found.deployed, [1], [0])
-        unlearning.measure(found, "all", found.deployed, [1])
+        measure(found, "one", found.deployed, [1], [0])
+        measure(found, "all", found.deployed, [1])
     assert seen[:2] == [sizes[0, 1], sizes.sum() - sizes[0, 1]]
     assert seen[4:6] == [sizes[:, 1].sum(), sizes.sum() - sizes[:, 1].sum()]
 
@@ -389,7 +391,7 @@ def test_membership_auc_is_scikit_learns_with_balanced_classes(
 def test_a_memorised_client_is_told_apart_and_a_forgotten_one_less_so(tmp_path: Path) -> None:
     """Many epochs on few random samples: training losses are small, and retraining without the client raises them."""
     found = finished(tmp_path, KEEP, *ONE_ROUND, "server.consolidator=mean", "client.epochs=20")
-    before = unlearning.measure(found, "before", found.deployed, [0])
-    after = unlearning.measure(found, "after", remove(found, [0]).deployed, [0])
+    before = measure(found, "before", found.deployed, [0])
+    after = measure(found, "after", remove(found, [0]).deployed, [0])
     assert after.forgotten <= before.forgotten
     assert after.membership_auc <= before.membership_auc

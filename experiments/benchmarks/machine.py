@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsim.results import environment
+from fedsim.runs.environment import environment
 
 
 def write(name: str, results: dict[str, Any]) -> Path:

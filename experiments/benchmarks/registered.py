@@ -37,7 +37,7 @@ def set_up(split: str, clients: int, folder: Path) -> dict[str, float]:
     from fedsim import simulation
     from fedsim.core import config as configs
     from fedsim.models import model as models
-    from fedsim.results import RunDir
+    from fedsim.runs.directory import RunDir
 
     partition, each = SPLITS[split]
     per_class = clients * each // CLASSES

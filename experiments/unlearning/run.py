@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedsim import unlearning
 from fedsim.core.config import load
 from fedsim.simulation import once
+from fedsim.unlearning.finished import FinishedRun
+from fedsim.unlearning.measure import measure, retrained
+from fedsim.unlearning.remove import remove
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -40,18 +42,16 @@ def case(name: str, seed: int, client: int, output: Path) -> list[dict[str, obje
     config = load(CONFIGS / f"{preset}.yaml", shared)
     folder = output / f"{preset}-{seed}-{config.identity()[:8]}"
     once(config, folder)
-    run = unlearning.FinishedRun(folder)
+    run = FinishedRun(folder)
     models = [("before", run.deployed)]
-    exact = unlearning.remove(run, [client])
+    exact = remove(run, [client])
     if exact.way != "subtract":
         models.append((exact.name, exact.deployed))
-    ways = [unlearning.remove(run, [client], way="subtract", alpha=alpha) for alpha in ALPHAS]
-    ways.append(unlearning.remove(run, [client], way="subtract", renormalise=True))
+    ways = [remove(run, [client], way="subtract", alpha=alpha) for alpha in ALPHAS]
+    ways.append(remove(run, [client], way="subtract", renormalise=True))
     models += [(w.name, w.deployed) for w in ways]
-    models.append(
-        ("retrained without", unlearning.retrained(run, [client], folder / "unlearned" / f"client-{client}" / "retrained"))
-    )
-    rows = [unlearning.measure(run, model, tensors, [client]) for model, tensors in models]
+    models.append(("retrained without", retrained(run, [client], folder / "unlearned" / f"client-{client}" / "retrained")))
+    rows = [measure(run, model, tensors, [client]) for model, tensors in models]
     return [{"run": name, "seed": seed, "client": client, **asdict(row)} for row in rows]
 
 

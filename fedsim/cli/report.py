@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, and say what is in it and what is not."""
     from fedsim import report
     from fedsim.cli.printing import capped, console, counted, human_bytes, line_printer
-    from fedsim.collection import collect
+    from fedsim.runs.collection import collect
 
     collection = collect(args.paths, sweep=args.sweep, everything=args.all)
     output = args.output or os.path.join(args.paths[0] if len(args.paths) == 1 else "", "report.html")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from fedsim.collection import Collection
+    from fedsim.runs.collection import Collection
 
 ALIASES = {
     "faa": "final_average_accuracy",
@@ -51,9 +51,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """fedsim results: statistics per setting, paired differences, files, and what is not in them."""
     _check(args)
-    from fedsim import compare, tables
-    from fedsim.collection import collect
     from fedsim.core.files import write_atomic
+    from fedsim.runs import compare, tables
+    from fedsim.runs.collection import collect
 
     collection = collect(args.paths, args.sweep, args.all)
     frame = compare.gap_to_joint(collection, collect([args.joint])) if args.joint else collection.frame()
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_metrics(wanted: str | None, collection: Collection, frame: pd.DataFrame) -> list[str]:
     """Names of columns from "faa,forgetting"; the default ones that some run has. Raises ConfigError for an unknown name."""
-    from fedsim.collection import NAMED
+    from fedsim.runs.collection import NAMED
 
     words = {*NAMED, *collection.factors, *collection.varying}
     known = [str(c) for c in frame.columns if c not in words]
@@ -132,8 +132,8 @@ def parse_baseline(words: Sequence[str]) -> dict[str, str]:
 
 def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
     """What is not in the numbers, and what makes them hard to compare, one line each."""
-    from fedsim import compare
-    from fedsim.collection import sweeps
+    from fedsim.runs import compare
+    from fedsim.runs.collection import sweeps
 
     for note in collection.sweep.notes if collection.sweep else ():
         yield f"{note}: left out there."
@@ -160,8 +160,8 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
 
 def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str], digits: int, width: int) -> Iterator[Table]:
     """One row per setting: n, and per metric mean ± std with its interval; in several tables where the metrics do not fit."""
-    from fedsim import compare
-    from fedsim.tables import number, title
+    from fedsim.runs import compare
+    from fedsim.runs.tables import number, title
 
     found = compare.settings(long, by)
     metrics = list(dict.fromkeys(long["metric"]))
@@ -186,8 +186,8 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
 
 def paired_tables(table: pd.DataFrame, by: Sequence[str], baseline: Sequence[str], digits: int, width: int) -> Iterator[Table]:
     """Per metric one row per setting: pairs, mean difference with its interval, and what the tests say."""
-    from fedsim import compare
-    from fedsim.tables import number, title
+    from fedsim.runs import compare
+    from fedsim.runs.tables import number, title
 
     for metric in dict.fromkeys(table["metric"]):
         part = table[table["metric"] == metric]
@@ -264,7 +264,7 @@ def _fitted(
 
 def _settings_columns(by: Sequence[str], found: Sequence[tuple[Any, ...]], width: int) -> tuple[list[str], list[list[str]]]:
     """Heads and cells that tell the settings: one column per factor, or where these are too wide, one for all."""
-    from fedsim.compare import describe, label
+    from fedsim.runs.compare import describe, label
 
     cells = [[label(level) for level in setting] for setting in found]
     wide = sum(2 + max(len(text) for text in column) for column in zip(by, *cells, strict=True))

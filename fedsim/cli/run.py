@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsim.results import FloatArray, Results
+    from fedsim.runs.results import FloatArray, Results
 
 HEADLINES = {
     "final_average_accuracy": "final average accuracy",
@@ -35,7 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """fedsim run: to the end of the stream, then the outcome."""
     from fedsim.core import config as configs
-    from fedsim.progress import ProgressDisplay
+    from fedsim.watch.progress import ProgressDisplay
 
     paths = args.configs
     if not paths:

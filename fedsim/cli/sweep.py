@@ -11,7 +11,7 @@ from fedsim.cli.printing import console, counted, fail, human_bytes, line_printe
 from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsim.results import Results
+    from fedsim.runs.results import Results
     from fedsim.sweep.plan import PlannedRun, SweepPlan
 
 
@@ -94,8 +94,8 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
 
 def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun]) -> int:
     """The runs, and what the missing ones will take."""
-    from fedsim.progress import duration
     from fedsim.sweep import estimate, launch
+    from fedsim.watch.progress import duration
 
     print_line = line_printer(console())
     measured: dict[str, estimate.Estimate] = {}

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fedsim.cli.printing import console, line_printer, new_table
 
 if TYPE_CHECKING:
-    from fedsim.unlearning import FinishedRun, Measured, Removed
+    from fedsim.unlearning.finished import FinishedRun
+    from fedsim.unlearning.measure import Measured
+    from fedsim.unlearning.remove import Removed
 
 FIRST_ORDER = (
     "The adapter is not linear in its tensors, so that subtracting a client's vector is a first-order heuristic: what it removes "
@@ -34,20 +36,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim unlearn: write the model without the clients, and what it knows, beside what it knew before."""
-    from fedsim import unlearning
     from fedsim.core.errors import ConfigError
     from fedsim.core.files import held
+    from fedsim.unlearning.finished import FinishedRun
+    from fedsim.unlearning.measure import require_retrainable
+    from fedsim.unlearning.remove import remove
 
     if args.renormalise and args.alpha:
         raise ConfigError("--renormalise and --alpha exclude each other: renormalising goes with the shares of samples")
     if args.verify and args.task:
         raise ConfigError("--verify retrains without the clients in every task: leave out --task")
-    found = unlearning.FinishedRun(args.run)
+    found = FinishedRun(args.run)
     clients = sorted(set(args.client))
     if args.verify:
-        unlearning.require_retrainable(found, clients)
+        require_retrainable(found, clients)
     alphas: list[float | None] = args.alpha or [None]
-    ways = [unlearning.remove(found, clients, args.task, args.how, alpha, args.renormalise) for alpha in alphas]
+    ways = [remove(found, clients, args.task, args.how, alpha, args.renormalise) for alpha in alphas]
     out = Path(args.output or found.dir.path / "unlearned" / _folder(clients, args.task)).absolute()
     with held(out, "fedsim unlearn"):
         rows = _measured(args, found, clients, ways, out)
@@ -58,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace, found: FinishedRun, clients: list[int], ways: list[Removed], out: Path) -> list[Measured]:
     """What every model knows: before, without the clients, and retrained without them if that is asked for."""
-    from fedsim import unlearning
+    from fedsim.unlearning.measure import measure, retrained
 
-    rows = [unlearning.measure(found, "before", found.deployed, clients, args.task)]
-    rows += [unlearning.measure(found, removed.name, removed.deployed, clients, args.task) for removed in ways]
+    rows = [measure(found, "before", found.deployed, clients, args.task)]
+    rows += [measure(found, removed.name, removed.deployed, clients, args.task) for removed in ways]
     if args.verify:
-        again = unlearning.retrained(found, clients, out / "retrained")
-        rows.append(unlearning.measure(found, "retrained without", again, clients))
+        again = retrained(found, clients, out / "retrained")
+        rows.append(measure(found, "retrained without", again, clients))
     return rows
 
 

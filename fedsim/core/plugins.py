@@ -44,7 +44,7 @@ KINDS = {
     "objectives": Kind("clients.objectives", contracts.Objective),
     "statistics": Kind("clients.statistics", contracts.Statistic),
     "pools": Kind("clients.pools", contracts.Pool),
-    "trackers": Kind("fedsim.trackers", contracts.Tracker),
+    "trackers": Kind("fedsim.watch.trackers", contracts.Tracker),
 }
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML file from run directories: charts that answer to the mouse, the table, and how each run was made.
 
     from fedsim import report
-    from fedsim.collection import collect
+    from fedsim.runs.collection import collect
     report.write(collect(["runs/heterogeneity"]), "report.html", figures="figures")
 
 `data` says what is shown, `charts` how one chart looks, `figures` which charts a report holds, `page` makes the file.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsim.collection import Collection
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.files import held, storage_errors, write_atomic
+from fedsim.runs.collection import Collection
 
 if TYPE_CHECKING:
     from fedsim.report.data import Study

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim import compare
-from fedsim.collection import Collection, Label, Run, cost_figures, dirichlet_alpha
-from fedsim.results import DRIFT_MEASURES, Results
-from server.metrics import forgetting
+from fedsim.runs import compare
+from fedsim.runs.collection import Collection, Label, Run, cost_figures, dirichlet_alpha
+from fedsim.runs.metrics import forgetting
+from fedsim.runs.results import DRIFT_MEASURES, Results
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.progress import duration
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.sweep.launch import Begun, Ended, Event
 from fedsim.sweep.plan import PlannedRun, SweepPlan
+from fedsim.watch.progress import duration
 
 
 class SweepDisplay:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from fedsim.collection import Label, label_text
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import PLUGIN_KEYS, SERVER_PLUGIN_KEYS, SimConfig, name_key
 from fedsim.core.errors import PluginError
+from fedsim.runs.collection import Label, label_text
 
 Layer: TypeAlias = Mapping[str, Any]
 Place: TypeAlias = tuple[str, ...]

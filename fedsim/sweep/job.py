@@ -15,11 +15,11 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fedsim import simulation
-from fedsim.collection import Entry, failure_file, verified
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError, InUse, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
-from fedsim.results import Results
+from fedsim.runs.collection import Entry, failure_file, verified
+from fedsim.runs.results import Results
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from filelock import Timeout
 
 from clients import cluster
 from fedsim import ROOT, ours_first
-from fedsim.collection import verified
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, RunDirError, StorageError
 from fedsim.core.files import in_use
-from fedsim.results import Results
+from fedsim.runs.collection import verified
+from fedsim.runs.results import Results
 from fedsim.sweep.job import Cost, Outcome, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedsim.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
+from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text
 from fedsim.sweep.fit import Fitted, fit, notes
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")

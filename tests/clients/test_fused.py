@@ -23,7 +23,7 @@ from fedsim.core.events import Note
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest
 from fedsim.models import model as models
 from fedsim.models.model import Model
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests.models.zoo import BERT
 from tests.tiny import tiny

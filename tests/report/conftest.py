@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.collection import Collection, collect
 from fedsim.report.data import Study
+from fedsim.runs.collection import Collection, collect
 from tests.report.factory import METHODS, fake_sweep
 
 THREE = {name: METHODS[name] for name in ("lorm", "fedavg", "variance_weighted")}

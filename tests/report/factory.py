@@ -13,11 +13,12 @@ from unittest import mock
 
 import numpy as np
 
-from fedsim import results as results_module
-from fedsim.collection import Entry, SweepRecord
 from fedsim.core.config import SimConfig
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.results import Results, RunDir
+from fedsim.runs import directory as directory_module
+from fedsim.runs.collection import Entry, SweepRecord
+from fedsim.runs.directory import RunDir
+from fedsim.runs.results import Results
 from tests.tiny import tiny
 
 METHODS: Mapping[str, tuple[str, float]] = {  # name -> (overrides, how good)
@@ -73,10 +74,10 @@ def fake_run(
 ) -> Path:
     """A finished run directory. `quality`: points of accuracy that its method is worth."""
     split = split_of(config, classes, names)
-    with mock.patch.object(results_module, "environment", return_value=ENVIRONMENT):
+    with mock.patch.object(directory_module, "environment", return_value=ENVIRONMENT):
         run_dir = RunDir.create(config, path)
         run_dir.write_start(split)
-        run_dir.write_end(invent(config, quality, split))
+        invent(config, quality, split).write_end(run_dir)
     return run_dir.path
 
 

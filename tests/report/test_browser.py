@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from fedsim import report
-from fedsim.collection import collect
 from fedsim.report import theme
+from fedsim.runs.collection import collect
 from tests.report.factory import METHODS, fake_run, fake_sweep
 from tests.report.test_page import hostile_sweep
 from tests.tiny import tiny

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedsim.collection import Collection, Entry, SweepRecord, collect
 from fedsim.core.config import SimConfig
 from fedsim.report import data
 from fedsim.report.data import Study
-from fedsim.results import Results
+from fedsim.runs.collection import Collection, Entry, SweepRecord, collect
+from fedsim.runs.results import Results
 from tests.report.factory import METHODS, fake_run, fake_sweep
 from tests.tiny import tiny
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from fedsim import report
-from fedsim.collection import collect
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import Row
 from fedsim.report import theme
 from fedsim.report.data import Series, Study
 from fedsim.report.figures import Drawing, convert, drawings, figures
-from fedsim.results import RunDir
+from fedsim.runs.collection import collect
+from fedsim.runs.directory import RunDir
 from tests.report.factory import fake_run, invent, split_of
 from tests.run_dirs import write_run
 from tests.tiny import tiny
@@ -80,7 +80,7 @@ def test_evaluated_at_the_tasks_ends_only_there_are_no_rounds(run_dirs: Path) ->
     path = fake_run(config, 10.0)
     results = invent(config, 10.0, split_of(config, 10))
     ends = tuple(row for row in results.rows if row.stage == "task_end")
-    RunDir.read(path).write_end(replace(results, rows=ends))
+    replace(results, rows=ends).write_end(RunDir.read(path))
     assert names_of(path) == OF_ONE_RUN - {"by_round"}
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_says_little_is_shown_as_it_is(run_dirs: Path) -> None:
     empty = {"bytes": {"down": {}, "up": {}}, "seconds": {}, "client_rounds": 0}
     rows = (Row(0, 2, "task_end", 0, 0, 0, 0),)  # a task without test samples
     (path / "partition.csv").write_text("task,client,class_row,class_name,samples\n")
-    RunDir.read(path).write_end(replace(results, rows=rows, drifts=(), classes=(), costs=empty))
+    replace(results, rows=rows, drifts=(), classes=(), costs=empty).write_end(RunDir.read(path))
     assert names_of(path) == set()
     assert report.write(collect([path]), run_dirs / "report.html").charts == 0
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fedsim import cli, report
-from fedsim.collection import Entry, SweepRecord, collect
 from fedsim.report import page
+from fedsim.runs.collection import Entry, SweepRecord, collect
 from fedsim.simulation import run
 from tests.report.factory import ENVIRONMENT, METHODS, fake_run, fake_sweep
 from tests.tiny import tiny

@@ -29,7 +29,7 @@ from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import from_upper_triangle, matching, upper_triangle
-from fedsim.results import Results
+from fedsim.runs.results import Results
 from fedsim.simulation import prepare, run
 from server import loop
 from server.calibrators._gaussians import GaussianCalibrator, Mixture, cholesky, head_gradient

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedsim.remove import remove
 from torch import Tensor
 
-from fedsim import unlearning
 from fedsim.core.config import build
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, num_bytes
 from fedsim.simulation import run
+from fedsim.unlearning.finished import FinishedRun
 from server.aggregators.collect import Aggregator as Collect
 from server.consolidators.compose import Consolidator as Compose
 from tests.tiny import final_state, same_bits, tiny
@@ -182,7 +183,7 @@ def test_a_merged_model_is_no_source() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-def source_by_source(finished: unlearning.FinishedRun, sources: dict[str, Tensor]) -> list[float]:
+def source_by_source(finished: FinishedRun, sources: dict[str, Tensor]) -> list[float]:
     """Percent right on every task: probabilities of one source after the other, each in a model of its own."""
     model, spec = finished.parts.model, finished.parts.spec
     percents = []
@@ -218,7 +219,7 @@ def test_a_whole_run(weighting: str, tmp_path: Path) -> None:
     assert not sources["head.weight"][:3, 3:].any()  # a source's head has moved for its task's classes alone
     assert sources["head.weight"][:3, :3].any()
     assert len({tuple(t.flatten().tolist()) for t in sources["head.weight"]}) == 6
-    np.testing.assert_allclose(results.accuracy[1], source_by_source(unlearning.FinishedRun(results.path), sources))
+    np.testing.assert_allclose(results.accuracy[1], source_by_source(FinishedRun(results.path), sources))
     up = results.costs["bytes"]["up"]
     assert up["adapter"] == num_bytes({n: t for n, t in sources.items() if n.startswith("adapter.")})
     assert up["head"] == num_bytes({n: sources[n] for n in ("head.weight", "head.bias")})
@@ -229,12 +230,12 @@ def test_a_whole_run(weighting: str, tmp_path: Path) -> None:
 def test_forgetting_a_client_is_having_trained_without_it(tmp_path: Path) -> None:
     """Sources know nothing of each other: what is left has the bits of a run in which the client never took part."""
     config, without = (tiny(*APT, *more, output=tmp_path) for more in ((), ("server.without=[1]",)))
-    whole, fewer = (unlearning.FinishedRun(run(c).path) for c in (config, without))
-    removed = unlearning.remove(whole, [1])
+    whole, fewer = (FinishedRun(run(c).path) for c in (config, without))
+    removed = remove(whole, [1])
     assert removed.way == "drop"
     assert same_bits(dict(removed.deployed), dict(fewer.deployed))
     assert removed.deployed["source.client"].tolist() == [0, 2, 0, 2]
-    one_task = unlearning.remove(whole, [1], tasks=[1]).deployed
+    one_task = remove(whole, [1], tasks=[1]).deployed
     assert one_task["source.client"].tolist() == [0, 1, 2, 0, 2]
 
 

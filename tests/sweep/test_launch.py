@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from fedsim import simulation
-from fedsim.collection import collect
 from fedsim.core.errors import DataError, PoolError
-from fedsim.results import Results
+from fedsim.runs.collection import collect
+from fedsim.runs.results import Results
 from fedsim.simulation import run
 from fedsim.sweep import launch
 from fedsim.sweep.job import lock_of

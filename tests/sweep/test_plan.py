@@ -12,9 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsim.collection import Entry, SweepRecord
 from fedsim.core import rng
 from fedsim.core.errors import ConfigError, FedsimError, PartitionError, RunDirError
+from fedsim.runs.collection import Entry, SweepRecord
 from fedsim.sweep.plan import SweepPlan, expand, verify
 from tests.readme import median_rule, sweep_yaml
 from tests.tiny import TINY

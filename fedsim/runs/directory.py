@@ -26,52 +26,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.metadata
-import io
 import json
-import math
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol
 
 import fedsim
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
-from fedsim.core.events import ClassRow, DriftRow, Kept, Row
+from fedsim.core.events import Kept
 from fedsim.core.files import LOCK, held, remove_leftovers, storage_errors, write_atomic
-from server import metrics
+from fedsim.runs.environment import environment
+from fedsim.runs.rows import csv_bytes
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# T tasks; i task trained, j task tested
-FloatArray = NDArray[np.float64]
-Costs: TypeAlias = Mapping[
-    str, Any
-]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
-
-# file -> the field of Results that holds its rows
-TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}
-LINES = ("failures", "notes")  # fields of Results that are lines, each in a file of its own if there are any
 BEFORE_STATUS = {"config.yaml", "plugins", "manifest.json", "partition.csv", "environment.json"}  # written before status.json
-COUNTS = tuple(f.name for f in dataclasses.fields(Row))
-DRIFT_MEASURES = tuple(f.name for f in dataclasses.fields(DriftRow))[4:]
-COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
-PACKAGES = ("torch", "transformers", "ray", "flwr", "numpy", "omegaconf", "safetensors")
-PARSE: Mapping[str, Callable[[str], Any]] = {"int": int, "str": str, "float | None": lambda cell: float(cell) if cell else None}
 RULE_OBJECT = "python:"  # the name of a rule that was passed as an object, not by name
 
 
@@ -93,139 +65,6 @@ class Holding:
     class_row: int
     class_name: str
     samples: int
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a run found out, live or loaded from its directory. Tasks and rounds are 0-based."""
-
-    config: SimConfig
-    rows: tuple[Row, ...]
-    costs: Costs
-    path: Path | None = None
-    manifest_hash: str = ""
-    failures: tuple[str, ...] = ()
-    finished: bool = True
-    classes: tuple[ClassRow, ...] = ()
-    drifts: tuple[DriftRow, ...] = ()
-    notes: tuple[str, ...] = ()
-    holdings: tuple[Holding, ...] = ()
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read a run directory, finished or not. Raises RunDirError when it is missing or damaged."""
-        run_dir = RunDir.read(path)
-        tables: dict[str, Any] = {}
-        for (name, field), kind in zip(TABLES.items(), (Holding, Row, ClassRow, DriftRow), strict=True):
-            with _damage(run_dir.path / name):
-                tables[field] = _from_csv(kind, _read_text(run_dir.path / name, ""))
-        with _damage(run_dir.path / "costs.json"):
-            costs = dict(json.loads(_read_text(run_dir.path / "costs.json", "{}")))
-        for name in LINES:
-            with _damage(run_dir.path / f"{name}.json"):
-                tables[name] = tuple(str(line) for line in json.loads(_read_text(run_dir.path / f"{name}.json", "[]")))
-        found = cls(
-            run_dir.config,
-            costs=costs,
-            path=run_dir.path,
-            manifest_hash=run_dir.manifest_hash,
-            finished=run_dir.finished,
-            **tables,
-        )
-        if found.finished:
-            with _damage(run_dir.path / "metrics.json"):
-                found._require_metrics(json.loads((run_dir.path / "metrics.json").read_text(encoding="utf-8")))
-        return found
-
-    @cached_property
-    def accuracy(self) -> FloatArray:
-        """(T, T) percent of task j after learning task i, NaN where j > i; T: tasks that were learned to their end.
-
-        The argmax is over the classes seen so far, or inside the task's own classes if the stream is task_incremental.
-        """
-        return metrics.accuracy(self._counts("correct"), self._counts("total"))
-
-    @cached_property
-    def accuracy_task_incremental(self) -> FloatArray:
-        """(T, T) percent when the task is told at test time: the argmax inside the tested task's own classes."""
-        return metrics.accuracy(self._counts("correct_in_task"), self._counts("total"))
-
-    @cached_property
-    def metrics(self) -> dict[str, float | None]:
-        """Metrics of `server.metrics`, in percent unless said otherwise there, the accuracy matrix's also with the suffix
-        `_task_incremental`; None where undefined. `drift_<measure>_<group>` are means over rounds, see `server.drift`."""
-        total = self._counts("total")
-        told = metrics.summary(self._counts("correct_in_task"), total, "_task_incremental")
-        return metrics.summary(self._counts("correct"), total) | told | self._of_classes() | self._of_drift()
-
-    @property
-    def client_accuracy(self) -> FloatArray:
-        """(K,) percent of the final model at every client, on test samples that are distributed as its training samples are.
-
-        NaN for a client that holds nothing of what was tested. The argmax is over all classes.
-        """
-        final = self._final_classes()
-        rows = 1 + max([h.class_row for h in self.holdings] + [c.class_row for c in final], default=-1)
-        correct_C, total_C = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
-        for c in final:
-            correct_C[c.class_row], total_C[c.class_row] = c.correct, c.total
-        held = [(h.client, h.class_row, h.samples) for h in self.holdings]
-        return metrics.client_accuracy(held, self.config.partition["clients"], correct_C, total_C)
-
-    def _require_metrics(self, written: Mapping[str, float | None]) -> None:
-        """Raises ValueError when the counts do not give the metrics that were written at the end: a file was cut or changed."""
-        for name in {**self.metrics, **written}:
-            value = self.metrics.get(name)
-            then = written.get(name, value)  # a metric that came into being later
-            same = value is then or (
-                value is not None and then is not None and math.isclose(value, then, rel_tol=1e-6, abs_tol=1e-9)
-            )
-            if not same:
-                raise ValueError(f"{name} is {then}, but the counts give {value}")
-
-    def _final_classes(self) -> list[ClassRow]:
-        ends = [c for c in self.classes if c.stage == "task_end"]
-        last = max((c.task for c in ends), default=0)
-        return [c for c in ends if c.task == last]
-
-    def _of_classes(self) -> dict[str, float | None]:
-        final = self._final_classes()
-        before = {c.class_row for c in self.classes if c.stage == "task_end" and c.task < final[0].task} if final else set()
-        share = metrics.newest_share([(c.predicted, c.class_row not in before) for c in final]) if before else None
-        return {"newest_share": share} | metrics.fairness(self.client_accuracy)
-
-    def _of_drift(self) -> dict[str, float | None]:
-        values: dict[str, list[float]] = {}
-        for row in self.drifts:
-            for measure in DRIFT_MEASURES:
-                if (value := getattr(row, measure)) is not None:
-                    values.setdefault(f"drift_{measure}_{row.group}", []).append(value)
-        return {name: float(np.mean(of_rounds)) for name, of_rounds in values.items()}
-
-    def frame(self) -> pd.DataFrame:
-        """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""
-        import pandas as pd
-
-        frame: pd.DataFrame = pd.DataFrame(self._records(), columns=list(COLUMNS))
-        return frame
-
-    def _records(self) -> list[tuple[Any, ...]]:
-        return [
-            (*dataclasses.astuple(row), _percent(self._correct(row), row.total), _percent(row.correct_in_task, row.total))
-            for row in self.rows
-        ]
-
-    def _correct(self, row: Row) -> int:
-        return row.correct_in_task if self.config.stream.name == "task_incremental" else row.correct
-
-    def _counts(self, what: str) -> NDArray[np.int64]:
-        """(T, T) counts at the tasks' ends."""
-        ends = [row for row in self.rows if row.stage == "task_end"]
-        tasks = 1 + max((row.task for row in ends), default=-1)
-        counts = np.zeros((tasks, tasks), dtype=np.int64)
-        for row in ends:
-            counts[row.task, row.tested] = self._correct(row) if what == "correct" else getattr(row, what)
-        return counts
 
 
 @dataclass(frozen=True)
@@ -314,7 +153,7 @@ class RunDir:
         config, path = config or self.config, self.path / "data.json"
         if config.data != self.config.data or not path.is_file():
             return config
-        with _damage(path):
+        with damage(path):
             return dataclasses.replace(config, data=dict(json.loads(path.read_text(encoding="utf-8"))))
 
     @property
@@ -347,15 +186,15 @@ class RunDir:
                 )
             self._note_resume()
             if data is not None and data != self.located().data:
-                self._write_json("data.json", data)
+                self.write_json("data.json", data)
             return
-        self._write("config.yaml", self._copy_plugins().to_yaml())
+        self.write("config.yaml", self._copy_plugins().to_yaml())
         with storage_errors(self.path / "manifest.json", self._advice):
             manifest.save(self.path / "manifest.json")
         columns = [f.name for f in dataclasses.fields(Holding)]
-        write_atomic(self.path / "partition.csv", _csv_bytes(columns, manifest.holdings()), self._advice)
-        self._write_json("environment.json", environment())
-        self._write_status("running", manifest.hash)
+        write_atomic(self.path / "partition.csv", csv_bytes(columns, manifest.holdings()), self._advice)
+        self.write_json("environment.json", environment())
+        self.write_status("running", manifest.hash)
 
     def keep(self, kept: Kept) -> None:
         """Write tensors that unlearning will ask for. A run that goes on writes those of its task again, to the same bits."""
@@ -370,57 +209,33 @@ class RunDir:
         """The file of `events.Kept`."""
         return self.path / "vectors" / f"task-{task}" / f"{name}.safetensors"
 
-    def write_progress(self, results: Results) -> None:
-        """Write what is known after a round. Raises StorageError when the disk is full."""
-        self._write("rounds.csv", _to_csv(COLUMNS, results._records()))
-        self._write("classes.csv", _table(ClassRow, [c for c in results.classes if c.stage == "task_end"]))
-        self._write("drift.csv", _table(DriftRow, results.drifts))
-        self._write_json("costs.json", results.costs)
-        for name in LINES:
-            if getattr(results, name) or (self.path / f"{name}.json").exists():
-                self._write_json(f"{name}.json", list(getattr(results, name)))
-
-    def write_end(self, results: Results) -> Results:
-        """Write the outcome, mark the run as finished, and return it as it is read back."""
-        self.write_progress(results)
-        for name in ("accuracy", "accuracy_task_incremental"):
-            matrix = getattr(results, name)
-            records = [(i, *("" if np.isnan(a) else repr(float(a)) for a in row)) for i, row in enumerate(matrix)]
-            self._write(f"{name}.csv", _to_csv(("after_task", *range(len(matrix))), records))
-        with _damage(self.path / "partition.csv"):
-            holdings = _from_csv(Holding, _read_text(self.path / "partition.csv", ""))
-        complete = dataclasses.replace(results, config=self.config, path=self.path, holdings=holdings, finished=True)
-        self._write_json("metrics.json", complete.metrics)
-        self._write_status("finished", results.manifest_hash)
-        return complete
-
     @property
     def _advice(self) -> str:
         return f"free space, then go on with: fedsim run --resume {self.path}"
 
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text.encode(), self._advice)
 
-    def _write_json(self, name: str, value: Any) -> None:
-        self._write(name, json.dumps(value, indent=2) + "\n")
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n")
 
-    def _write_status(self, state: str, manifest_hash: str) -> None:
+    def write_status(self, state: str, manifest_hash: str) -> None:
         status = {
             "state": state,
             "identity": self.identity,
             "manifest_hash": manifest_hash,
             "fedsim": fedsim.__version__,
         }
-        self._write_json("status.json", status | {"rule_object": _rule_object(self.config)})
+        self.write_json("status.json", status | {"rule_object": _rule_object(self.config)})
 
     def _status(self, key: str) -> Any:
         return _read_status(self.path)[key]
 
     def _note_resume(self) -> None:
         path = self.path / "environment.json"
-        with _damage(path):
+        with damage(path):
             first = dict(json.loads(path.read_text(encoding="utf-8")))
-        self._write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
+        self.write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
 
     def _copy_plugins(self) -> SimConfig:
         """Copy the user's plug-in files and manifest here, and return the config that names the copies."""
@@ -438,52 +253,6 @@ class RunDir:
             write_atomic(copy, Path(config.manifest).read_bytes(), self._advice)
             config = dataclasses.replace(config, manifest="./plugins/manifest.json")
         return config
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, git commit of the source tree (None outside of one), command line."""
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "fedsim": fedsim.__version__,
-        "git": _git_state(Path(fedsim.__file__).resolve().parent.parent),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state(root: Path) -> dict[str, Any] | None:
-    """Commit and whether files differ from it, if `root` is itself the top of a work tree."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _load_config(folder: Path) -> SimConfig:
@@ -509,7 +278,7 @@ def _rule_object(config: SimConfig) -> Any:
 
 def _read_status(folder: Path) -> dict[str, Any]:
     path = folder / "status.json"
-    with _damage(path):
+    with damage(path):
         status = json.loads(path.read_text(encoding="utf-8"))
         missing = {"state", "identity", "manifest_hash", "fedsim", "rule_object"} - set(status)
         if missing:
@@ -570,46 +339,12 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     return new if value == old else value
 
 
-def _percent(correct: int, total: int) -> float:
-    return 100.0 * correct / total if total else float("nan")
-
-
-def _to_csv(header: Sequence[Any], records: Iterable[Sequence[Any]]) -> str:
-    return _csv_bytes(header, records).decode()
-
-
-def _csv_bytes(header: Sequence[Any], records: Iterable[Sequence[Any]]) -> bytes:
-    """One byte per character while it grows: a million clients' lines are long."""
-    grown = io.BytesIO()
-    text = io.TextIOWrapper(grown, encoding="utf-8", newline="", write_through=False)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(records)
-    text.flush()
-    return grown.getvalue()
-
-
-def _table(kind: type[Any], rows: Sequence[Any]) -> str:
-    return _to_csv([f.name for f in dataclasses.fields(kind)], [dataclasses.astuple(row) for row in rows])
-
-
-def _from_csv(kind: type[Any], text: str) -> tuple[Any, ...]:
-    """Rows of a dataclass of numbers and words; further columns, which are derived, are left out. An empty cell is None."""
-    records = csv.reader(io.StringIO(text))
-    place = {name: i for i, name in enumerate(next(records, ()))}
-    rows = list(filter(None, records))
-    if not rows:
-        return ()
-    columns = [map(PARSE[str(f.type)], map(itemgetter(place[f.name]), rows)) for f in dataclasses.fields(kind)]
-    return tuple(map(kind, *columns))
-
-
-def _read_text(path: Path, absent: str) -> str:
+def read_text(path: Path, absent: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else absent
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage(path: Path) -> Iterator[None]:
     """Whatever goes wrong while a file is read is damage to the run directory."""
     try:
         yield

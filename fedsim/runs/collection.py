@@ -29,7 +29,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.data.manifest import estimate_alpha
-from fedsim.results import Results
+from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,8 +27,9 @@ from fedsim.core.contracts import Outcome, Recording, TrackedRun, Tracker
 from fedsim.core.errors import PluginError, RunDirError
 from fedsim.core.events import Event, RoundDone, Row, TaskDone
 from fedsim.core.files import write_atomic
-from fedsim.results import DRIFT_MEASURES, Results, RunDir
-from server import metrics
+from fedsim.runs import metrics
+from fedsim.runs.directory import RunDir
+from fedsim.runs.results import DRIFT_MEASURES, Results
 from server.state import ServerState
 
 ID_FILE = "tracking.json"

@@ -1,10 +1,10 @@
-"""Files for others: the tidy frame as CSV and Parquet, and what `fedsim.compare.summary` gives as a table for a paper, in
+"""Files for others: the tidy frame as CSV and Parquet, and what `fedsim.runs.compare.summary` gives as a table for a paper, in
 Markdown, and in LaTeX for the package booktabs.
 
 One factor goes down, the levels of the others times the metrics go across. A cell is "mean ± std" over runs (the mean alone of a
 single run, – of none). The best mean of a column is bold: the highest or the lowest, as the metric has it
-(`fedsim.compare.direction`, the arrow in its head); means that print alike are alike, so all of them are bold. n is said once
-below the table, and in every cell that has another n.
+(`fedsim.runs.compare.direction`, the arrow in its head); means that print alike are alike, so all of them are bold. n is said
+once below the table, and in every cell that has another n.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, product
 from typing import TYPE_CHECKING, TypeAlias
 
-from fedsim.collection import Label
-from fedsim.compare import FAA, direction, label, settings
 from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.runs.collection import Label
+from fedsim.runs.compare import FAA, direction, label, settings
 
 if TYPE_CHECKING:
     import pandas as pd

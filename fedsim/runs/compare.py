@@ -1,16 +1,17 @@
 """Settings against each other: means over seeds with intervals, paired differences, gaps to a joint run.
 
-Pure functions on the tidy frame of `fedsim.collection`: one row per run. A *setting* is one combination of levels of the factors
-`by`; its runs differ in the seed. A value that a run does not have (NaN) is left out and lowers n, which every table shows.
+Pure functions on the tidy frame of `fedsim.runs.collection`: one row per run. A *setting* is one combination of levels of the
+factors `by`; its runs differ in the seed. A value that a run does not have (NaN) is left out and lowers n, which every
+table shows.
 
-    from fedsim import compare
-    from fedsim.collection import collect
+    from fedsim.runs import compare
+    from fedsim.runs.collection import collect
     collection = collect(["runs/heterogeneity"])
     frame, by = collection.frame(), list(collection.factors)
     compare.summary(frame, by, ["final_average_accuracy"])
     compare.paired(frame, by, {"method": "fedavg"}, ["final_average_accuracy"])
 
-`fedsim.tables` makes Markdown and LaTeX of a summary.
+`fedsim.runs.tables` makes Markdown and LaTeX of a summary.
 
 Which test, and why. Runs of two settings with the same split and the same seed share most of what makes runs differ, so their
 differences d_i vary less than the runs do. With 3 to 10 seeds the paired t-test on d_i is the headline: sign-flip and Wilcoxon
@@ -30,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.collection import Collection, Label
 from fedsim.core.errors import ConfigError, did_you_mean
-from fedsim.results import Results
-from server.metrics import accuracy
+from fedsim.runs.collection import Collection, Label
+from fedsim.runs.metrics import accuracy
+from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
     import pandas as pd

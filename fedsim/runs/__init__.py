@@ -1,0 +1,1 @@
+"""A run's directory and results, and what is made of many: one frame, statistics over seeds, tables."""
