@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedsim.remove import remove
 from torch import Tensor
 
 from fedsim.core.config import build
@@ -19,6 +18,7 @@ from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, num_bytes
 from fedsim.simulation import run
 from fedsim.unlearning.finished import FinishedRun
+from fedsim.unlearning.remove import remove
 from server.aggregators.collect import Aggregator as Collect
 from server.consolidators.compose import Consolidator as Compose
 from tests.tiny import final_state, same_bits, tiny
