@@ -5,9 +5,10 @@ Shapes: N samples of a batch, C classes, H classes that this client holds, P of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class Statistic(contracts.Statistic):
     float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        *({"form": form} for form in FORMS),
+        {"form": "full", "classes": [3, 0]},
+    )
     form: str = "full"
     classes: list[int] | None = None
 
@@ -49,14 +54,28 @@ class Statistic(contracts.Statistic):
     @contextmanager
     def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[contracts.Accumulator]:
         """Raises ConfigError for subjects other than `head.weight`."""
-        wrong = [s for s in subjects if s != SUBJECT]
-        if wrong:
-            raise ConfigError(
-                f"class_moments describes the inputs of '{SUBJECT}', not of '{wrong[0]}': request it with match ('{SUBJECT}',)"
-            )
+        _require_head(subjects)
         rows = list(range(model.num_classes)) if self.classes is None else self.classes
         moments = _Moments(self.form, rows, model.num_classes, params[SUBJECT].shape[1])
         yield _Covariances(moments) if self.form == "covariance" else moments
+
+    def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
+        _require_head(subjects)
+        chosen = range(seen.num_classes) if self.classes is None else self.classes
+        rows = [seen.features[seen.labels == c] for c in chosen]
+        count_C = torch.tensor([len(x) for x in rows], dtype=torch.float64)
+        held = [x for x in rows if len(x)]
+        variance_CD = _stacked([_variance(x) for x in rows], seen.features)
+        if self.form == "scalar":
+            return _named(count=count_C, spread=variance_CD.mean(1))
+        mean_HD = _stacked([x.mean(0) for x in held], seen.features)
+        if self.form == "mean":
+            return _named(count=count_C, mean=mean_HD)
+        if self.form == "full":
+            return _named(count=count_C, mean=mean_HD, variance=variance_CD[count_C > 0])
+        triangle = upper_triangle(torch.zeros(seen.features.shape[1], seen.features.shape[1], dtype=torch.float64))
+        covariance_PT = _stacked([upper_triangle(x.T.cov()) for x in held if len(x) > 1], triangle[None])
+        return _named(count=count_C, mean=mean_HD, covariance=covariance_PT)
 
 
 class _Moments:
@@ -86,10 +105,10 @@ class _Moments:
         held = [c for c in self.rows if self.count_C[c] > 0]
         count = self.count_C[self.rows]
         if self.form == "scalar":
-            return _named(count=count, spread=variance_CD.mean(1)[self.rows])
+            return _sent(count=count, spread=variance_CD.mean(1)[self.rows])
         if self.form == "mean":
-            return _named(count=count, mean=self.mean_CD[held])
-        return _named(count=count, mean=self.mean_CD[held], variance=variance_CD[held])
+            return _sent(count=count, mean=self.mean_CD[held])
+        return _sent(count=count, mean=self.mean_CD[held], variance=variance_CD[held])
 
 
 class _Covariances:
@@ -119,8 +138,30 @@ class _Covariances:
         covariance_PT = torch.empty(len(told), width * (width + 1) // 2)
         for row, c in enumerate(told):
             covariance_PT[row] = upper_triangle(self.products[c] / (count_C[c] - 1))
-        return _named(count=count_C[rows], mean=mean_CD[held], covariance=covariance_PT)
+        return _sent(count=count_C[rows], mean=mean_CD[held], covariance=covariance_PT)
+
+
+def _require_head(subjects: Sequence[str]) -> None:
+    wrong = [s for s in subjects if s != SUBJECT]
+    if wrong:
+        raise ConfigError(
+            f"class_moments describes the inputs of '{SUBJECT}', not of '{wrong[0]}': request it with match ('{SUBJECT}',)"
+        )
+
+
+def _variance(x_nD: Tensor) -> Tensor:
+    """Of one class, zero with fewer than 2 samples."""
+    return x_nD.var(0) if len(x_nD) > 1 else x_nD.new_zeros(x_nD.shape[1])
+
+
+def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows as a matrix, none of the width of `like`."""
+    return torch.stack(list(rows)) if rows else like[:0]
+
+
+def _sent(**forms: Tensor) -> dict[str, Tensor]:
+    return _named(**{form: t.float() for form, t in forms.items()})
 
 
 def _named(**forms: Tensor) -> dict[str, Tensor]:
-    return {f"{form}/{SUBJECT}": t.float() for form, t in forms.items()}
+    return {f"{form}/{SUBJECT}": t for form, t in forms.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Statistic(contracts.Statistic):
     Inputs are cast to float64 before any product (half precision would overflow); the result is float32 on the CPU.
     """
 
+    additive: ClassVar[bool] = True
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"form": f, "decay": d} for f in FORMS for d in (0.0, 0.5, 1.0))
     form: str = "diagonal"
     decay: float = 1.0
 
@@ -66,11 +68,34 @@ class Statistic(contracts.Statistic):
                     hooks.callback(model.layer(subject).register_forward_pre_hook(_feeding(one)).remove)
             yield _Accumulator(self.form, sums)
 
-    def _sum(self, params: Tensors, subject: str) -> _DecayedSum:
+    def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
+        fed = [s for s in subjects if s == HEAD or not s.endswith(WEIGHT) or _layer(s) in seen.inputs]
+        return {f"{self.form}/{s}": self._of(seen, params, s) for s in fed}
+
+    def _of(self, seen: contracts.Seen, params: Tensors, subject: str) -> Tensor:
+        """The form of all samples at once."""
+        self._require_form(subject)
+        if subject != HEAD and _layer(subject) not in seen.inputs:
+            raise ConfigError(f"'{subject}' belongs to no layer that has inputs")
+        x_NI = seen.features if subject == HEAD else seen.inputs[_layer(subject)]
+        a_RI = params[_layer(subject) + LORA_A].double() if subject.endswith(LORA_B) else None
+        if a_RI is not None and self.form in ("diagonal", "full"):
+            x_NI = x_NI @ a_RI.T
+        gram_II = self.decay * x_NI.T @ x_NI + (1 - self.decay) * torch.diag(x_NI.square().sum(0))
+        if self.form == "diagonal":
+            return gram_II.diagonal().clone()
+        if a_RI is None or self.form == "full":
+            return upper_triangle(gram_II)
+        return a_RI @ gram_II if self.form == "cross" else a_RI @ gram_II @ a_RI.T
+
+    def _require_form(self, subject: str) -> None:
         if not subject.endswith(FORMS[self.form]):
             raise ConfigError(
                 f"there is no gram of form '{self.form}' for '{subject}': it is for {' and '.join(FORMS[self.form])}"
             )
+
+    def _sum(self, params: Tensors, subject: str) -> _DecayedSum:
+        self._require_form(subject)
         a_RI = params[subject.removesuffix(LORA_B) + LORA_A].detach() if subject.endswith(LORA_B) else None
         if a_RI is None or self.form in ("diagonal", "full"):
             decay = 0.0 if self.form == "diagonal" else self.decay
@@ -141,6 +166,11 @@ class _Accumulator:
         if self.form == "diagonal":
             return one.energies()
         return upper_triangle(one.total()) if self.form == "full" else one.total()
+
+
+def _layer(subject: str) -> str:
+    """The layer that a tensor belongs to."""
+    return subject.rpartition(".")[0]
 
 
 def _has_gram(model: contracts.ModelLike, subject: str) -> bool:

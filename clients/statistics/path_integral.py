@@ -5,8 +5,9 @@ Shapes: P numbers of all subjects, side by side; S subjects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fedsim.core.errors import require_choice
 from fedsim.core.messages import Tensors
 
 FORMS = ("movement", "gradient")
+OF_A_PASS = ("subjects", "synthetic", "wire", "batches", "nobody", "deterministic", "no_mutation")  # laws
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,20 @@ class Statistic(contracts.TrainingStatistic):
     they are a round's own, and a rule that wants the former adds them up.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_A_PASS, "it follows the training, of which a pass sees nothing")
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"form": f} for f in FORMS)
     form: str = "movement"
 
     def __post_init__(self) -> None:
         require_choice("form", self.form, tuple(FORMS))
+
+    def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
+        """No step is taken: numbers that differ by client and tensor and grow with the samples, as the real ones do."""
+        return {f"{self.form}/{s}": self._made_up(seen, params, s) for s in subjects}
+
+    def _made_up(self, seen: contracts.Seen, params: Tensors, subject: str) -> Tensor:
+        x_NI = seen.inputs.get(subject.rpartition(".")[0], seen.features)
+        return x_NI.abs().sum() * params[subject].double().abs().mean()
 
     def follow(self, params: Tensors, subjects: Sequence[str]) -> _Sums:
         return _Sums(self.form, {s: params[s] for s in subjects})

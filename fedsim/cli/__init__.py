@@ -27,7 +27,7 @@ COMMANDS = {
     "unlearn": "remove clients from a finished run, without further rounds",
     "list": "show plug-ins with their options",
     "partition": "show who holds which samples of the stream",
-    "check": "hold an aggregator against the laws of merging",
+    "check": "hold a plug-in against the laws of its kind",
 }
 
 

@@ -71,6 +71,29 @@ def load(kind: str, name: str) -> type[Any]:
     return found
 
 
+def kinds_of(name: str) -> list[str]:
+    """The kinds of which a name stands for a plug-in: a file may define several classes, and two kinds may have one name.
+
+    Raises PluginError if there is none."""
+    if is_path(name) or "." in name:
+        module = _module("aggregators", name)  # the kind matters for bare names only
+        found = [kind for kind, what in KINDS.items() if _defines(module, what)]
+        classes = ", ".join(what.class_name for what in KINDS.values())
+        if not found:
+            raise PluginError(f"{name} defines no plug-in: its class is named like its contract, one of {classes}")
+        return found
+    found = [kind for kind in KINDS if name in names(kind)]
+    if not found:
+        raise PluginError(f"there is no plug-in '{name}'.{did_you_mean(name, {n for kind in KINDS for n in names(kind)})}")
+    return found
+
+
+def _defines(module: ModuleType, what: Kind) -> bool:
+    """Whether a class of that name is there and none that was imported to derive from or to use."""
+    found = getattr(module, what.class_name, None)
+    return isinstance(found, type) and found is not what.contract and found.__module__ == module.__name__
+
+
 def require(package: str, who: str) -> None:
     """Import the package of an extra of the same name. Raises PluginError that says how to install it."""
     try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim import laws
 from fedsim.core import plugins
 from fedsim.core.config import build
 from fedsim.core.contracts import Aggregator
@@ -18,7 +19,6 @@ from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import matching, upper_triangle
-from server import laws
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.lorm import Aggregator as LoRM
@@ -54,7 +54,7 @@ class Aggregator(contracts.Aggregator):
 def test_rule_keeps_the_laws(name: str) -> None:
     """A new file in server/aggregators is found and held against the laws without a line here."""
     for options in plugins.load("aggregators", name).examples:
-        broken = [r for r in laws.check(build("aggregators", {"name": name, **options})) if not r.ok]
+        broken = [r for r in laws.check("aggregators", build("aggregators", {"name": name, **options})) if not r.ok]
         assert not broken, "\n".join(f"{name} {dict(options)}, {r.name}: {r.explanation}" for r in broken)
 
 
@@ -101,7 +101,7 @@ def test_median_in_a_users_own_file(tmp_path: Path) -> None:
     sent = [torch.tensor([1.0, 50.0]), torch.tensor([2.0, -7.0]), torch.tensor([90.0, 3.0])]
     updates = [ClientUpdate(k, 1, {"head.bias": w}) for k, w in enumerate(sent)]
     assert rule.combine({}, {"head.bias": torch.zeros(2)}, updates)[1]["head.bias"].tolist() == [2.0, 3.0]
-    assert [r.name for r in laws.check(rule) if not r.ok] == []
+    assert [r.name for r in laws.check("aggregators", rule) if not r.ok] == []
 
 
 # ---------------------------------------------------------------- RegMean

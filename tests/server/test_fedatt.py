@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedsim import laws
 from fedsim.core.config import build
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.simulation import run
-from server import laws
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedatt import Aggregator as FedAtt
 from tests.tiny import final_state, learned, same_bits, tiny
@@ -160,8 +160,8 @@ class WholeStep(FedAtt):
 
 
 def test_a_whole_step_keeps_the_laws_that_a_longer_one_cannot() -> None:
-    assert [r.name for r in laws.check(WholeStep(step=1.0)) if not r.ok] == []
-    assert [r.name for r in laws.check(WholeStep(step=1.2)) if not r.ok] == ["fixed_point", "one_client"]
+    assert [r.name for r in laws.check("aggregators", WholeStep(step=1.0)) if not r.ok] == []
+    assert [r.name for r in laws.check("aggregators", WholeStep(step=1.2)) if not r.ok] == ["fixed_point", "one_client"]
 
 
 # ---------------------------------------------------------------- noise

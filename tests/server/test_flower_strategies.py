@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("flwr")
 
+from fedsim import laws
 from fedsim.core.config import build, expand
 from fedsim.core.errors import AggregationError, ConfigError, FedsimError
 from fedsim.core.messages import ClientUpdate, State, Tensors
-from server import flower, laws
+from server import flower
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.flower import Aggregator
 
@@ -169,7 +170,7 @@ def test_memory_starts_afresh_when_other_tensors_are_trained() -> None:
 def test_strategies_keep_the_laws(name: str) -> None:
     """Those that are not among the class's examples, which the suite of all rules goes through."""
     needed: dict[str, dict[str, Any]] = {"Bulyan": {"num_malicious_nodes": 1}, "QFedAvg": {"client_learning_rate": 0.1}}
-    assert [(r.name, r.explanation) for r in laws.check(Aggregator(name, needed.get(name, {}))) if not r.ok] == []
+    assert [(r.name, r.explanation) for r in laws.check("aggregators", Aggregator(name, needed.get(name, {}))) if not r.ok] == []
 
 
 def test_exemptions_belong_to_the_strategy() -> None:

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedsim import laws
 from fedsim.core.config import build_aggregator
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import StatisticRequest
-from server import laws
+from fedsim.laws import aggregators as rules
+from fedsim.laws import made_up
 from server.aggregators._grouped import Aggregator as Grouped
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
@@ -26,7 +28,7 @@ def test_every_rule_is_built_with_its_options() -> None:
 
 def test_every_group_gets_what_its_rule_gives_alone() -> None:
     rule = build_aggregator(SECTIONS)
-    for scene in laws.scenes(rule):
+    for scene in rules.scenes(rule):
         _, out = rule.combine(scene.state, scene.params, scene.updates)
         assert list(out) == list(scene.params)
         for prefix, alone in (("adapter.", Lorm(decay=0.5)), ("head.", VarianceWeighted())):
@@ -38,7 +40,7 @@ def test_every_group_gets_what_its_rule_gives_alone() -> None:
 
 def test_plan_is_the_union_with_names_written_out() -> None:
     rule = build_aggregator(SECTIONS)
-    state = rule.init(laws.make_params())
+    state = rule.init(made_up.make_params())
     first, second = rule.plan(state, 0), rule.plan(state, 1)
     head = ("head.weight", "head.bias")
     assert first.train == ("adapter.block.0.lora_B", "adapter.block.1.lora_B", *head)
@@ -52,14 +54,14 @@ def test_plan_is_the_union_with_names_written_out() -> None:
 
 def test_equal_requests_of_two_groups_are_one_pass() -> None:
     rule = build_aggregator([{"match": "*.0.*", "name": "lorm"}, {"match": "*", "name": "lorm"}])
-    state = rule.init(laws.make_params())
+    state = rule.init(made_up.make_params())
     asked = {r.options["form"]: r.match for r in rule.plan(state, 0).statistics}
     assert asked == {"projected": ("adapter.block.0.lora_B", "adapter.block.1.lora_B"), "full": ("head.weight",)}
 
 
 def test_first_match_decides() -> None:
     rule = Grouped((("head.bias", FairAvg()), ("*", FedAvg())))
-    scene = next(laws.scenes(rule))
+    scene = next(rules.scenes(rule))
     _, out = rule.combine(scene.state, scene.params, scene.updates)
     for name, alone in (("head.bias", FairAvg()), ("head.weight", FedAvg())):
         assert torch.equal(out[name], alone.combine({}, scene.params, scene.updates)[1][name])
@@ -67,14 +69,14 @@ def test_first_match_decides() -> None:
 
 def test_groups_keep_the_laws_of_their_rules() -> None:
     rule = build_aggregator([{"match": "adapter.*", "name": "lorm"}, {"match": "*", "name": "fedavg"}])
-    assert [(r.name, r.explanation) for r in laws.check(rule) if not r.ok] == []
+    assert [(r.name, r.explanation) for r in laws.check("aggregators", rule) if not r.ok] == []
 
 
 def test_a_tensor_without_a_rule() -> None:
     with pytest.raises(
         ConfigError, match=r"no rule in server\.aggregator matches 'head\.weight': add a last entry \{match: \"\*\""
     ):
-        build_aggregator(SECTIONS[:1]).init(laws.make_params())
+        build_aggregator(SECTIONS[:1]).init(made_up.make_params())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +86,10 @@ def test_a_rule_without_a_tensor(sections: list[dict[str, object]]) -> None:
     with pytest.raises(
         ConfigError, match=r"match '.*' in server\.aggregator decides for no tensor.*adapter\.block\.0\.lora_A.* and 2 more"
     ):
-        build_aggregator(sections).init(laws.make_params())
+        build_aggregator(sections).init(made_up.make_params())
 
 
 def test_no_updates() -> None:
     rule = build_aggregator(SECTIONS)
     with pytest.raises(AggregationError, match="no client sent an update"):
-        rule.combine(rule.init(laws.make_params()), laws.make_params(), [])
+        rule.combine(rule.init(made_up.make_params()), made_up.make_params(), [])

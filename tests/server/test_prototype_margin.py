@@ -21,14 +21,14 @@ from fedsim.core.config import build
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
+from fedsim.laws import made_up
 from fedsim.simulation import run
-from server import laws
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.prototype_margin import Aggregator as PrototypeMargin
 from tests.tiny import tiny
 
-C, D = laws.CLASSES, 4
+C, D = made_up.CLASSES, 4
 OPTIONS = [(distance, deviation) for distance in ("euclidean", "cosine") for deviation in ("ratio", "difference")]
 
 
@@ -54,9 +54,9 @@ def shards(seed: int = 0, clients: int = 4) -> list[Shard]:
 def update(k: int, shard: Shard) -> ClientUpdate:
     """What the client sends, moments by the suite's own stand-in for the statistic (which is held against the real one)."""
     rows = torch.from_numpy(shard.features)
-    client = laws.Client(k, {}, rows, torch.from_numpy(shard.labels))
+    client = made_up.Client(k, {}, rows, torch.from_numpy(shard.labels))
     request = PrototypeMargin().plan({}, 0).statistics[0]
-    sent = laws.synthesise(request, client, {"head.weight": torch.zeros(C, D)})
+    sent = made_up.synthesise(request, client, {"head.weight": torch.zeros(C, D)})
     own = {"head.weight": torch.full((C, D), float(k), dtype=torch.float64)}
     return ClientUpdate(k, len(shard.labels), own, sent)
 

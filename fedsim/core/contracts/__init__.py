@@ -4,10 +4,11 @@ Every plug-in is a frozen dataclass whose fields are its YAML schema. Rules are 
 what they remember is the `State` they are handed and hand back.
 """
 
-from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Statistic, TrainingStatistic, TrainStep
+from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Seen, Statistic, TrainingStatistic, TrainStep
 from fedsim.core.contracts.data import ArraySplit, Dataset, Partition, Source
 from fedsim.core.contracts.models import Adapter, BackboneLike, ModelLike, Slots
 from fedsim.core.contracts.numbers import MAY_BE_INFINITE, IntArray, require_finite
+from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
     AdditiveAggregator,
@@ -44,8 +45,10 @@ __all__ = [
     "Outcome",
     "Part",
     "Partition",
+    "Plugin",
     "Pool",
     "Recording",
+    "Seen",
     "Slots",
     "Source",
     "Statistic",

@@ -11,8 +11,9 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from fedsim.core.contracts.models import ModelLike
+from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.traits import Part
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, PluginError
 from fedsim.core.messages import Tensors
 
 
@@ -48,13 +49,40 @@ class Objective(Part, ABC):
 
 
 @dataclass(frozen=True)
-class Statistic(ABC):
-    """A statistic of a client's data under its trained model, as an accumulator over batches."""
+class Seen:
+    """Samples as a statistics pass sees them, made up: no model is behind them.
+
+    inputs: name of a layer (`adapter.layers.0.mlp.fc1`) -> what goes into it, (N, I); features (N, D); labels (N,), head rows;
+    num_classes: rows of the head.
+    """
+
+    inputs: Tensors
+    features: Tensor
+    labels: Tensor
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Statistic(Plugin, ABC):
+    """A statistic of a client's data under its trained model, as an accumulator over batches.
+
+    additive: what the samples of two clients give, with the same parameters, is the sum of what each gives. Statistics that are
+    summed as they are, where clients run, must be.
+    """
+
+    additive: ClassVar[bool] = False
 
     @abstractmethod
     def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
         """Open for one pass over the client's samples. `params` are the client's own tensors; `subjects` the parameter
         names that the request matched."""
+
+    def synthetic(self, seen: Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
+        """What `collect` would send for these samples, float64, by its formula: the laws make up with it what clients send to a
+        rule that asks for this statistic."""
+        raise PluginError(
+            f"statistic {type(self).__module__} has no synthetic form: write its method 'synthetic', or test it in a run"
+        )
 
 
 @dataclass(frozen=True)

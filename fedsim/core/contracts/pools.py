@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
 
 if TYPE_CHECKING:
     from fedsim.core.work import WorkSpec
 
 
-class Pool(ABC):
+class Pool(Plugin, ABC):
     """Runs clients somewhere. Made with one `WorkSpec`."""
 
     @classmethod

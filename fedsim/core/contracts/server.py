@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeGuard
+from typing import ClassVar, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -25,14 +25,10 @@ Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
 class Aggregator(Part, ABC):
     """Merges clients, every round.
 
-    exempt: law of the contract suite (`server/laws.py`) -> why this rule cannot keep it.
-    examples: options under which the suite holds this rule against the laws.
     one_round: it takes what clients train in a single round per task; more rounds are refused.
     sources: what it deploys has a leading axis of sources, one per client, in place of one merged model (see `Adapter.sources`).
     """
 
-    exempt: ClassVar[Mapping[str, str]] = {}
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     one_round: ClassVar[bool] = False
     sources: ClassVar[bool] = False
 

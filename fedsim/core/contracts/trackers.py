@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedsim.core.contracts.plugin import Plugin
+
 
 @dataclass(frozen=True)
 class TrackedRun:
@@ -47,7 +49,7 @@ Outcome = Literal["finished", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
-class Tracker(ABC):
+class Tracker(Plugin, ABC):
     """Copies what a run tells about itself to a tool of the user's. It never moves a number of the run."""
 
     def check(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedsim.core.contracts.plugin import Plugin
+
 WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
     "composes modules": "makes one prediction of tensors with such an axis",
@@ -39,7 +41,7 @@ class Traits:
     refuses: Mapping[str, str] = field(default_factory=dict)
 
 
-class Part:
+class Part(Plugin):
     """A plug-in that a run is made of."""
 
     @property

@@ -1,0 +1,106 @@
+"""What the laws of every kind of plug-in are made of, and how a plug-in is held against them.
+
+A file `fedsim/laws/<kind>.py` has a tuple `LAWS`; nothing else says which kinds have laws.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from fedsim.core import config as configs
+from fedsim.core import plugins
+from fedsim.core.defaults import torch_defaults
+from fedsim.core.errors import FedsimError, PluginError
+
+P = TypeVar("P")
+
+
+class LawBroken(Exception):
+    """A plug-in broke a law; the message says where, with numbers."""
+
+
+@dataclass(frozen=True)
+class Law(Generic[P]):
+    """A named property of the plug-ins of a kind. `check` raises LawBroken; None as its result means that the law holds."""
+
+    name: str
+    statement: str
+    check: Callable[[P], None]
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """What became of one law. `exempt` is the plug-in's own reason for not keeping it (then it is not tried)."""
+
+    name: str
+    statement: str
+    ok: bool
+    exempt: str | None = None
+    explanation: str = ""
+
+
+def laws_of(kind: str) -> tuple[Law[Any], ...]:
+    """The laws of a kind of plug-ins. Raises PluginError where there are none."""
+    name = f"fedsim.laws.{kind}"
+    if importlib.util.find_spec(name) is None:
+        raise PluginError(f"there are no laws of {kind}: try them in a run")
+    found: tuple[Law[Any], ...] = importlib.import_module(name).LAWS
+    return found
+
+
+def check(kind: str, plugin: Any) -> list[LawResult]:
+    """Hold a plug-in against every law of its kind."""
+    return hold(plugin, laws_of(kind))
+
+
+def check_named(kind: str, name: str, options: Mapping[str, Any] | None = None) -> list[LawResult]:
+    """Hold a plug-in that is found by name against the laws: with these options, or else with all of its own examples.
+
+    A law is kept if it is kept with all of them; the explanation says with which options it is not.
+    """
+    key = configs.name_key(kind)
+    several = plugins.load(kind, name).examples if options is None else (options,)
+    found: dict[str, LawResult] = {}
+    for chosen in several:
+        plugin = configs.build(kind, configs.expand(kind, {key: name, **chosen}, "check"))
+        for result in check(kind, plugin):
+            before = found.get(result.name)
+            if result.explanation and options is None and chosen:
+                told = ", ".join(f"{k}={v}" for k, v in chosen.items())
+                result = replace(result, explanation=f"with {told}: {result.explanation}")
+            if before is None or (before.ok, before.exempt is None) > (result.ok, result.exempt is None):
+                found[result.name] = result
+    return list(found.values())
+
+
+def hold(plugin: Any, laws: Sequence[Law[Any]]) -> list[LawResult]:
+    """A plug-in against some laws. An exemption from a law that there is not is a broken one."""
+    with torch_defaults(torch.get_num_threads()):
+        results = [_judged(law, plugin) for law in laws]
+    known = [law.name for law in laws]
+    for name in plugin.exempt:
+        if name not in known:
+            explanation = f"exempt names the law '{name}', which there is not; laws: {', '.join(known)}"
+            results.append(LawResult(name, "an exemption names a law", False, None, explanation))
+    return results
+
+
+def _judged(law: Law[Any], plugin: Any) -> LawResult:
+    if law.name in plugin.exempt:
+        return LawResult(law.name, law.statement, True, plugin.exempt[law.name])
+    try:
+        law.check(plugin)
+    except LawBroken as e:
+        return LawResult(law.name, law.statement, False, None, str(e))
+    except Exception as e:  # a user's plug-in may raise anything: it is reported, not passed on
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        where = "" if isinstance(e, FedsimError) else f" ({frame.filename}, line {frame.lineno})"
+        return LawResult(law.name, law.statement, False, None, f"raised {type(e).__name__}: {e}{where}")
+    return LawResult(law.name, law.statement, True)

@@ -1,0 +1,192 @@
+"""The laws that every statistic keeps: what a pass over samples gives is what its formula says, however it is cut into batches.
+
+A statistic is held against them on a model of two linear layers that is fed with a client's made-up inputs, and on those of its
+subjects that it takes.
+
+Shapes: N samples, I inputs of a layer, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core.contracts import Statistic
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import Tensors
+from fedsim.core.rng import torch_stream
+from fedsim.laws.comparing import ROUNDED, expect_bits, expect_close, expect_finite, expect_unchanged
+from fedsim.laws.frame import Law, LawBroken
+from fedsim.laws.made_up import CLASSES, LAYERS, Client, make_client, make_params
+
+BATCH = 7
+
+
+class Echo(nn.Module):
+    """A model whose layers are fed with the inputs that it is given, and whose features are given too."""
+
+    num_classes = CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = {name: nn.Linear(inputs, outputs) for name, (outputs, inputs) in LAYERS.items()}
+
+    def features(self, inputs: Tensors) -> Tensor:
+        for name, layer in self.layers.items():
+            layer(inputs[name].float())
+        return inputs["features"]
+
+    def logits(self, features: Tensor, params: Tensors) -> Tensor:
+        return features @ params["head.weight"].T
+
+    def layer(self, parameter: str) -> nn.Module:
+        return self.layers[parameter.rpartition(".")[0]]
+
+
+class Scene:
+    """A statistic, a client and its own parameters: LoRA layers, the layers' weights, and a head."""
+
+    def __init__(self, statistic: Statistic, client_id: int = 3) -> None:
+        self.statistic, self.client = statistic, make_client(client_id)
+        weights = {f"{name}.weight": torch.full(shape, 0.5, dtype=torch.float64) for name, shape in LAYERS.items()}
+        self.params = make_params() | weights
+        with torch.random.fork_rng(devices=[]):
+            self.model = Echo()
+
+    @cached_property
+    def subjects(self) -> list[str]:
+        """Those that it takes one by one."""
+        taken = [name for name in self.params if self._takes(name)]
+        if not taken:
+            raise LawBroken(f"it takes none of {', '.join(self.params)}")
+        return taken
+
+    def _takes(self, name: str) -> bool:
+        try:
+            return bool(self.statistic.synthetic(self.client.seen, self.params, [name]))
+        except ConfigError:
+            return False
+
+    def batches(self, client: Client, size: int = BATCH) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """A client's samples in a random order: inputs with features, float32, and labels."""
+        order_N = torch.randperm(len(client), generator=torch_stream(0, "batches", client.client_id))
+        given = {**client.inputs_NI, "features": client.features_ND}
+        return [({n: x[rows].float() for n, x in given.items()}, client.labels_N[rows]) for rows in torch.split(order_N, size)]
+
+    def collected(self, batches: Sequence[tuple[Tensors, Tensor]], subjects: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """What a pass over batches gives."""
+        with torch.no_grad(), self.statistic.collect(self.model, self.params, subjects or self.subjects) as accumulator:
+            for inputs, labels in batches:
+                accumulator.update(self.model.features(inputs), labels)
+            return accumulator.result()
+
+
+def _subjects(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    for name in scene.params:
+        try:
+            took = bool(scene.collected(scene.batches(scene.client), [name]))
+        except ConfigError:
+            took = False
+        if took != (name in scene.subjects):
+            raise LawBroken(f"collect {'takes' if took else 'refuses'} '{name}', synthetic does not: both say what it is for")
+
+
+def _synthetic(statistic: Statistic) -> None:
+    for client_id in (0, 3):
+        scene = Scene(statistic, client_id)
+        want = statistic.synthetic(scene.client.seen, scene.params, scene.subjects)
+        narrow = [n for n, t in want.items() if t.dtype != torch.float64]
+        if narrow:
+            raise LawBroken(f"synthetic gives '{narrow[0]}' as {want[narrow[0]].dtype}: it is float64")
+        got = scene.collected(scene.batches(scene.client))
+        expect_close(_relative(got, want), _relative(want, want), f"client {client_id}, collect against synthetic", ROUNDED)
+
+
+def _relative(tensors: Tensors, scale: Tensors) -> dict[str, Tensor]:
+    """By the largest number of each, so that sums over many samples are looked at as closely as means."""
+    return {n: t.double() / scale[n].abs().max().clamp_min(1) if n in scale and t.numel() else t for n, t in tensors.items()}
+
+
+def _wire(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    for name, tensor in scene.collected(scene.batches(scene.client)).items():
+        form, slash, subject = name.partition("/")
+        if not (form and slash and subject in scene.params):
+            raise LawBroken(f"'{name}' is not named '<form>/<subject>' with a subject that was asked for")
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise LawBroken(f"'{name}' is {tensor.dtype} on {tensor.device}: float32 on the CPU travels")
+    expect_finite(scene.collected(scene.batches(scene.client)), "a client's samples")
+
+
+def _batches(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    want = scene.collected(scene.batches(scene.client, len(scene.client)))
+    for size in (1, 2, BATCH):
+        got = scene.collected(scene.batches(scene.client, size))
+        expect_close(_relative(got, want), _relative(want, want), f"in batches of {size} against all at once", ROUNDED)
+    backwards = scene.collected(scene.batches(scene.client)[::-1])
+    expect_close(_relative(backwards, want), _relative(want, want), "batches in another order", ROUNDED)
+
+
+def _nobody(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    want, got = scene.collected(scene.batches(scene.client)), scene.collected([])
+    if list(got) != list(want):
+        raise LawBroken(
+            f"without samples it sends {', '.join(got) or 'nothing'}, with some {', '.join(want)}: names are the same"
+        )
+    expect_finite(got, "without samples")
+
+
+def _additive(statistic: Statistic) -> None:
+    if not statistic.additive:
+        return
+    scene = Scene(statistic)
+    parts = scene.batches(scene.client)
+    one, other, both = (scene.collected(p) for p in (parts[:2], parts[2:], parts))
+    layouts = [{n: t.shape for n, t in sent.items()} for sent in (one, other)]
+    if layouts[0] != layouts[1]:
+        raise LawBroken(f"it is said to be additive, but sends {layouts[0]} for some samples and {layouts[1]} for others")
+    total = {n: t.double() + other[n].double() for n, t in one.items()}
+    expect_close(_relative(total, both), _relative(both, both), "two parts summed against the whole", ROUNDED)
+
+
+def _deterministic(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    first, again = (scene.collected(scene.batches(scene.client)) for _ in range(2))
+    expect_bits(again, first, "the same pass twice")
+
+
+def _no_mutation(statistic: Statistic) -> None:
+    scene = Scene(statistic)
+    batches = scene.batches(scene.client)
+    before: Mapping[str, object] = deepcopy({"parameters": scene.params, "batches": batches, "weights": scene.model.state_dict()})
+    hooks = _hooks(scene.model)
+    scene.collected(batches)
+    statistic.synthetic(scene.client.seen, scene.params, scene.subjects)
+    expect_unchanged(
+        {"parameters": scene.params, "batches": batches, "weights": scene.model.state_dict()}, before, "one pass over samples"
+    )
+    if _hooks(scene.model) != hooks:
+        raise LawBroken("the pass leaves hooks in the model: take them out where `collect` closes")
+
+
+def _hooks(model: Echo) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (model, *model.layers.values()))
+
+
+LAWS: tuple[Law[Statistic], ...] = (
+    Law("subjects", "there are parameters that it describes, and `collect` and `synthetic` take the same ones", _subjects),
+    Law("synthetic", "a pass over samples gives what its formula gives of all of them, up to float32", _synthetic),
+    Law("wire", "tensors are named '<form>/<subject>', finite, float32 and on the CPU", _wire),
+    Law("batches", "how samples are cut into batches, and in what order they come, does not matter, rounding apart", _batches),
+    Law("nobody", "without samples it sends tensors of the same names, and finite ones", _nobody),
+    Law("additive", "an additive statistic of two parts of the samples adds up to that of the whole", _additive),
+    Law("deterministic", "the same pass gives the same bits", _deterministic),
+    Law("no_mutation", "parameters, samples and model are left as they were, without hooks", _no_mutation),
+)
