@@ -20,6 +20,7 @@ from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
+from fedsim.core.contracts import Aggregator
 from fedsim.core.errors import FedsimError
 
 KINDS = ("adapters", "objectives", "aggregators", "consolidators", "calibrators")  # what is mixed
@@ -62,9 +63,9 @@ class Mix:
 
     def config(self) -> SimConfig:
         """The run of this mix on the small stream: one round, for rules that take one round only, else two."""
-        rule = plugins.load("aggregators", self.aggregator)
+        rule: Aggregator = configs.build("aggregators", _section("aggregators", self.aggregator))
         server = {
-            "rounds": 1 if rule.one_round else 2,
+            "rounds": 1 if "several rounds" in rule.traits.refuses else 2,
             "aggregator": _section("aggregators", self.aggregator),
             "consolidator": _section("consolidators", self.consolidator),
             "calibrator": None if self.calibrator == NONE else _section("calibrators", self.calibrator),

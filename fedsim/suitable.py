@@ -1,48 +1,106 @@
 """Which parts of a run suit each other, by what they say of themselves; the others are refused before any training.
 
-Parts know nothing of each other: what is compared are the class variables of their contracts and the names of tensors. What
-a rule cannot do with an adapter's tensors it says itself, when it is shown them (`Aggregator.init`, `Consolidator.start_task`).
+Parts know nothing of each other: what is compared are the words of their `Traits`, and of the run (`run_words`). What a rule
+cannot do with an adapter's tensors it says itself, when it is shown them (`Aggregator.init`, `Consolidator.start_task`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator
-from fedsim.core.errors import ConfigError
+from fedsim.core.contracts import Aggregator, Consolidator, Part, Traits
+from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from fedsim.data.manifest import Manifest
 from server import sampling
 
+FIELD = re.compile(r"\{([a-z_]+(?:\.[a-z_]+)*)\}")  # of what traits say: {other}, {adapter}, {server.rounds}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A part that the config names, e.g. kind "adapter", name "lora"."""
+
+    kind: str
+    name: str
+    traits: Traits
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+    @property
+    def words(self) -> set[str]:
+        return {self.kind, str(self), *self.traits.gives}
+
 
 def require(config: SimConfig, rule: Aggregator) -> None:
-    """Raise ConfigError for parts that cannot work together; nothing is loaded for it."""
-    server = config.server
-    consolidator: Consolidator = configs.build("consolidators", server.consolidator)
-    name = server.consolidator["name"]
-    _require_sources(config, rule, consolidator)
-    if rule.one_round and server.rounds != 1:
-        raise ConfigError(
-            f"server.rounds is {server.rounds}, but aggregator {rule_name(config)} takes one round per task: "
-            "set it to 1 and raise client.epochs instead"
-        )
-    if server.calibrator is not None:
-        calibrator: contracts.Calibrator = configs.build("calibrators", server.calibrator)
-        if consolidator.freezes_heads and calibrator.rewrites_old_rows:
-            raise ConfigError(
-                f"server.calibrator {server.calibrator['name']} trains the head's rows of old tasks, which consolidator {name} "
-                "keeps as they are: let it train the current task's classes only, or use another consolidator"
-            )
-    objectives = [(o["name"], configs.build("objectives", o)) for o in config.client.objectives]
-    in_place = [n for n, o in objectives if o.replaces_cross_entropy]
-    if len(in_place) > 1:
-        raise ConfigError(f"client.objectives {' and '.join(in_place)} both stand in the place of the cross-entropy: choose one")
+    """Raise ConfigError for parts that cannot work together, in one line; nothing is loaded for it."""
+    line = obstacle(chosen_parts(config, rule), run_words(config), config)
+    if line is not None:
+        raise ConfigError(line)
+
+
+def obstacle(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> str | None:
+    """Why these parts do not go together, None if they do: the first refused word that another part or the run gives, need
+    that nobody gives, or place that two parts take. `run`: word of the run -> how the config says it."""
+    for number, part in enumerate(parts):
+        others = [other for place, other in enumerate(parts) if place != number]
+        for word, told in part.traits.refuses.items():
+            given = next((str(other) for other in others if word in other.words), run.get(word))
+            if given is not None:
+                return _line(part, told, word, parts, config, given)
+        for word, told in part.traits.needs.items():
+            if word not in run and not any(word in other.words for other in parts):
+                return _line(part, told, word, parts, config)
+        for place in sorted(part.traits.takes):
+            taken = next((other for other in parts[:number] if place in other.traits.takes), None)
+            if taken is not None:
+                return f"{taken} and {part} both take the place of {place}, which only one part of a run can have: choose one"
+    return None
+
+
+def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
+    """All parts that the config names, with their traits; `rule` is the aggregator where there is one for all tensors."""
+    found = []
+    for kind, _, section in configs.plugin_sections(config):
+        if kind == "trackers":
+            continue
+        name, is_rule = section[configs.name_key(kind)], kind == "aggregators" and not isinstance(config.server.aggregator, list)
+        part: Part = rule if is_rule else configs.build(kind, {k: v for k, v in section.items() if k != "match"})
+        found.append(Chosen(kind[:-1], name, _traits(f"{kind[:-1]} {name}", part)))
+    return found
+
+
+def run_words(config: SimConfig) -> dict[str, str]:
+    """Words that the run itself gives -> the key and value that give them."""
+    stream, server = config.stream, config.server
+    found = [
+        ("several tasks", "stream.tasks", stream.tasks != 1 and not stream.joint),
+        ("online", "stream.online", stream.online),
+        ("augmentation", "transform.augment", config.transform.augment != "none"),
+        (f"optimizer {config.client.optimizer.lower()}", "client.optimizer", True),
+        ("clipped gradients", "client.clip_norm", config.client.clip_norm is not None),
+        ("several rounds", "server.rounds", server.rounds > 1),
+        ("several rules", "server.aggregator", isinstance(server.aggregator, list)),
+        ("drawn clients", "server.participation", server.participation < 1),
+        ("drawn passes", "server.pass_participation", server.pass_participation == "drawn"),
+        ("clients may fail", "server.on_client_failure", server.on_client_failure == "skip"),
+        ("unlearning", "server.unlearning", server.unlearning),
+        ("half precision", "runtime.precision", config.runtime.precision == "bf16"),
+        ("fused", "runtime.fused", bool(config.runtime.fused)),
+        (f"pool {config.runtime.pool}", "runtime.pool", True),
+    ]
+    return {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
 
 
 def require_trained(config: SimConfig, consolidator: Consolidator, params: Tensors, plans: Sequence[RoundPlan]) -> None:
@@ -84,7 +142,7 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
 def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
     """What is allowed, but hardly what anybody wants: tasks of a single class, of which nothing is learned."""
     alone = [name for name, classes in zip(manifest.task_names, manifest.task_classes, strict=True) if len(classes) == 1]
-    learned = any(configs.build("objectives", o).learns_one_class for o in config.client.objectives)
+    learned = any("learns one class" in configs.build("objectives", o).traits.gives for o in config.client.objectives)
     if not alone or learned or config.server.calibrator is not None:
         return ()
     return (
@@ -110,40 +168,42 @@ def rule_name(config: SimConfig) -> str:
     return " + ".join(g["name"] for g in section) if isinstance(section, list) else str(section["name"])
 
 
-def _require_sources(config: SimConfig, rule: Aggregator, consolidator: Consolidator) -> None:
-    """Models that are composed of sources, one per client, need parts that take them."""
-    section, name = config.server.aggregator, config.server.consolidator["name"]
-    if isinstance(section, list):
-        apart = [g["name"] for g in section if configs.build_aggregator({k: v for k, v in g.items() if k != "match"}).sources]
-        if apart:
-            raise ConfigError(
-                f"server.aggregator: {apart[0]} keeps every client's tensors by themselves, so it cannot be one of a list"
-            )
-    if not rule.sources:
-        if consolidator.sources:
-            raise ConfigError(
-                f"consolidator {name} composes what every client learned by itself, but aggregator {rule_name(config)} merges "
-                "it: use aggregator: collect, or another consolidator"
-            )
-        return
-    adapter: contracts.Adapter = configs.build("adapters", config.adapter)
-    if not adapter.sources:
-        raise ConfigError(
-            f"aggregator {rule_name(config)} composes clients at inference, which adapter {config.adapter['name']} cannot: "
-            "use adapter: apt, or a rule that merges"
-        )
-    if not consolidator.sources:
-        raise ConfigError(
-            f"aggregator {rule_name(config)} hands on one module per client, which consolidator {name} cannot keep: "
-            "use consolidator: compose"
-        )
-    if config.server.unlearning:
-        raise ConfigError(
-            f"server.unlearning keeps what clients become by themselves, which aggregator {rule_name(config)} does anyway: leave "
-            "it out, fedsim unlearn needs nothing else"
-        )
-    if config.server.calibrator is not None:
-        raise ConfigError(
-            f"aggregator {rule_name(config)} keeps a head per client: there is no common one for calibrator "
-            f"{config.server.calibrator['name']} to repair"
-        )
+def _traits(part: str, found: Part) -> Traits:
+    """Of a part; whatever goes wrong in a plug-in of the user's own is one line."""
+    try:
+        traits: Any = found.traits
+    except Exception as e:
+        raise PluginError(f"{part} cannot say what goes with it: {one_line(e)}") from e
+    if not isinstance(traits, Traits):
+        raise PluginError(f"{part}: traits must be a fedsim.core.contracts.Traits, got {type(traits).__name__}")
+    return traits
+
+
+def _line(part: Chosen, told: str, word: str, parts: Sequence[Chosen], config: Any, given: str = "") -> str:
+    """What a part says of a word that it needs, or refuses and is `given`, with all names filled in."""
+
+    def filled(field: re.Match[str]) -> str:
+        if field[1] == "other":
+            return given
+        named = [str(other) for other in parts if other.kind == field[1]]
+        try:
+            return " and ".join(named) or _told(_value(config, field[1]))
+        except (LookupError, AttributeError) as e:
+            what = f"'{field[0]}', which is no part of this run and no key of its config"
+            raise PluginError(f"{part}: its traits speak of {what}") from e
+
+    line = f"{part} {FIELD.sub(filled, told)}"
+    if given and given.partition(": ")[0] not in line:
+        return f"{line} ('{word}' comes with {given})"
+    return line if given or FIELD.search(told) or word in line else f"{line} (it needs '{word}', which no part of this run gives)"
+
+
+def _value(config: Any, key: str) -> Any:
+    """What the config holds under a dotted key. Raises LookupError or AttributeError where there is none."""
+    for step in key.split("."):
+        config = config[step] if isinstance(config, Mapping) else getattr(config, step)
+    return config
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else "a list" if isinstance(value, list) else json.dumps(value, default=str)

@@ -46,7 +46,12 @@ class FinishedRun:
     def affine(self) -> bool:
         """Whether the adapter's features are affine in its tensors."""
         adapter: Adapter = configs.build("adapters", self.config.adapter)
-        return adapter.affine
+        return "affine features" in adapter.traits.gives
+
+    @property
+    def composed(self) -> bool:
+        """Whether its model holds every client's module by itself, so that leaving some out is exact."""
+        return "keeps every module" in self.consolidator.traits.gives
 
     @property
     def deployed(self) -> Tensors:

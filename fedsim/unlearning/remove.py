@@ -13,7 +13,7 @@ start, τ_k, for as many epochs as the task's rounds have together. With τ = pa
     τ_u = (τ − Σ_k p_k τ_k) / (1 − Σ_k p_k)        renormalised: exact where τ = Σ p_i τ_i
 
 LoRA pairs are subtracted as products, −α B A, by stacking along the rank; every other tensor, the head's too, element by element.
-Where the adapter's features are affine in its tensors (`Adapter.affine`: tangents), vectors of clients add up and subtraction
+Where the features are affine in the tensors (tangents), vectors of clients add up and subtraction
 removes what the client added and nothing else, for a fixed head; elsewhere it is a first-order heuristic, and α matters.
 The statistics that a consolidator or a calibrator merged at a task's end are sums over clients: they keep the forgotten client's
 part, and so does a head that a calibrator made of them.
@@ -105,7 +105,7 @@ def require_took_part(run: FinishedRun, clients: Collection[int], tasks: Sequenc
                 "learned; there is nothing to subtract"
             )
     for task in tasks:
-        if not run.consolidator.sources and set(run.participants(task)) <= set(clients):
+        if not run.composed and set(run.participants(task)) <= set(clients):
             raise ConfigError(f"nobody else took part in task {task}: without client {min(clients)} there is no model of it")
 
 
@@ -114,7 +114,7 @@ def require_took_part(run: FinishedRun, clients: Collection[int], tasks: Sequenc
 
 def _way(run: FinishedRun, asked: str | None, given: str | None) -> str:
     """What was asked for, or the best that is possible. `given`: an option that is for subtraction only."""
-    if run.consolidator.sources:
+    if run.composed:
         if given or asked not in (None, "drop"):
             raise ConfigError(
                 f"{run.dir.path} is composed of its clients: they are left out as a whole, leave out {given or '--how'}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import ONE_ROUND, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 
@@ -49,8 +50,6 @@ class Aggregator(contracts.Aggregator):
         "one_client": "a client that is alone is the only source; the parameters stay as the task began",
     }
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"weighting": "uniform"})
-    one_round: ClassVar[bool] = True
-    sources: ClassVar[bool] = True
     weighting: str = "prototypes"
     temperature: float = 0.3
 
@@ -58,6 +57,25 @@ class Aggregator(contracts.Aggregator):
         require_choice("weighting", self.weighting, WEIGHTINGS)
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            gives={"a module per client"},
+            needs={
+                "composes modules": "composes clients at inference, which {adapter} cannot: use adapter: apt, or a rule that "
+                "merges",
+                "keeps every module": "hands on one module per client, which {consolidator} cannot keep: use consolidator: "
+                "compose",
+            },
+            refuses={
+                "several rules": "keeps every client's tensors by themselves, so it cannot be one of a list in server.aggregator",
+                **ONE_ROUND,
+                "unlearning": "keeps what every client becomes by itself, as server.unlearning would: leave that out, fedsim "
+                "unlearn needs nothing else",
+                "calibrator": "keeps a head per client: there is no common one for {other} to repair",
+            },
+        )
 
     def init(self, params: Tensors, task: int = 0) -> State:
         if WEIGHT not in params:

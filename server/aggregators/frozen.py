@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import ONE_ROUND, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 
 
@@ -22,7 +23,10 @@ class Aggregator(contracts.AdditiveAggregator):
     """
 
     exempt: ClassVar[Mapping[str, str]] = {"one_client": "nothing that a client could train comes into the model"}
-    one_round: ClassVar[bool] = True
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(refuses=ONE_ROUND)
 
     def plan(self, state: State, round: int) -> RoundPlan:
         return RoundPlan(train=())

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import IntArray
+from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import from_upper_triangle, upper_triangle
@@ -90,6 +90,15 @@ class GaussianCalibrator(contracts.Calibrator):
             raise ConfigError(f"momentum must be in [0, 1), got {self.momentum}")
 
     @property
+    def repairs_old_rows(self) -> bool:
+        """Whether it trains the rows of classes of past tasks too."""
+        return True
+
+    @property
+    def traits(self) -> Traits:
+        return super().traits if self.repairs_old_rows else Traits()
+
+    @property
     @abstractmethod
     def pools(self) -> bool:
         """Whether a class is known by one Gaussian, pooled over its clients."""
@@ -127,7 +136,7 @@ class GaussianCalibrator(contracts.Calibrator):
     ) -> tuple[list[int], Tensor, Tensor]:
         """Which rows of the head are repaired, ascending, and what becomes of them: weight (K, D) and bias (K,)."""
         known: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
-        wanted = seen_classes(classes, len(classes) - 1) if self.rewrites_old_rows else sorted(classes[-1])
+        wanted = seen_classes(classes, len(classes) - 1) if self.repairs_old_rows else sorted(classes[-1])
         of_row = {c: [told[c] for told in known.values() if c in told] for c in wanted}
         rows = [c for c in wanted if of_row[c]]
         at_K = torch.tensor(rows, dtype=torch.long)

@@ -68,7 +68,7 @@ class Calibrator(GaussianCalibrator):
             raise ConfigError("gaussian mixture goes with when: round only: at a task's end clients are summed, so use pooled")
 
     @property
-    def rewrites_old_rows(self) -> bool:
+    def repairs_old_rows(self) -> bool:
         return self.classes == "seen"
 
     @property

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.core import contracts
-from fedsim.core.contracts import IntArray
+from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.calibrators._class_sums import WEIGHT, asking, lifted, with_rows
 
@@ -38,8 +38,8 @@ class Calibrator(contracts.Calibrator):
         return told
 
     @property
-    def rewrites_old_rows(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits()
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
         return asking("mean", classes[-1])

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Traits
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import State, Tensors
 
@@ -27,7 +27,13 @@ class Consolidator(contracts.Consolidator):
     `source.client` and `source.task` (S,). It grows with the number of sources, and with it the time of an evaluation.
     """
 
-    sources: ClassVar[bool] = True
+    @property
+    def traits(self) -> Traits:
+        merged = (
+            "composes what every client learned by itself, but {aggregator} merges it: use aggregator: collect, or another "
+            "consolidator"
+        )
+        return Traits(gives={"keeps every module"}, needs={"a module per client": merged})
 
     def init(self) -> State:
         return {"tasks": 0, "sources": {}}

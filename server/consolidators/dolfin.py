@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, stack_modules, with_prefix
@@ -79,6 +80,14 @@ class Consolidator(contracts.Consolidator):
         if self.tasks < 1:
             raise ConfigError(f"tasks must be at least 1, got {self.tasks}")
         require_choice("when_full", self.when_full, ("error", "shrink"))
+
+    @property
+    def traits(self) -> Traits:
+        rewritten = (
+            "keeps the head's rows of old tasks as they are, which {other} trains: let that train the current task's classes "
+            "only, or use another consolidator"
+        )
+        return Traits(refuses={"old head rows rewritten": rewritten})
 
     def init(self) -> State:
         return {"task": 0, "past": [], "memory": {}}

@@ -275,7 +275,7 @@ def test_hgp_with_two_domains_knows_both() -> None:
 @pytest.mark.parametrize(("classes", "trained"), [("task", {4, 5}), ("seen", {0, 1, 3, 4, 5})])
 def test_ccvr_trains_the_current_task_or_all(classes: str, trained: set[int]) -> None:
     rule = Ccvr(classes=classes, when="round", covariance="diagonal")
-    assert rule.rewrites_old_rows == (classes == "seen")
+    assert ("old head rows rewritten" in rule.traits.gives) == (classes == "seen")
     state, params = calibrated(rule, [told(0, PAIR[0])], (0, 1, 2, 3))
     _, after = calibrated(rule, [told(1, draw_samples({4: 5, 5: 5}, 3))], (4, 5), state, params, before=[(0, 1, 2, 3)])
     assert changed_rows(params, after) == trained
@@ -291,7 +291,7 @@ def test_when_ccvr_works() -> None:
     assert always.plan({}, 0, last=False) == always.plan({}, 2, last=True)
     assert always.plan({}, 0, last=False).statistics[0].options == {"form": "covariance"}  # type: ignore[union-attr]
     assert Hgp().plan({}, 0, last=False) is not None
-    assert Hgp().rewrites_old_rows
+    assert "old head rows rewritten" in Hgp().traits.gives
     held_KC = np.array([[1, 2, 1, 0], [1, 0, 0, 0]])
     for rule in (Hgp(), Ccvr(gaussian="mixture", when="round")):
         assert rule.can_be_told(held_KC).tolist() == [False, True, False, False]

@@ -68,7 +68,7 @@ def total_of(rule: Consolidator, state: State, params: Module, task: int) -> dic
 
 def handed(rule: Consolidator, params: Module) -> Module:
     """What an aggregator deploys for this rule: as they are, or as two clients' sources."""
-    if not rule.sources:
+    if "keeps every module" not in rule.traits.gives:
         return params
     return {n: torch.stack([t, 2 * t]) for n, t in params.items()} | {"source.client": torch.tensor([0, 3])}
 

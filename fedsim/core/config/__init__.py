@@ -32,6 +32,7 @@ from fedsim.core.config.schema import (
     StreamConfig,
     TransformConfig,
     name_key,
+    plugin_sections,
 )
 from fedsim.core.config.text import resolved
 from fedsim.core.config.typed import typed
@@ -60,6 +61,7 @@ __all__ = [
     "name_key",
     "nested",
     "parse_overrides",
+    "plugin_sections",
     "read_layers",
     "read_yaml",
     "resolve_device",

@@ -290,7 +290,7 @@ class SimConfig:
 
     def user_files(self) -> list[str]:
         """Paths of plug-ins that are files of the user's own."""
-        names = {s[name_key(k)] for k, _, s in _plugin_sections(self)} | {self.runtime.pool}
+        names = {s[name_key(k)] for k, _, s in plugin_sections(self)} | {self.runtime.pool}
         return sorted(filter(plugins.is_path, names))
 
 
@@ -300,7 +300,7 @@ PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapter
 SERVER_PLUGIN_KEYS = {"aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators"}
 
 
-def _plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
+def plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
     """(kind, where, section) of every plug-in section of a resolved config."""
     found = [(kind, key, getattr(config, key)) for key, kind in PLUGIN_KEYS.items()]
     for key, kind in SERVER_PLUGIN_KEYS.items():

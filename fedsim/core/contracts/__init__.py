@@ -23,10 +23,11 @@ from fedsim.core.contracts.server import (
     sent,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import WORDS, Part, Traits
+from fedsim.core.contracts.traits import ONE_ROUND, WORDS, Part, Traits
 
 __all__ = [
     "MAY_BE_INFINITE",
+    "ONE_ROUND",
     "WORDS",
     "Accumulator",
     "Adapter",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.core.contracts.models import ModelLike
 from fedsim.core.contracts.plugin import Plugin
-from fedsim.core.contracts.traits import Part
+from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import ConfigError, PluginError
 from fedsim.core.messages import Tensors
 
@@ -42,6 +42,11 @@ class Objective(Part, ABC):
 
     replaces_cross_entropy: ClassVar[bool] = False
     learns_one_class: ClassVar[bool] = False
+
+    @property
+    def traits(self) -> Traits:
+        gives = {"learns one class"} if self.learns_one_class else set()
+        return Traits(gives=gives, takes={"the cross-entropy"} if self.replaces_cross_entropy else set())
 
     @abstractmethod
     def term(self, step: TrainStep) -> Tensor:

@@ -58,14 +58,12 @@ class Adapter(Part, ABC):
 
     lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
     last block may leave out all tokens but that one.
-    sources: with tensors that have a leading axis of sources, `applied` and `merged` give features (b, S, D), one per source,
-    each the same bits whatever the others are. `head.weight` (S, C, D) then makes one prediction of them (`head.logits`).
-    affine: features are affine in the tensors, so that modules of clients and tasks add up.
+    An adapter that gives "composes modules": with tensors that have a leading axis of sources, `applied` and `merged` give
+    features (b, S, D), one per source, each the same bits whatever the others are. `head.weight` (S, C, D) then makes one
+    prediction of them (`head.logits`).
     """
 
     lean: ClassVar[bool] = False
-    affine: ClassVar[bool] = False
-    sources: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core.contracts.numbers import IntArray
-from fedsim.core.contracts.traits import Part
+from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.sums import BlockSum
@@ -23,14 +23,7 @@ Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
 
 @dataclass(frozen=True)
 class Aggregator(Part, ABC):
-    """Merges clients, every round.
-
-    one_round: it takes what clients train in a single round per task; more rounds are refused.
-    sources: what it deploys has a leading axis of sources, one per client, in place of one merged model (see `Adapter.sources`).
-    """
-
-    one_round: ClassVar[bool] = False
-    sources: ClassVar[bool] = False
+    """Merges clients, every round."""
 
     @property
     def additive(self) -> bool:
@@ -132,13 +125,11 @@ class Consolidator(Part, ABC):
     frozen: globs of tensors that no client trains, whatever the aggregator asks for.
     beside: clients train their module on top of those of past tasks (`background`), not on the bare backbone.
     freezes_heads: the head's rows of old tasks' classes stay as they are, bit for bit.
-    sources: takes tensors with a leading axis of sources (see `Aggregator.sources`), and no others.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
     beside: ClassVar[bool] = False
     freezes_heads: ClassVar[bool] = False
-    sources: ClassVar[bool] = False
 
     def init(self) -> State:
         """State before the first task."""
@@ -202,9 +193,9 @@ class Calibrator(Part):
         return np.ones(held_KC.shape[1], dtype=np.bool_)
 
     @property
-    def rewrites_old_rows(self) -> bool:
-        """Whether it changes the head's rows of classes of past tasks."""
-        return True
+    def traits(self) -> Traits:
+        """By default it may change the head's rows of classes of past tasks; a calibrator that leaves them alone says so."""
+        return Traits(gives={"old head rows rewritten"})
 
     def init(self) -> State:
         return {}

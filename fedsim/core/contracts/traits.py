@@ -1,14 +1,15 @@
 """What a part of a run says of itself, so that parts which do not suit each other are refused before any training.
 
-Parts know nothing of each other: they meet in words. `fedsim/suitable.py` goes through the traits of a run's parts once.
+Parts know nothing of each other: they meet in words. `fedsim/suitable.py` goes once over the traits of a run's parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 
 from fedsim.core.contracts.plugin import Plugin
+from fedsim.core.errors import PluginError
 
 WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
@@ -19,6 +20,9 @@ WORDS: Mapping[str, str] = {
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "learns one class": "something is learned even where a task has a single class, of which the cross-entropy is 0",
 }
+ONE_ROUND: Mapping[str, str] = {  # for a part's `refuses`
+    "several rounds": "takes one round per task, but server.rounds is {server.rounds}: set it to 1 and raise client.epochs",
+}
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,27 @@ class Traits:
     """Words that decide what goes with what. `WORDS` are those of fedsim's own parts; a plug-in may bring others.
 
     gives: what others may need or refuse. Besides, every part gives its kind ("calibrator") and its kind with its name
-        ("calibrator ccvr"), and the run gives words of its own (`fedsim.suitable.run_words`), such as "several rounds".
+        ("calibrator ccvr"), and the run itself gives words such as "several rounds" (`fedsim.suitable.run_words`).
     takes: places of a run that one part only can have: who takes one that is taken is refused.
     needs: word -> what is said where nobody gives it.
     refuses: word -> what is said where another part, or the run, gives it.
 
-    What is said follows the part's own kind and name ("consolidator compose ..."), names what is wrong and what to do, and may
-    hold {other} (who gives a refused word), a kind ({adapter}: "adapter vpt"), and keys of the config ({server.rounds}).
+    What is said goes on after the part's own kind and name: "composes what every client learned by itself, but {aggregator}
+    merges it: use aggregator: collect". It may hold {other} (who gives a refused word), kinds ({adapter} is "adapter vpt"), and
+    keys of the config ({server.rounds}). Raises PluginError where a word stands alone in the place of a set of words.
     """
 
-    gives: frozenset[str] = frozenset()
-    takes: frozenset[str] = frozenset()
+    gives: Collection[str] = frozenset()
+    takes: Collection[str] = frozenset()
     needs: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, wanted = getattr(self, f.name), Mapping if f.name in ("needs", "refuses") else Collection
+            if isinstance(value, str) or not isinstance(value, wanted) or not all(isinstance(word, str) for word in value):
+                what = "map words to what is said" if wanted is Mapping else 'be a set of words, such as {"affine features"}'
+                raise PluginError(f"{f.name} of a part's traits must {what}, got {value!r}")
 
 
 class Part(Plugin):
@@ -46,5 +58,5 @@ class Part(Plugin):
 
     @property
     def traits(self) -> Traits:
-        """What it gives to, needs of and refuses in other parts; may depend on its options. Default: it goes with all."""
+        """What it gives to, needs of and refuses in the other parts; may depend on its options. Default: it goes with all."""
         return Traits()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike, Slots
+from fedsim.core.contracts import BackboneLike, Slots, Traits
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models import inject
@@ -57,7 +57,6 @@ class Adapter(contracts.Adapter):
     """
 
     lean: ClassVar[bool] = True
-    sources: ClassVar[bool] = True
     memory: int = 5
     share: float = 0.05
     blocks: Any = "all"
@@ -69,6 +68,10 @@ class Adapter(contracts.Adapter):
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be in (0, 1], got {self.share}")
         _prompts.check_options(1, self.blocks, self.init_std)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={"composes modules"})
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh `<block>.apt_prompt` (1, D), and `<block>.apt_memory` (m, D) if there is a memory."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import contracts, rng
-from fedsim.core.contracts import BackboneLike, Slots
+from fedsim.core.contracts import BackboneLike, Slots, Traits
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models import inject, tangent
@@ -49,7 +49,6 @@ class Adapter(contracts.Adapter):
     """
 
     lean: ClassVar[bool] = True
-    affine: ClassVar[bool] = True
     targets: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8
     alpha: float | None = None
@@ -77,6 +76,10 @@ class Adapter(contracts.Adapter):
     def scale(self) -> float:
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={"affine features"})
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Zeros, in the encoder's order. Raises ModelError for a backbone that is no plain ViT, for more blocks than it has and
