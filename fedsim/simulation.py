@@ -162,7 +162,7 @@ def prepare_again(run_dir: RunDir, config: SimConfig | None = None, aggregator: 
 
 
 def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
-    rule = aggregator if aggregator is not None else configs.build_aggregator(config.server.aggregator)
+    rule: Aggregator = configs.build_aggregator(config.server.aggregator) if aggregator is None else aggregator
     check(config)
     suitable.require(config, rule)
     manifest, spec, notes = prepare_data(config)

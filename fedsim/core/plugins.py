@@ -18,33 +18,34 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedsim.core import contracts
 from fedsim.core.errors import PluginError, did_you_mean, one_line
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of plug-ins: where the files lie, and the contract that gives their class its name."""
+    """A family of plug-ins: where the files lie, and the name of their class, which is that of its contract."""
 
     package: str
-    contract: type
+    class_name: str
 
     @property
-    def class_name(self) -> str:
-        return self.contract.__name__
+    def contract(self) -> type[Any]:
+        """Found by name, as plug-ins are: configs are read by who needs no contract, and contracts speak of configs."""
+        found: type[Any] = getattr(importlib.import_module("fedsim.core.contracts"), self.class_name)
+        return found
 
 
 KINDS = {
-    "aggregators": Kind("server.aggregators", contracts.Aggregator),
-    "consolidators": Kind("server.consolidators", contracts.Consolidator),
-    "calibrators": Kind("server.calibrators", contracts.Calibrator),
-    "adapters": Kind("fedsim.models.adapters", contracts.Adapter),
-    "sources": Kind("fedsim.data.sources", contracts.Source),
-    "partitions": Kind("fedsim.data.partitions", contracts.Partition),
-    "objectives": Kind("clients.objectives", contracts.Objective),
-    "statistics": Kind("clients.statistics", contracts.Statistic),
-    "pools": Kind("clients.pools", contracts.Pool),
-    "trackers": Kind("fedsim.watch.trackers", contracts.Tracker),
+    "aggregators": Kind("server.aggregators", "Aggregator"),
+    "consolidators": Kind("server.consolidators", "Consolidator"),
+    "calibrators": Kind("server.calibrators", "Calibrator"),
+    "adapters": Kind("fedsim.models.adapters", "Adapter"),
+    "sources": Kind("fedsim.data.sources", "Source"),
+    "partitions": Kind("fedsim.data.partitions", "Partition"),
+    "objectives": Kind("clients.objectives", "Objective"),
+    "statistics": Kind("clients.statistics", "Statistic"),
+    "pools": Kind("clients.pools", "Pool"),
+    "trackers": Kind("fedsim.watch.trackers", "Tracker"),
 }
 
 

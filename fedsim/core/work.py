@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from fedsim.core.contracts.data import ArraySplit
-from fedsim.core.contracts.numbers import IntArray
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from fedsim.core.config import SimConfig
+from fedsim.core.config import SimConfig
+from fedsim.core.numbers import IntArray
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """One split as arrays: inputs keyed like the backbone's (`pixel_values` uint8 (N, H, W) or (N, H, W, C);
+    `input_ids` and `attention_mask` (N, L)), labels (N,), and the domain of every sample where there are domains."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    labels: IntArray
+    domains: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True, eq=False)

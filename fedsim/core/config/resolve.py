@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedsim.core import contracts, hardware, plugins
+from fedsim.core import hardware, plugins
 from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers
 from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
 from fedsim.core.config.text import resolved
@@ -142,14 +142,12 @@ def build(kind: str, section: Section) -> Any:
     return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1])
 
 
-def build_aggregator(section: Any) -> contracts.Aggregator:
+def build_aggregator(section: Any) -> Any:
     """The rule of `server.aggregator`: one for all tensors, or for a list of `{match: glob, name: …}` one per group of them."""
     if not isinstance(section, list):
-        rule: contracts.Aggregator = build("aggregators", section)
-        return rule
+        return build("aggregators", section)
     rules = [(str(s["match"]), build("aggregators", {k: v for k, v in s.items() if k != "match"})) for s in section]
-    grouped: contracts.Aggregator = plugins.load("aggregators", "_grouped")(tuple(rules))
-    return grouped
+    return plugins.load("aggregators", "_grouped")(tuple(rules))
 
 
 def is_python_object(section: Any) -> bool:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from fedsim.core.config.text import join, plain
-from fedsim.core.contracts import require_finite
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean, one_line, require_choice
+from fedsim.core.numbers import require_finite
 
 _WHOLE = re.compile(r"[-+]?\d[\d_]*")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.?(inf|infinity)|\.?nan", re.IGNORECASE)

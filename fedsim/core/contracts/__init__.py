@@ -5,9 +5,8 @@ what they remember is the `State` they are handed and hand back.
 """
 
 from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Seen, Statistic, TrainingStatistic, TrainStep
-from fedsim.core.contracts.data import ArraySplit, Dataset, Partition, Source
+from fedsim.core.contracts.data import Dataset, Partition, Source
 from fedsim.core.contracts.models import Adapter, BackboneLike, ModelLike, Slots
-from fedsim.core.contracts.numbers import MAY_BE_INFINITE, IntArray, require_finite
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
@@ -24,6 +23,8 @@ from fedsim.core.contracts.server import (
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
 from fedsim.core.contracts.traits import ONE_ROUND, WORDS, Part, Traits
+from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite
+from fedsim.core.work import ArraySplit
 
 __all__ = [
     "MAY_BE_INFINITE",

@@ -5,27 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedsim.core.contracts.numbers import IntArray
 from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class ArraySplit:
-    """One split as arrays: inputs keyed like the backbone's (`pixel_values` uint8 (N, H, W) or (N, H, W, C);
-    `input_ids` and `attention_mask` (N, L)), labels (N,), and the domain of every sample where there are domains."""
-
-    inputs: Mapping[str, NDArray[Any]]
-    labels: IntArray
-    domains: IntArray | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
+from fedsim.core.numbers import IntArray
+from fedsim.core.work import ArraySplit
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
-
-if TYPE_CHECKING:
-    from fedsim.core.work import WorkSpec
+from fedsim.core.work import WorkSpec
 
 
 class Pool(Plugin, ABC):

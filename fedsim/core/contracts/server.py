@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core.contracts.numbers import IntArray
 from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.numbers import IntArray
 from fedsim.core.sums import BlockSum
 
 Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
