@@ -97,7 +97,9 @@ class Aggregator(contracts.Aggregator):
         kept = {law: why for law, (names, why) in EXEMPT.items() if self.strategy in names}
         object.__setattr__(self, "exempt", kept)  # not one set for the class: the laws that hold depend on the strategy
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         require_updates(updates)
         names = [name for name in params if name in updates[0].params]
         if state.get("tensors") != names:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fedsim.core.contracts import Aggregator, Lift, is_additive, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.events import Note
@@ -99,12 +101,12 @@ def all_failed(failures: Sequence[ClientFailed]) -> AggregationError:
     )
 
 
-def merge(rule: Aggregator, state: State, params: Tensors, round: Round) -> tuple[State, Tensors]:
+def merge(rule: Aggregator, state: State, params: Tensors, round: Round, draw: torch.Generator) -> tuple[State, Tensors]:
     """The rule's new state and parameters."""
     if round.total is None:
-        return rule.combine(state, params, round.updates)
+        return rule.combine(state, params, round.updates, draw)
     assert is_additive(rule)
-    return rule.finish(state, params, round.total)
+    return rule.finish(state, params, round.total, draw)
 
 
 def observed(clients: Sequence[int], params: Tensors, plan: RoundPlan) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
+from fedsim.core import rng
 from fedsim.core.events import Event, Kept, RoundDone, Row, RunStarted, TaskDone
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import require_finite
@@ -66,7 +67,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
-    aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round)
+    draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
+    aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round, draw)
     calibrator = state.calibrator
     if repair is not None:
         calibrator, params = heads.calibrate(sim, state, params, round.updates)

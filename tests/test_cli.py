@@ -359,7 +359,7 @@ class Aggregator(contracts.Aggregator):
     tilt: float = 0.0
     exempt = {"weights": "every client counts once"}
 
-    def combine(self, state, params, updates):
+    def combine(self, state, params, updates, draw):
         contracts.require_updates(updates)
         mean = {n: torch.stack([u.params[n] for u in updates]).mean(dim=0) + self.tilt for n in updates[0].params}
         return state, {**params, **mean}

@@ -93,7 +93,8 @@ def test_a_users_rule_is_one_rule_in_every_run_directory(tmp_path: Path) -> None
     rule = tmp_path / "my_rule.py"
     rule.write_text(
         "from dataclasses import dataclass\nfrom fedsim.core import contracts\n\n@dataclass(frozen=True)\n"
-        "class Aggregator(contracts.Aggregator):\n    def combine(self, state, params, updates):\n        return state, params\n"
+        "class Aggregator(contracts.Aggregator):\n"
+        "    def combine(self, state, params, updates, draw):\n        return state, params\n"
     )
     for seed in (0, 1):
         write_run(tmp_path, tiny(f"seed={seed}", server={"aggregator": str(rule)}))

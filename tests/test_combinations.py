@@ -101,7 +101,7 @@ def test_a_calibrator_of_the_users_own(tmp_path: Path) -> None:
         "    def plan(self, state, round, last):\n"
         "        assert last == (round == 1)\n"
         "        return RoundPlan(train=(), statistics=(StatisticRequest('class_moments', ('head.weight',)),))\n"
-        "    def calibrate(self, state, params, updates, classes, generator):\n"
+        "    def calibrate(self, state, params, updates, classes, draw):\n"
         "        assert all('class_moments.count/head.weight' in u.statistics for u in updates)\n"
         "        assert list(classes) == [(0, 1, 2), (3, 4, 5)][: len(classes)]\n"
         "        return {'calls': state['calls'] + 1}, {**params, 'head.bias': params['head.bias'] * self.factor}\n"

@@ -85,7 +85,7 @@ def test_no_matrix_of_the_inputs_squared_is_formed(options: dict[str, Any], roun
     with Largest() as client:
         sent = list(updates(rule, round))
     with Largest() as server:
-        merged = rule.combine({}, params(0), sent)[1]
+        merged = rule.combine({}, params(0), sent, torch.Generator())[1]
     assert D_IN * N <= client.numel < D_IN * D_IN  # it did see the inputs
     assert R * R < server.numel < D_IN * D_IN
     assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in params(0).items()}
@@ -97,7 +97,7 @@ def test_the_watch_sees_such_a_matrix_where_one_is_asked_for(options: dict[str, 
     with Largest() as client:
         sent = list(updates(rule, round))
     with Largest() as server:
-        rule.combine({}, params(0), sent)
+        rule.combine({}, params(0), sent, torch.Generator())
     assert client.numel >= D_IN * D_IN
     assert server.numel >= D_IN * D_IN
 

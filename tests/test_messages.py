@@ -303,6 +303,6 @@ def test_readme_median_is_the_rule_it_claims_to_be(tmp_path: Path) -> None:
     (tmp_path / "my_rule.py").write_text(median_rule())
     rule = configs.build("aggregators", {"name": str(tmp_path / "my_rule.py")})
     updates = [ClientUpdate(i, 1, {"head.bias": torch.tensor([float(x)])}) for i, x in enumerate((1, 9, 2))]
-    _, merged = rule.combine({}, {"head.bias": torch.zeros(1), "adapter.x": torch.ones(1)}, updates)
+    _, merged = rule.combine({}, {"head.bias": torch.zeros(1), "adapter.x": torch.ones(1)}, updates, torch.Generator())
     assert merged["head.bias"].item() == 2.0
     assert merged["adapter.x"].item() == 1.0

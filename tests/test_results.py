@@ -233,7 +233,7 @@ from fedsim.core import contracts
 @dataclass(frozen=True)
 class Aggregator(contracts.Aggregator):
     scale: float = 1.0
-    def combine(self, state, params, updates):
+    def combine(self, state, params, updates, draw):
         return state, {n: self.scale * t for n, t in params.items()}
 """
 

@@ -155,8 +155,8 @@ from server.aggregators import fedavg
 
 @dataclass(frozen=True)
 class Aggregator(fedavg.Aggregator):
-    def combine(self, state, params, updates):
-        state, merged = super().combine(state, params, updates)
+    def combine(self, state, params, updates, draw):
+        state, merged = super().combine(state, params, updates, draw)
         return state, {n: t + 1 for n, t in merged.items()}
 """
 

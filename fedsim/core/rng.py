@@ -23,3 +23,9 @@ def torch_stream(seed: int, *address: str | int, device: torch.device | str = "c
     """A torch generator for one purpose, e.g. `torch_stream(seed, "dropout", client_id, task, round)`."""
     state = seed_sequence(seed, *address).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state))
+
+
+def split(draw: torch.Generator, count: int) -> list[torch.Generator]:
+    """So many generators on the CPU, seeded by one draw each: what is drawn from one does not move the others."""
+    seeds = torch.randint(2**63 - 1, (count,), generator=draw, device=draw.device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

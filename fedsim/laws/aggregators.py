@@ -21,6 +21,7 @@ from torch import Tensor
 from fedsim.core.contracts import AdditiveAggregator, Aggregator
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching, same_layout
 from fedsim.laws.comparing import (
@@ -64,6 +65,10 @@ class Scene:
         sent = {n: t.to(self.dtype) for n, t in statistics.items()}
         return ClientUpdate(client.client_id, len(client), tensors, sent, metrics={"loss": 1.0})
 
+    def draw(self) -> torch.Generator:
+        """What the merge of this round draws from: the same at every call."""
+        return torch_stream(0, "aggregate", 0, self.round)
+
     @cached_property
     def updates(self) -> list[ClientUpdate]:
         """All clients' updates, in the order of their ids."""
@@ -82,7 +87,7 @@ def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64, clients: int = 
 
 def _merge(rule: Aggregator, scene: Scene, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
     """`combine` on copies, so that a rule that changes its inputs breaks the law on that and no other."""
-    return rule.combine(deepcopy(scene.state), deepcopy(scene.params), deepcopy(updates))
+    return rule.combine(deepcopy(scene.state), deepcopy(scene.params), deepcopy(updates), scene.draw())
 
 
 def _if_enough(rule: Aggregator, scene: Scene, updates: Sequence[ClientUpdate]) -> Tensors:
@@ -156,7 +161,7 @@ def _no_mutation(rule: Aggregator) -> None:
         given = deepcopy(before)
         rule.init(given["params"])
         rule.plan(given["state"], scene.round)
-        rule.combine(given["state"], given["params"], given["updates"])
+        rule.combine(given["state"], given["params"], given["updates"], scene.draw())
         expect_unchanged(given, before, f"round {scene.round}")
 
 
@@ -189,7 +194,8 @@ def _any_sequence(rule: Aggregator) -> None:
         frozen = [
             replace(u, params=MappingProxyType(dict(u.params)), statistics=MappingProxyType(dict(u.statistics))) for u in updates
         ]
-        _, out = rule.combine(deepcopy(scene.state), MappingProxyType(dict(deepcopy(scene.params))), _ReadOnly(frozen))
+        params = MappingProxyType(dict(deepcopy(scene.params)))
+        _, out = rule.combine(deepcopy(scene.state), params, _ReadOnly(frozen), scene.draw())
         expect_bits(out, want, f"round {scene.round}, a read-only sequence in place of a list")
 
 
@@ -231,7 +237,7 @@ def _additive(rule: Aggregator) -> None:
         for cuts in ((CLIENTS,), (1, CLIENTS), (4, 5, CLIENTS), tuple(range(1, CLIENTS + 1))):
             bundles = [updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
             partial_sums = [_sum([rule.lift(u) for u in bundle]) for bundle in bundles]
-            _, out = rule.finish(deepcopy(scene.state), deepcopy(scene.params), _sum(partial_sums))
+            _, out = rule.finish(deepcopy(scene.state), deepcopy(scene.params), _sum(partial_sums), scene.draw())
             expect_close(out, want, f"round {scene.round}, summed in bundles of {', '.join(str(len(b)) for b in bundles)}")
 
 
@@ -257,7 +263,7 @@ LAWS: tuple[Law[Aggregator], ...] = (
     Law("one_client", "a client that is alone gets its own tensors back", _one_client),
     Law("order", "the order of the updates does not matter, rounding apart", _order),
     Law("no_mutation", "state, parameters and updates that go in are not changed", _no_mutation),
-    Law("deterministic", "the same inputs give the same bits", _deterministic),
+    Law("deterministic", "the same inputs and the same generator give the same bits", _deterministic),
     Law("state_file", "a state that was written to a file and read back goes on with the same bits", _state_file),
     Law("any_sequence", "updates may come as any read-only sequence, with read-only mappings in them", _any_sequence),
     Law("no_data", "without updates, or without samples, AggregationError is raised", _no_data),

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedsim.core import rng
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
@@ -189,7 +190,7 @@ def _merged(run: FinishedRun, task: int, start: Tensors, gone: set[int]) -> dict
         if client not in gone:
             own = run.vectors(task, f"client-{client}")
             updates.append(ClientUpdate(client, int(sizes[client]), {n: own[n] for n in names}))
-    state, params = rule.combine(state, start, updates)
+    state, params = rule.combine(state, start, updates, rng.torch_stream(run.config.seed, "aggregate", task, 0))
     return dict(rule.deployed(state, params))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from fedsim.core import contracts
+from fedsim.core import contracts, rng
 from fedsim.core.contracts import AdditiveAggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
@@ -19,7 +20,8 @@ class Aggregator(contracts.AdditiveAggregator):
     """Several rules side by side: the first glob that matches a tensor's name decides which rule merges it.
 
     Every rule sees its own tensors only, and all statistics. Clients train and send the union of what the rules ask for.
-    It is summed where the clients run if all of its rules are. State: `names` and `states`, one entry per rule.
+    It is summed where the clients run if all of its rules are. What one rule draws does not move the draws of another.
+    State: `names` and `states`, one entry per rule.
     """
 
     groups: tuple[tuple[str, contracts.Aggregator], ...]
@@ -66,20 +68,23 @@ class Aggregator(contracts.AdditiveAggregator):
             lifted |= {f"{k}/{n}": t for n, t in rule.lift(replace(update, params=own)).items()}
         return lifted
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
-        outcomes = []
-        for k, (rule, own, inner) in enumerate(zip(self._additive_rules(), state["names"], state["states"], strict=True)):
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
+        outcomes, draws = [], rng.split(draw, len(self.groups))
+        rules = zip(self._additive_rules(), state["names"], state["states"], draws, strict=True)
+        for k, (rule, own, inner, its_draw) in enumerate(rules):
             share = {n.removeprefix(f"{k}/"): t for n, t in total.items() if n.startswith(f"{k}/")}
-            outcomes.append(rule.finish(inner, {n: params[n] for n in own}, share))
+            outcomes.append(rule.finish(inner, {n: params[n] for n in own}, share, its_draw))
         return _side_by_side(state, params, outcomes)
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
-        outcomes = []
-        for (_, rule), own, inner in zip(self.groups, state["names"], state["states"], strict=True):
+        outcomes, draws = [], rng.split(draw, len(self.groups))
+        for (_, rule), own, inner, its_draw in zip(self.groups, state["names"], state["states"], draws, strict=True):
             mine = set(own)
             sent = [replace(u, params={n: t for n, t in u.params.items() if n in mine}) for u in updates]
-            outcomes.append(rule.combine(inner, {n: params[n] for n in own}, sent))
+            outcomes.append(rule.combine(inner, {n: params[n] for n in own}, sent, its_draw))
         return _side_by_side(state, params, outcomes)
 
     def deployed(self, state: State, params: Tensors) -> Tensors:

@@ -88,7 +88,9 @@ class Aggregator(contracts.Aggregator):
         form = "full" if self.weighting == "prototypes" else "scalar"
         return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": form}),))
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         """The sources of this round take the place of those of an earlier one."""
         contracts.require_updates(updates)
         updates = sorted((u for u in updates if u.num_samples), key=lambda u: u.client_id)

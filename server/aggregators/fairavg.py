@@ -27,6 +27,6 @@ class Aggregator(contracts.AdditiveAggregator):
         one = torch.tensor(float(update.num_samples > 0), dtype=torch.float64)
         return {name: one * t.double() for name, t in update.params.items()} | {"num_clients": one}
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         n = total["num_clients"]
         return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}

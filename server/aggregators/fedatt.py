@@ -16,7 +16,6 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
-from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import sum_in_order
 
 NORMS = ("spectral", "frobenius")
@@ -32,9 +31,8 @@ class Aggregator(contracts.Aggregator):
     step: ε, 1.2 in the authors' code (past the clients' mean). norm: of a matrix, spectral (the code's; its largest singular
     value) | frobenius (of its numbers); vectors have their Euclidean norm either way, tensors of more dimensions the Frobenius
     norm. noise: standard deviation of what is added to every trained number, 0 for none (the code has 1e-3; it is no guarantee of
-    privacy). seed: of the noise, which is addressed by it, the task, the round and the tensor.
+    privacy).
 
-    State: `task`, and `round`, its merges so far.
     Raises AggregationError when nobody sent an update or nobody holds samples.
     """
 
@@ -48,7 +46,6 @@ class Aggregator(contracts.Aggregator):
     step: float = 1.2
     norm: str = "spectral"
     noise: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, NORMS)
@@ -56,26 +53,22 @@ class Aggregator(contracts.Aggregator):
             raise ConfigError(f"step must be positive, got {self.step}")
         if not self.noise >= 0:
             raise ConfigError(f"noise must not be negative, got {self.noise}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
 
-    def init(self, params: Tensors, task: int = 0) -> State:
-        return {"task": task, "round": 0}
-
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
         updates = [u for u in updates if u.num_samples > 0]
         out = dict(params)
-        for name in updates[0].params:
+        for name in (n for n in params if n in updates[0].params):
             old = params[name].double()
             ways = [old - u.params[name].double() for u in updates]
             alpha_K = torch.softmax(torch.stack([self._distance(way) for way in ways]), dim=0)  # subtracts the largest itself
             new = old - self.step * sum_in_order([a * way for a, way in zip(alpha_K, ways, strict=True)])
             if self.noise:
-                generator = torch_stream(self.seed, "fedatt", state["task"], state["round"], name)
-                new = new + self.noise * torch.randn(new.shape, dtype=torch.float64, generator=generator)
+                new = new + self.noise * torch.randn(new.shape, dtype=torch.float64, generator=draw)
             out[name] = new.to(params[name].dtype)
-        return {**state, "round": state["round"] + 1}, out
+        return state, out
 
     def _distance(self, way: Tensor) -> Tensor:
         matrix = way.dim() == 2 and self.norm == "spectral"

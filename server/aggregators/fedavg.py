@@ -23,6 +23,6 @@ class Aggregator(contracts.AdditiveAggregator):
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)
         return {name: weighted(t, n) for name, t in update.params.items()} | {"num_samples": n}
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         n = total["num_samples"]
         return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}

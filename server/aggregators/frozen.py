@@ -34,5 +34,5 @@ class Aggregator(contracts.AdditiveAggregator):
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return {"num_samples": torch.tensor(float(update.num_samples), dtype=torch.float64)}
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         return state, params

@@ -94,14 +94,16 @@ class Aggregator(contracts.Aggregator):
         asked = ((signals,) if state["layers"] else ()) + (HEAD.plan({}, round).statistics if state["head"] else ())
         return RoundPlan(statistics=asked)
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
         updates = [u for u in updates if u.num_samples > 0]
         counts_K = torch.tensor([float(u.num_samples) for u in updates], dtype=torch.float64)
         shares_K = counts_K / counts_K.sum()
         pairs = {p + factor: k for k, p in enumerate(state["layers"]) for factor in (LORA_A, LORA_B)}
         rest = [replace(u, params={n: t for n, t in u.params.items() if n not in pairs}) for u in updates]
-        out = {**params, **self._rest(state, {n: t for n, t in params.items() if n not in pairs}, rest, shares_K)}
+        out = {**params, **self._rest(state, {n: t for n, t in params.items() if n not in pairs}, rest, shares_K, draw)}
         if not pairs:
             return state, out
         own = [self._signals(u, state["layers"]) for u in updates]
@@ -124,12 +126,14 @@ class Aggregator(contracts.Aggregator):
             return params
         return {**params, **stack_modules(state["factors"], state["shares"])}
 
-    def _rest(self, state: State, params: Tensors, updates: Sequence[ClientUpdate], shares_K: Tensor) -> dict[str, Tensor]:
+    def _rest(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], shares_K: Tensor, draw: torch.Generator
+    ) -> dict[str, Tensor]:
         """What is no LoRA pair: the head's rows by spread, the others by samples."""
         if not state["head"]:
             sent = [n for n in params if n in updates[0].params]
             return {n: _mean([u.params[n] for u in updates], shares_K) for n in sent}
-        return dict(HEAD.combine({}, params, updates)[1])
+        return dict(HEAD.combine({}, params, updates, draw)[1])
 
     def _signals(self, update: ClientUpdate, layers: Sequence[str]) -> Tensor:
         """s^A and s^B of every layer, (2, L)."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fedsim.core import contracts
@@ -116,7 +117,7 @@ class Aggregator(contracts.AdditiveAggregator):
             out[f"wide_gram/{name}"] = from_upper_triangle(triangle)
         return out
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         total = dict(total)
         for name in [n.removeprefix("wide_gram/") for n in total if n.startswith("wide_gram/")]:
             a_RI = params[name.removesuffix(LORA_B) + LORA_A].double()

@@ -73,7 +73,9 @@ class Aggregator(contracts.Aggregator):
     def plan(self, state: State, round: int) -> RoundPlan:
         return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "full"}),))
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
         updates = [u for u in updates if u.num_samples > 0]
         weights_K = self.weights(updates)

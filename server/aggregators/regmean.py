@@ -58,7 +58,7 @@ class Aggregator(contracts.AdditiveAggregator):
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return lift_linear(update, self.ridge)
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         return state, finish_linear(params, total)
 
 

@@ -56,7 +56,7 @@ class Aggregator(contracts.AdditiveAggregator):
             out[BIAS] = spread_C * update.params[BIAS].double()
         return out
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         spread_C = total[SPREAD]
         seen = spread_C > 0
         safe = torch.where(seen, spread_C, 1.0)

@@ -121,18 +121,18 @@ class GaussianCalibrator(contracts.Calibrator):
         params: Tensors,
         updates: Sequence[ClientUpdate],
         classes: Sequence[Sequence[int]],
-        generator: torch.Generator,
+        draw: torch.Generator,
     ) -> tuple[State, Tensors]:
         """Raises AggregationError for an update without the statistics, and for what is no covariance."""
         told = gather(updates, classes[-1], SENT[self.covariance][1], self.pools)
         state = remembering(state, len(classes) - 1, told)
-        rows, weight_KD, bias_K = self.repaired(state, params, classes, generator)
+        rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
         at_K = torch.tensor(rows, dtype=torch.long)
         head = {WEIGHT: params[WEIGHT].index_copy(0, at_K, weight_KD), BIAS: params[BIAS].index_copy(0, at_K, bias_K)}
         return state, {**params, **head} if rows and self.epochs else params
 
     def repaired(
-        self, state: State, params: Tensors, classes: Sequence[Sequence[int]], generator: torch.Generator
+        self, state: State, params: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> tuple[list[int], Tensor, Tensor]:
         """Which rows of the head are repaired, ascending, and what becomes of them: weight (K, D) and bias (K,)."""
         known: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
@@ -144,15 +144,15 @@ class GaussianCalibrator(contracts.Calibrator):
         if not rows or not self.epochs:
             return rows, weight_KD, bias_K
         mixture = Mixture.of([_side_by_side(of_row[c]) for c in rows], self.inflation, params[WEIGHT].dtype)
-        return rows, *self._retrain(weight_KD, bias_K, mixture, generator)
+        return rows, *self._retrain(weight_KD, bias_K, mixture, draw)
 
-    def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """SGD with momentum as torch.optim has it, on copies; the gradient of a linear map needs no autograd."""
         velocity_KD, velocity_K = torch.zeros_like(weight_KD), torch.zeros_like(bias_K)
         temperature = self.temperature if self.normalise else None
         for epoch in range(self.epochs):
             lr = self.lr * (0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs) if self.schedule == "cosine" else 1.0)
-            x_nD, place_n = mixture.draw(self.samples_per_class * len(bias_K), generator)
+            x_nD, place_n = mixture.draw(self.samples_per_class * len(bias_K), draw)
             for x_bD, place_b in zip(*(torch.split(t, self.batch_size) for t in (x_nD, place_n)), strict=True):
                 gradient_KD, gradient_K = head_gradient(weight_KD, bias_K, x_bD, place_b, temperature)
                 if self.clip_norm is not None:
@@ -257,10 +257,10 @@ class Mixture:
             factor_MDD[row] = math.sqrt(inflation) * cholesky(triangle)
         return cls(weight_M, place_M, mean_MD, factor_MDD=factor_MDD)
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, n: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """n features (n, D) in random order, and which of the K classes each is of, (n,)."""
-        component_n = torch.multinomial(self.weight_M, n, replacement=True, generator=generator)
-        x_nD = torch.randn(n, self.mean_MD.shape[1], dtype=self.mean_MD.dtype, generator=generator)
+        component_n = torch.multinomial(self.weight_M, n, replacement=True, generator=draw)
+        x_nD = torch.randn(n, self.mean_MD.shape[1], dtype=self.mean_MD.dtype, generator=draw)
         if self.deviation_MD is not None:
             x_nD.mul_(self.deviation_MD[component_n])
         if self.factor_MDD is not None:

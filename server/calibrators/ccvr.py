@@ -93,7 +93,7 @@ class Calibrator(GaussianCalibrator):
         return lifted(update, SENT[self.covariance][1])
 
     def end_task(
-        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], generator: torch.Generator
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
         if self.when == "round":
             return state
@@ -107,7 +107,7 @@ class Calibrator(GaussianCalibrator):
         state = remembering(state, len(classes) - 1, told)
         if not self.epochs:
             return state
-        rows, weight_KD, bias_K = self.repaired(state, params, classes, generator)
+        rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
         new = {c: {WEIGHT: weight_KD[k], BIAS: bias_K[k]} for k, c in enumerate(rows)}
         return {**state, "head": {**state["head"], **new}}
 

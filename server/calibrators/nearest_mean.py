@@ -48,7 +48,7 @@ class Calibrator(contracts.Calibrator):
         return lifted(update)
 
     def end_task(
-        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], generator: torch.Generator
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
         like_CD = params[WEIGHT].double()
         sums = state or {"count": like_CD.new_zeros(len(like_CD)), "sum": torch.zeros_like(like_CD)}

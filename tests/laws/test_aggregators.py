@@ -40,12 +40,14 @@ class Rule(contracts.Aggregator):
     def plan(self, state: State, round: int) -> RoundPlan:
         return self.asks
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         return self.merge(state, params, updates)
 
 
 def fedavg(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
-    return FedAvg().combine(state, params, updates)
+    return FedAvg().combine(state, params, updates, torch.Generator())
 
 
 def broken(rule: contracts.Aggregator) -> dict[str, str]:
@@ -211,11 +213,13 @@ def test_gram_that_there_is_not() -> None:
 class NotAdditive(FedAvg):
     """The largest client wins: no sum of contributions can say that."""
 
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
-        state, out = super().finish(state, params, total)
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
+        state, out = super().finish(state, params, total, draw)
         return state, out
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
         return state, {**params, **max(updates, key=lambda u: u.num_samples).params}
 
@@ -229,8 +233,10 @@ class Ragged(FedAvg):
             {f"client/{update.client_id}": torch.zeros(1, dtype=torch.float64)} if update.client_id > 3 else {}
         )
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
-        return FedAvg().combine(state, params, updates)
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
+        return FedAvg().combine(state, params, updates, draw)
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,10 @@ class Narrow(FedAvg):
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return {n: t.float() for n, t in super().lift(update).items()}
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
-        return FedAvg().combine(state, params, updates)
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
+        return FedAvg().combine(state, params, updates, draw)
 
 
 @pytest.mark.parametrize("number", [1, 2, 10, 32])

@@ -175,7 +175,7 @@ def test_regmean_of_every_linear_layer(decay: float) -> None:
         local.train(model, samples, shard, CLASSES, ClientJob(k, 0, 0, params, rule.plan({}, 0)), config)
         for k, shard in enumerate((np.arange(5), np.arange(5, COUNT)))
     ]
-    merged = rule.combine({}, params, updates)[1]  # type: ignore[arg-type]
+    merged = rule.combine({}, params, updates, torch.Generator())[1]  # type: ignore[arg-type]
     name = "layers.0.mlp.fc2"
     rows, right = [], []
     for update, shard in zip(updates, (np.arange(5), np.arange(5, COUNT)), strict=True):

@@ -43,7 +43,7 @@ class Aggregator(contracts.Aggregator):
 
     exempt: ClassVar[Mapping[str, str]] = {"weights": "every client counts once"}
 
-    def combine(self, state, params, updates):
+    def combine(self, state, params, updates, draw):
         contracts.require_updates(updates)
         merged = {n: torch.stack([u.params[n] for u in updates]).quantile(0.5, dim=0) for n in updates[0].params}
         return state, {**params, **merged}
@@ -74,7 +74,7 @@ def two_clients() -> list[ClientUpdate]:
 def test_fedavg_by_hand() -> None:
     """(1·1 + 3·5)/4 = 4, (1·2 + 3·10)/4 = 8; what nobody trained stays."""
     params = {"head.bias": torch.zeros(2), "adapter.x": torch.ones(3)}
-    state, out = FedAvg().combine({}, params, two_clients())
+    state, out = FedAvg().combine({}, params, two_clients(), torch.Generator())
     assert state == {}
     assert out["head.bias"].tolist() == [4.0, 8.0]
     assert out["head.bias"].dtype == torch.float32
@@ -85,13 +85,17 @@ def test_fairavg_by_hand() -> None:
     """(1 + 5)/2 = 3, (2 + 10)/2 = 6; a client without samples does not count."""
     empty = ClientUpdate(2, 0, {"head.bias": torch.tensor([99.0, 99.0])})
     for updates in (two_clients(), [*two_clients(), empty]):
-        assert FairAvg().combine({}, {"head.bias": torch.zeros(2)}, updates)[1]["head.bias"].tolist() == [3.0, 6.0]
+        _, out = FairAvg().combine({}, {"head.bias": torch.zeros(2)}, updates, torch.Generator())
+        assert out["head.bias"].tolist() == [3.0, 6.0]
 
 
 def test_fairavg_is_fedavg_for_equal_sizes() -> None:
     equal = [ClientUpdate(u.client_id, 4, u.params) for u in two_clients()]
     params = {"head.bias": torch.zeros(2)}
-    assert torch.equal(FairAvg().combine({}, params, equal)[1]["head.bias"], FedAvg().combine({}, params, equal)[1]["head.bias"])
+    assert torch.equal(
+        FairAvg().combine({}, params, equal, torch.Generator())[1]["head.bias"],
+        FedAvg().combine({}, params, equal, torch.Generator())[1]["head.bias"],
+    )
 
 
 def test_median_in_a_users_own_file(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_median_in_a_users_own_file(tmp_path: Path) -> None:
     rule = build("aggregators", {"name": str(path)})
     sent = [torch.tensor([1.0, 50.0]), torch.tensor([2.0, -7.0]), torch.tensor([90.0, 3.0])]
     updates = [ClientUpdate(k, 1, {"head.bias": w}) for k, w in enumerate(sent)]
-    assert rule.combine({}, {"head.bias": torch.zeros(2)}, updates)[1]["head.bias"].tolist() == [2.0, 3.0]
+    assert rule.combine({}, {"head.bias": torch.zeros(2)}, updates, torch.Generator())[1]["head.bias"].tolist() == [2.0, 3.0]
     assert [r.name for r in laws.check("aggregators", rule) if not r.ok] == []
 
 
@@ -129,7 +133,7 @@ def regmean_clients(name: str, key: str, decay: float) -> tuple[list[ClientUpdat
 def test_regmean_is_the_least_squares_solution(name: str, decay: float) -> None:
     form = "diagonal" if decay == 0 else "full"
     updates, want = regmean_clients(name, f"gram.{form}/{name}", decay)
-    got = RegMean(decay=decay).combine({}, {name: torch.zeros(3, 5, dtype=torch.float64)}, updates)[1][name]
+    got = RegMean(decay=decay).combine({}, {name: torch.zeros(3, 5, dtype=torch.float64)}, updates, torch.Generator())[1][name]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
@@ -170,12 +174,12 @@ def test_b_is_the_least_squares_solution_with_the_decay_in_its_place(rule: Calla
         right.append(z @ own[b].T)
     want = torch.from_numpy(np.linalg.lstsq(torch.cat(rows).numpy(), torch.cat(right).numpy(), rcond=None)[0].T)
     params = {a: a_RI, b: torch.zeros(5, 3, dtype=torch.float64)}
-    torch.testing.assert_close(chosen.combine({}, params, updates)[1][b], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chosen.combine({}, params, updates, torch.Generator())[1][b], want, rtol=1e-4, atol=1e-5)
 
 
 def test_regmean_averages_what_is_no_linear_map_by_samples() -> None:
     params = {"head.bias": torch.zeros(2)}
-    assert RegMean().combine({}, params, two_clients())[1]["head.bias"].tolist() == [4.0, 8.0]
+    assert RegMean().combine({}, params, two_clients(), torch.Generator())[1]["head.bias"].tolist() == [4.0, 8.0]
 
 
 def test_regmean_asks_for_the_form_that_its_decay_leaves() -> None:
@@ -187,7 +191,7 @@ def test_regmean_asks_for_the_form_that_its_decay_leaves() -> None:
 def test_regmean_without_its_statistics() -> None:
     bare = [ClientUpdate(4, 2, {"head.weight": torch.zeros(2, 2)})]
     with pytest.raises(AggregationError, match=r"client 4 sent 'head\.weight' without its gram"):
-        RegMean().combine({}, {"head.weight": torch.zeros(2, 2)}, bare)
+        RegMean().combine({}, {"head.weight": torch.zeros(2, 2)}, bare, torch.Generator())
 
 
 # ---------------------------------------------------------------- variance weighting
@@ -211,7 +215,7 @@ def test_rows_are_weighted_by_spread() -> None:
     """Class 0: (3·1 + 1·2)/4 = 1.25. Class 1 is client 1's alone. Class 2 is nobody's: the server's row.
     The rest by samples: (1·1 + 2·2)/3 = 5/3."""
     params = {"head.weight": torch.full((3, 2), -1.0), "head.bias": torch.full((3,), -2.0), "adapter.x": torch.zeros(1)}
-    out = VarianceWeighted().combine({}, params, spread_clients([3.0, 0.0, 0.0], [1.0, 0.5, 0.0]))[1]
+    out = VarianceWeighted().combine({}, params, spread_clients([3.0, 0.0, 0.0], [1.0, 0.5, 0.0]), torch.Generator())[1]
     assert out["head.weight"].tolist() == [[1.25, 1.25], [2.0, 2.0], [-1.0, -1.0]]
     assert out["head.bias"].tolist() == [12.5, 20.0, -2.0]
     assert out["adapter.x"].item() == pytest.approx(5 / 3)
@@ -222,7 +226,7 @@ def test_scaling_all_spreads_changes_nothing() -> None:
     outs = []
     for scale in (1.0, 1e6):
         updates = spread_clients([2.0 * scale, 0.3 * scale], [0.7 * scale, 1.1 * scale])
-        outs.append(VarianceWeighted().combine({}, params, updates)[1]["head.weight"])
+        outs.append(VarianceWeighted().combine({}, params, updates, torch.Generator())[1]["head.weight"])
     torch.testing.assert_close(*outs, rtol=1e-6, atol=0)
 
 
@@ -230,4 +234,4 @@ def test_variance_weighting_needs_a_head() -> None:
     with pytest.raises(ConfigError, match=r"variance_weighted weighs the rows of 'head\.weight'"):
         VarianceWeighted().init({"adapter.x": torch.zeros(1)})
     with pytest.raises(AggregationError, match=r"client 0 sent no 'class_moments\.spread/head\.weight'"):
-        VarianceWeighted().combine({}, {"head.bias": torch.zeros(2)}, two_clients())
+        VarianceWeighted().combine({}, {"head.bias": torch.zeros(2)}, two_clients(), torch.Generator())

@@ -59,7 +59,7 @@ def update(client: int, form: str = "full", empty: bool = False) -> ClientUpdate
 def collected(*clients: int, rule: Collect | None = None) -> dict[str, Tensor]:
     """What is deployed after a round of these clients."""
     rule, form = rule or Collect(), "scalar" if rule is not None and rule.weighting == "uniform" else "full"
-    state, after = rule.combine(rule.init(params()), params(), [update(c, form) for c in clients])
+    state, after = rule.combine(rule.init(params()), params(), [update(c, form) for c in clients], torch.Generator())
     return dict(rule.deployed(state, after))
 
 
@@ -69,7 +69,9 @@ def collected(*clients: int, rule: Collect | None = None) -> dict[str, Tensor]:
 def test_clients_are_kept_side_by_side_and_the_parameters_stay() -> None:
     rule, start = Collect(), params()
     assert rule.deployed(rule.init(start), start) is start
-    state, after = rule.combine(rule.init(start), start, [update(7), update(1), update(3, empty=True), update(5)])
+    state, after = rule.combine(
+        rule.init(start), start, [update(7), update(1), update(3, empty=True), update(5)], torch.Generator()
+    )
     assert after is start
     out = rule.deployed(state, after)
     assert out["source.client"].tolist() == [1, 5, 7]
@@ -81,7 +83,7 @@ def test_clients_are_kept_side_by_side_and_the_parameters_stay() -> None:
 def test_what_is_not_trained_is_as_it_was() -> None:
     only_head = ClientUpdate(0, 4, {"head.weight": torch.ones(C, D)}, update(0).statistics)
     rule = Collect()
-    state, after = rule.combine({}, params(), [only_head])
+    state, after = rule.combine({}, params(), [only_head], torch.Generator())
     out = rule.deployed(state, after)
     assert torch.equal(out[PROMPT][0], params()[PROMPT])
     assert torch.equal(out["head.weight"][0], torch.ones(C, D))
@@ -120,7 +122,7 @@ def test_bad_options_and_missing_parts() -> None:
     with pytest.raises(ConfigError, match=r"'head\.weight' is not among its tensors"):
         Collect().init({PROMPT: torch.zeros(1, D)})
     with pytest.raises(AggregationError, match=r"client 2 sent no 'class_moments\.mean/head\.weight'"):
-        Collect().combine({}, params(), [update(2, "scalar")])
+        Collect().combine({}, params(), [update(2, "scalar")], torch.Generator())
 
 
 # ---------------------------------------------------------------- composing

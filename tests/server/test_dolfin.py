@@ -312,7 +312,7 @@ def test_average_of_B_is_the_average_of_the_products() -> None:
     started = begin(rule, *play(rule, 1), 1)
     clients = [{n: t for n, t in module(f"client {k}").items() if n.endswith(B)} for k in range(3)]
     updates = [ClientUpdate(k, n, c) for k, (n, c) in enumerate(zip((3, 5, 8), clients, strict=True))]
-    _, merged = FedAvg().combine({}, started, updates)
+    _, merged = FedAvg().combine({}, started, updates, torch.Generator())
     for layer in (K_PROJ, V_PROJ):
         want = sum(n / 16 * delta({**started, **c}, layer) for n, c in zip((3, 5, 8), clients, strict=True))
         torch.testing.assert_close(delta(merged, layer), want, rtol=0, atol=1e-12)

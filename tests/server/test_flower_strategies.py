@@ -37,7 +37,7 @@ def clients(
 
 def merge(rule: Aggregator, start: float, updates: list[ClientUpdate], state: State = None) -> tuple[State, float]:
     params = {"head.bias": torch.tensor([start]), "head.untouched": torch.tensor([math.pi])}
-    state, out = rule.combine(rule.init(params) if state is None else state, params, updates)
+    state, out = rule.combine(rule.init(params) if state is None else state, params, updates, torch.Generator())
     assert torch.equal(out["head.untouched"], params["head.untouched"])
     assert out["head.bias"].dtype == torch.float32
     return state, float(out["head.bias"])
@@ -57,8 +57,8 @@ def test_flowers_fedavg_is_ours(samples: list[int], shape: tuple[int, ...], seed
 
     params: Tensors = {**draw(), "head.bias": torch.ones(2)}
     updates = [ClientUpdate(k, n, draw()) for k, n in enumerate(samples)]
-    _, theirs = Aggregator("FedAvg").combine({}, params, updates)
-    _, ours = FedAvg().combine({}, params, updates)
+    _, theirs = Aggregator("FedAvg").combine({}, params, updates, torch.Generator())
+    _, ours = FedAvg().combine({}, params, updates, torch.Generator())
     torch.testing.assert_close(theirs, ours, rtol=2e-7, atol=1e-12)
     assert list(theirs) == list(params)
 
@@ -159,9 +159,9 @@ def test_memory_starts_afresh_when_other_tensors_are_trained() -> None:
     rule = Aggregator("FedAdam")
     params = {"head.bias": torch.zeros(1), "head.weight": torch.zeros(1)}
     bias, weight = ([ClientUpdate(0, 1, {n: torch.ones(1)})] for n in params)
-    state, _ = rule.combine({}, params, bias)
-    new, out = rule.combine(state, params, weight)
-    fresh, expected = rule.combine({}, params, weight)
+    state, _ = rule.combine({}, params, bias, torch.Generator())
+    new, out = rule.combine(state, params, weight, torch.Generator())
+    fresh, expected = rule.combine({}, params, weight, torch.Generator())
     assert new["round"] == fresh["round"] == 1
     assert torch.equal(out["head.weight"], expected["head.weight"])
 
@@ -215,7 +215,7 @@ def test_bad_options_are_one_clear_line(strategy: str, options: dict[str, Any], 
 def test_clients_that_trained_other_tensors() -> None:
     updates = [ClientUpdate(0, 1, {"a": torch.ones(1)}), ClientUpdate(4, 1, {"b": torch.ones(1)})]
     with pytest.raises(AggregationError, match="client 4 trained other tensors than client 0"):
-        Aggregator("FedAvg").combine({}, {"a": torch.ones(1), "b": torch.ones(1)}, updates)
+        Aggregator("FedAvg").combine({}, {"a": torch.ones(1), "b": torch.ones(1)}, updates, torch.Generator())
 
 
 def test_a_strategy_that_fails_is_named() -> None:
@@ -223,7 +223,7 @@ def test_a_strategy_that_fails_is_named() -> None:
     updates = [ClientUpdate(0, 1, {"a": torch.ones(1)})]
     rule = Aggregator("QFedAvg", {"client_learning_rate": 1.0})
     with pytest.raises(FedsimError, match="Flower's QFedAvg failed on 1 updates: Missing or invalid training loss"):
-        rule.combine({}, {"a": torch.ones(1)}, updates)
+        rule.combine({}, {"a": torch.ones(1)}, updates, torch.Generator())
 
 
 def test_flowers_log_is_silent_here_and_untouched_elsewhere(caplog: pytest.LogCaptureFixture) -> None:

@@ -136,10 +136,10 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
         assert [u.client_id for u in round.updates] == list(range(count))
         assert [bytes_up(u) for u in round.updates] == [{"adapter": 12, "head": 8, "statistics": 0}] * count
         assert not any(u.params for u in round.updates)
-        outcomes.append(merge(FedAvg(), {}, PARAMS, round)[1])
+        outcomes.append(merge(FedAvg(), {}, PARAMS, round, torch.Generator())[1])
     for outcome in outcomes[1:]:
         assert all(torch.equal(outcome[n], outcomes[0][n]) for n in PARAMS)
-    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in range(count)])
+    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in range(count)], torch.Generator())
     assert all(torch.equal(outcomes[0][n], direct[n]) for n in PARAMS)
 
 
@@ -153,8 +153,8 @@ def test_a_failed_client_leaves_an_empty_place() -> None:
     list(gathering.add(as_worker(0, [update(0), failed[1], *(update(k) for k in range(2, BLOCK))])))
     list(gathering.add(Bundle(last + 1, (failed[last + 1],))))
     assert len(gathering.failures) == BLOCK + 2 and gathering.count == last + 2
-    _, out = merge(FedAvg(), {}, PARAMS, gathering.result())
-    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in (0, *range(2, BLOCK), last)])
+    _, out = merge(FedAvg(), {}, PARAMS, gathering.result(), torch.Generator())
+    _, direct = FedAvg().combine({}, PARAMS, [update(k) for k in (0, *range(2, BLOCK), last)], torch.Generator())
     for name in PARAMS:
         torch.testing.assert_close(out[name], direct[name])
 

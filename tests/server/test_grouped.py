@@ -10,11 +10,13 @@ import torch
 from fedsim import laws
 from fedsim.core.config import build_aggregator
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import StatisticRequest
+from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
+from fedsim.core.rng import torch_stream
 from fedsim.laws import aggregators as rules
 from fedsim.laws import made_up
 from server.aggregators._grouped import Aggregator as Grouped
 from server.aggregators.fairavg import Aggregator as FairAvg
+from server.aggregators.fedatt import Aggregator as FedAtt
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.lorm import Aggregator as Lorm
 from server.aggregators.variance_weighted import Aggregator as VarianceWeighted
@@ -29,12 +31,12 @@ def test_every_rule_is_built_with_its_options() -> None:
 def test_every_group_gets_what_its_rule_gives_alone() -> None:
     rule = build_aggregator(SECTIONS)
     for scene in rules.scenes(rule):
-        _, out = rule.combine(scene.state, scene.params, scene.updates)
+        _, out = rule.combine(scene.state, scene.params, scene.updates, torch.Generator())
         assert list(out) == list(scene.params)
         for prefix, alone in (("adapter.", Lorm(decay=0.5)), ("head.", VarianceWeighted())):
             own = {n: t for n, t in scene.params.items() if n.startswith(prefix)}
             sent = [replace(u, params={n: t for n, t in u.params.items() if n in own}) for u in scene.updates]
-            for name, expected in alone.combine({}, own, sent)[1].items():
+            for name, expected in alone.combine({}, own, sent, torch.Generator())[1].items():
                 assert torch.equal(out[name], expected)
 
 
@@ -62,9 +64,9 @@ def test_equal_requests_of_two_groups_are_one_pass() -> None:
 def test_first_match_decides() -> None:
     rule = Grouped((("head.bias", FairAvg()), ("*", FedAvg())))
     scene = next(rules.scenes(rule))
-    _, out = rule.combine(scene.state, scene.params, scene.updates)
+    _, out = rule.combine(scene.state, scene.params, scene.updates, torch.Generator())
     for name, alone in (("head.bias", FairAvg()), ("head.weight", FedAvg())):
-        assert torch.equal(out[name], alone.combine({}, scene.params, scene.updates)[1][name])
+        assert torch.equal(out[name], alone.combine({}, scene.params, scene.updates, torch.Generator())[1][name])
 
 
 def test_groups_keep_the_laws_of_their_rules() -> None:
@@ -92,4 +94,20 @@ def test_a_rule_without_a_tensor(sections: list[dict[str, object]]) -> None:
 def test_no_updates() -> None:
     rule = build_aggregator(SECTIONS)
     with pytest.raises(AggregationError, match="no client sent an update"):
-        rule.combine(rule.init(made_up.make_params()), made_up.make_params(), [])
+        rule.combine(rule.init(made_up.make_params()), made_up.make_params(), [], torch.Generator())
+
+
+def test_what_one_rule_draws_does_not_move_the_draws_of_another() -> None:
+    """The head's noise is the same beside a rule that draws none, and is not the adapter's."""
+    head = {n: torch.zeros(40, 50, dtype=torch.float64) for n in ("head.weight",)}
+    params = {"adapter.x": torch.zeros(40, 50, dtype=torch.float64), **head}
+    updates = [ClientUpdate(0, 1, params)]
+
+    def merged(noise: float) -> Tensors:
+        rule = Grouped((("adapter.*", FedAtt(noise=noise)), ("head.*", FedAtt(noise=1.0))))
+        return rule.combine(rule.init(params), params, updates, torch_stream(2, "draw"))[1]
+
+    loud, quiet = merged(1.0), merged(0.0)
+    assert torch.equal(loud["head.weight"], quiet["head.weight"]) and bool(loud["head.weight"].any())
+    assert float((loud["adapter.x"] - loud["head.weight"]).abs().max()) > 1
+    assert torch.equal(merged(1.0)["adapter.x"], loud["adapter.x"])

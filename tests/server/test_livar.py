@@ -72,7 +72,7 @@ def with_signals(updates: Sequence[ClientUpdate], a_KL: Tensor, b_KL: Tensor) ->
 
 def merge(rule: Livar, updates: Sequence[ClientUpdate], start: Tensors | None = None) -> tuple[State, Tensors]:
     start = params() if start is None else start
-    return rule.combine(rule.init(start), start, updates)
+    return rule.combine(rule.init(start), start, updates, torch.Generator())
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
@@ -257,7 +257,7 @@ def test_clients_without_samples_count_nowhere() -> None:
 
 def test_the_head_is_that_of_variance_weighting_to_the_bit() -> None:
     start, updates = params(), clients()
-    _, want = VarianceWeighted().combine({}, start, updates)
+    _, want = VarianceWeighted().combine({}, start, updates, torch.Generator())
     _, got = merge(Livar(), updates)
     for name in ("head.weight", "head.bias", ODD):
         assert torch.equal(got[name], want[name])
@@ -297,7 +297,7 @@ def test_cumulative_signals_are_summed_client_by_client() -> None:
         told = torch.stack([sums[k] for k in ids])
         _, want = merge(Livar(), with_signals(updates, told[:, 0], told[:, 1]), start)
         _, forgetful = merge(Livar(), updates, start)
-        state, start = rule.combine(state, start, updates)
+        state, start = rule.combine(state, start, updates, torch.Generator())
         for name in want:
             close(start[name], want[name])
         assert same_bits(forgetful, want) == (round == 0)
@@ -347,19 +347,19 @@ def test_adapter_alone_and_head_alone() -> None:
     state = both.init(params())
     alone = [rule.plan(inner, 0).statistics for (_, rule), inner in zip(groups, state["states"], strict=True)]
     assert [[r.name for r in requests] for requests in alone] == [["path_integral"], ["class_moments"]]
-    _, got = both.combine(state, params(), clients())
+    _, got = both.combine(state, params(), clients(), torch.Generator())
     for name in whole:
         close(got[name], whole[name])
 
 
 def test_products_inside_a_list() -> None:
     rules = Grouped((("adapter.*", Livar(evaluated="products")), ("head.*", FedAvg())))
-    state, merged = rules.combine(rules.init(params()), params(), clients())
+    state, merged = rules.combine(rules.init(params()), params(), clients(), torch.Generator())
     alone, want = merge(Livar(evaluated="products"), clients())
     shown, expected = rules.deployed(state, merged), Livar(evaluated="products").deployed(alone, want)
     for name in [n for n in params() if "lora" in n]:
         assert torch.equal(shown[name], expected[name])
-    assert torch.equal(shown["head.weight"], FedAvg().combine({}, params(), clients())[1]["head.weight"])
+    assert torch.equal(shown["head.weight"], FedAvg().combine({}, params(), clients(), torch.Generator())[1]["head.weight"])
 
 
 def test_a_bias_without_its_weight_and_a_factor_without_its_pair_go_by_samples() -> None:
@@ -367,7 +367,7 @@ def test_a_bias_without_its_weight_and_a_factor_without_its_pair_go_by_samples()
     start = {n: params()[n] for n in names}
     updates = [replace(u, params={n: u.params[n] for n in names}) for u in clients()]
     _, got = merge(Livar(), updates, start)
-    _, want = FedAvg().combine({}, start, updates)
+    _, want = FedAvg().combine({}, start, updates, torch.Generator())
     for name in names[:3]:
         close(got[name], want[name])
     for name in names[3:]:

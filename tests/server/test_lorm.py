@@ -93,7 +93,7 @@ def grams_subjects(match: tuple[str, ...]) -> list[str]:
 
 
 def merge(rule: Lorm, phase: str, who: list[Client]) -> Tensors:
-    return rule.combine({}, params(), [update(k, c, phase, rule) for k, c in enumerate(who)])[1]
+    return rule.combine({}, params(), [update(k, c, phase, rule) for k, c in enumerate(who)], torch.Generator())[1]
 
 
 def brute_force_b(who: list[Client], decay: float) -> Tensor:
@@ -275,7 +275,7 @@ def test_dependent_rows_of_a_leave_the_product_right() -> None:
         head = {"gram.full/head.weight": upper_triangle(decayed(c.f_ND, 0.5))}
         own = {B: c.own[B], "head.weight": c.own["head.weight"]}
         updates.append(ClientUpdate(k, 20, own, {f"gram.projected/{B}": a @ c.x_NI.T @ c.x_NI @ a.T, **head}))
-    got = Lorm(decay=1.0).combine({}, start, updates)[1][B]
+    got = Lorm(decay=1.0).combine({}, start, updates, torch.Generator())[1][B]
     rows = torch.cat([c.x_NI @ a.T for c in who])
     right = torch.cat([c.x_NI @ a.T @ c.own[B].T for c in who])
     want = torch.from_numpy(np.linalg.lstsq(rows.numpy(), right.numpy(), rcond=1e-10)[0].T)
@@ -309,10 +309,12 @@ def test_published_recipe_asks_for_the_cheap_statistics() -> None:
 def test_groups_without_lora_or_without_head() -> None:
     rule, who = Lorm(), clients()
     updates = [update(k, c, "B", rule) for k, c in enumerate(who)]
-    whole = rule.combine({}, params(), updates)[1]
+    whole = rule.combine({}, params(), updates, torch.Generator())[1]
     for group in (["head.weight", "head.bias"], [A, B]):
         own = [replace(u, params={n: t for n, t in u.params.items() if n in group}) for u in updates]
-        part = rule.combine(rule.init({n: params()[n] for n in group}), {n: params()[n] for n in group}, own)[1]
+        part = rule.combine(rule.init({n: params()[n] for n in group}), {n: params()[n] for n in group}, own, torch.Generator())[
+            1
+        ]
         assert part.keys() == set(group)
         assert all(torch.equal(part[n], whole[n]) for n in group)
 
@@ -325,9 +327,9 @@ def test_prompts_are_refused_with_a_hint() -> None:
 def test_a_missing_statistic_names_client_and_tensor() -> None:
     bare = [ClientUpdate(7, 5, {B: params()[B]})]
     with pytest.raises(AggregationError, match=r"client 7 sent 'adapter\.layer\.lora_B' without its gram"):
-        Lorm().combine({}, params(), bare)
+        Lorm().combine({}, params(), bare, torch.Generator())
     with pytest.raises(AggregationError, match=r"client 7 sent 'adapter\.layer\.lora_B' without 'gram\.cross"):
-        Lorm(gram="full").combine({}, params(), bare)
+        Lorm(gram="full").combine({}, params(), bare, torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -498,7 +500,7 @@ def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
                     n: params[n] + torch.from_numpy(step(t, r, k, n, params[n].numpy())) for n in matching(params, plan.train)
                 }
                 updates.append(ClientUpdate(k, len(x), trained, measured(plan, {**params, **trained}, x)))
-            state, params = rule.combine(state, params, updates)
+            state, params = rule.combine(state, params, updates, torch.Generator())
             trace.append(products(params) | {n: t.numpy() for n, t in params.items() if n.startswith("head")})
         ending = consolidator.plan(kept, params)
         assert ending is not None

@@ -66,7 +66,7 @@ def weights(rule: PrototypeMargin, which: Sequence[Shard]) -> list[float]:
     eye = torch.eye(len(which), dtype=torch.float64)
     updates = [replace(update(k, s), params={"head.bias": eye[k]}) for k, s in enumerate(which)]
     start = {"head.bias": torch.zeros(len(which), dtype=torch.float64)}
-    out: list[float] = rule.combine({}, start, updates)[1]["head.bias"].tolist()
+    out: list[float] = rule.combine({}, start, updates, torch.Generator())[1]["head.bias"].tolist()
     return out
 
 
@@ -125,7 +125,7 @@ def test_equal_margins_are_fairavg_or_fedavg(distance: str, deviation: str) -> N
     start = {"head.weight": torch.zeros(C, D, dtype=torch.float64)}
     for gamma, oracle in ((0, FairAvg()), (1, FedAvg())):
         rule = PrototypeMargin(gamma=gamma, distance=distance, deviation=deviation)
-        got, want = (r.combine({}, start, updates)[1]["head.weight"] for r in (rule, oracle))
+        got, want = (r.combine({}, start, updates, torch.Generator())[1]["head.weight"] for r in (rule, oracle))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
@@ -198,7 +198,7 @@ def test_clients_without_samples_are_left_out() -> None:
     start = {"head.weight": torch.zeros(C, D, dtype=torch.float64)}
     for gamma in (0, 1):
         rule = PrototypeMargin(gamma=gamma)
-        got, want = (rule.combine({}, start, u)[1]["head.weight"] for u in ([*updates, idle], updates))
+        got, want = (rule.combine({}, start, u, torch.Generator())[1]["head.weight"] for u in ([*updates, idle], updates))
         assert torch.equal(got, want)
 
 
@@ -214,7 +214,7 @@ def test_every_tensor_has_the_same_weights_and_what_nobody_trained_stays() -> No
         "adapter.y": torch.ones(2),
         "head.weight": torch.zeros(C, D),
     }
-    _, got = PrototypeMargin().combine({}, start, both)
+    _, got = PrototypeMargin().combine({}, start, both, torch.Generator())
     want: Tensor = sum(a * e for a, e in zip(weights(PrototypeMargin(), shards()), extra, strict=True))  # type: ignore[assignment]
     torch.testing.assert_close(got["adapter.x"], want, rtol=0, atol=1e-12)
     assert got["adapter.y"] is start["adapter.y"]
@@ -228,7 +228,7 @@ def test_it_needs_the_heads_weight_and_its_statistics() -> None:
         PrototypeMargin().init({"adapter.x": torch.zeros(1)})
     bare = [ClientUpdate(3, 2, {"head.weight": torch.zeros(C, D)})]
     with pytest.raises(AggregationError, match=r"client 3 sent no 'class_moments\.count/head\.weight'"):
-        PrototypeMargin().combine({}, {"head.weight": torch.zeros(C, D)}, bare)
+        PrototypeMargin().combine({}, {"head.weight": torch.zeros(C, D)}, bare, torch.Generator())
 
 
 @pytest.mark.parametrize(

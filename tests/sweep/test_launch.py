@@ -46,7 +46,7 @@ class Aggregator(contracts.Aggregator):
     wait_s: float = 0.0
     fail: str = ""
 
-    def combine(self, state, params, updates):
+    def combine(self, state, params, updates, draw):
         import time
 
         time.sleep(self.wait_s)

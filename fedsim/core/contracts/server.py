@@ -39,9 +39,12 @@ class Aggregator(Part, ABC):
         return RoundPlan()
 
     @abstractmethod
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         """New state and new parameters (all of them, same layout), from updates in client-id order.
 
+        draw: what a rule that draws draws from, on the CPU; addressed by the run's seed, the task and the round.
         Raises AggregationError when there are no updates.
         """
 
@@ -69,16 +72,18 @@ class AdditiveAggregator(Aggregator):
         """One client's contribution, float64; every client gives the same names and shapes. Runs next to the client."""
 
     @abstractmethod
-    def finish(self, state: State, params: Tensors, total: Tensors) -> tuple[State, Tensors]:
-        """New state and parameters from the total."""
+    def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
+        """New state and parameters from the total. draw: see `combine`."""
 
-    def combine(self, state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+    def combine(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
         """The same from whole updates: `finish` of the sum of their `lift`."""
         require_updates(updates)
         total = BlockSum()
         for place, update in enumerate(updates):
             total.add(place, 1, self.lift(update))
-        return self.finish(state, params, total.result() or {})
+        return self.finish(state, params, total.result() or {}, draw)
 
 
 def is_additive(rule: Aggregator) -> TypeGuard[AdditiveAggregator]:
@@ -211,7 +216,7 @@ class Calibrator(Part):
         params: Tensors,
         updates: Sequence[ClientUpdate],
         classes: Sequence[Sequence[int]],
-        generator: torch.Generator,
+        draw: torch.Generator,
     ) -> tuple[State, Tensors]:
         """New state and parameters, of which only `head.*` may differ, from the updates of a round in client-id order."""
         return state, params
@@ -232,7 +237,7 @@ class Calibrator(Part):
         params: Tensors,
         total: Tensors,
         classes: Sequence[Sequence[int]],
-        generator: torch.Generator,
+        draw: torch.Generator,
     ) -> State:
         """State after the task. `params`: what is deployed, its head as it was trained; `total`: the sum of what `lift` gave."""
         return state
