@@ -20,7 +20,7 @@ from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator
+from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 
 KINDS = ("adapters", "objectives", "aggregators", "consolidators", "calibrators")  # what is mixed
@@ -143,7 +143,12 @@ def _plugins() -> Iterator[str]:
             options = ", ".join(f"`{f.name}`" for f in fields(cls)) or "none"
             yield from (f"### {name}", "", _source(sys.modules[cls.__module__].__doc__), "", "```text")
             yield from inspect.cleandoc(cls.__doc__ or "").splitlines()
-            yield from ("```", "", f"Options: {options}.", "")
+            yield from ("```", "", f"Options: {options}.{_traits(cls)}", "")
+
+
+def _traits(cls: type[Any]) -> str:
+    """What a part says of others, with the options that it has by default."""
+    return "".join(f" {line.capitalize()}." for line in cls.usual_traits().lines()) if issubclass(cls, Part) else ""
 
 
 def _source(text: str | None) -> str:
@@ -161,6 +166,8 @@ def _tables() -> Iterator[str]:
         "on a small stream, with every objective in turn. The others are refused before any training, with the reason. A pair",
         "is marked ✓ if there are other parts with which it runs, else with a number: the reason that is given.", "",
     )  # fmt: skip
+    yield from ("Parts know nothing of each other, they meet in words; of those above:", "")
+    yield from (*(f"- {word}: {meaning};" for word, meaning in WORDS.items()), "")
     reasons: dict[str, int] = {}
     for rows, columns in (
         ("adapter", "aggregator"), ("adapter", "consolidator"), ("aggregator", "consolidator"), ("aggregator", "calibrator"),

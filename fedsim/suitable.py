@@ -183,7 +183,7 @@ def _line(part: Chosen, told: str, word: str, parts: Sequence[Chosen], config: A
     """What a part says of a word that it needs, or refuses and is `given`, with all names filled in."""
 
     def filled(field: re.Match[str]) -> str:
-        if field[1] == "other":
+        if field[1] == "other" and given:
             return given
         named = [str(other) for other in parts if other.kind == field[1]]
         try:

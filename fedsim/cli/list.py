@@ -46,6 +46,7 @@ def describe(kind: str, name: str, width: int) -> Iterator[str]:
     from dataclasses import MISSING, fields, is_dataclass
 
     from fedsim.core import plugins
+    from fedsim.core.contracts import Part
     from fedsim.core.errors import PluginError
 
     try:
@@ -62,6 +63,8 @@ def describe(kind: str, name: str, width: int) -> Iterator[str]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = "must be given" if default is MISSING else f"default {json.dumps(default, ensure_ascii=False, default=repr)}"
         yield from wrapped(" " * 22, f"{f.name}: {f.type if isinstance(f.type, str) else f.type.__name__}, {value}", width)
+    for told in found.usual_traits().lines() if issubclass(found, Part) else ():
+        yield from wrapped(" " * 22, told, width)
 
 
 def _first_sentence(text: str | None) -> str:

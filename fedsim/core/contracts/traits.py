@@ -5,11 +5,11 @@ Parts know nothing of each other: they meet in words. `fedsim/suitable.py` goes 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 from fedsim.core.contracts.plugin import Plugin
-from fedsim.core.errors import PluginError
+from fedsim.core.errors import FedsimError, PluginError
 
 WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
@@ -52,6 +52,12 @@ class Traits:
                 what = "map words to what is said" if wanted is Mapping else 'be a set of words, such as {"affine features"}'
                 raise PluginError(f"{f.name} of a part's traits must {what}, got {value!r}")
 
+    def lines(self) -> Iterator[str]:
+        """What is said, for lists of plug-ins: "needs composes modules, keeps every module"."""
+        for f in fields(self):
+            if found := getattr(self, f.name):
+                yield f"{f.name} {', '.join(sorted(found))}"
+
 
 class Part(Plugin):
     """A plug-in that a run is made of."""
@@ -60,3 +66,11 @@ class Part(Plugin):
     def traits(self) -> Traits:
         """What it gives to, needs of and refuses in the other parts; may depend on its options. Default: it goes with all."""
         return Traits()
+
+    @classmethod
+    def usual_traits(cls) -> Traits:
+        """With the options that it has by default; none of a part that must be told something first."""
+        try:
+            return cls().traits
+        except (TypeError, FedsimError):
+            return Traits()
