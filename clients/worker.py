@@ -18,6 +18,7 @@ from fedsim.core.contracts import Aggregator, Calibrator, IntArray, lift_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
 from fedsim.core.sums import BlockSum
+from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.models import model as models
 from fedsim.models.head import predict
@@ -31,6 +32,7 @@ class Worker:
         self.spec = spec
         self.model = models.build(spec.config, num_classes(spec), device)
         self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
+        self.chain = Chain.of(spec.config)
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
         self._told = set[str]()  # notes, without their numbers
@@ -59,7 +61,8 @@ class Worker:
         """One client's round."""
         self._restore()
         classes = self.spec.task_classes[job.task]
-        return local.train(self.model, self.train_samples, self._shard(job), classes, job, self.spec.config, self.objectives)
+        result = local.train(self.model, self.train_samples, self._shard(job), classes, job, self.spec.config, self.objectives)
+        return self.chain.sent(job, result) if is_update(result) else result
 
     @torch.inference_mode()
     def evaluate(self, job: EvalJob) -> EvalResult:
@@ -85,7 +88,8 @@ class Worker:
                 self._told.add(alike)
                 notes.append(note)
 
-        return tuple(fused.train(self.model, self.train_samples, shards, classes, jobs, config, self.objectives, tell))
+        results = fused.train(self.model, self.train_samples, shards, classes, jobs, config, self.objectives, tell)
+        return tuple(self.chain.sent(j, r) if is_update(r) else r for j, r in zip(jobs, results, strict=True))
 
     def _shard(self, job: ClientJob) -> IntArray:
         return local.round_shard(self.spec.shard(job.task, job.client_id), self.spec.config, job)

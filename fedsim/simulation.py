@@ -22,6 +22,7 @@ from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, one_line
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.data import door
 from fedsim.data import manifest as manifests
@@ -173,8 +174,9 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     probe.require(config, model, spec, state.params, trained)
+    wire = on_the_wire(config, rule, state.params, trained, manifest)
     told = hardware.too_many_threads(config.runtime.threads)
-    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
+    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *wire, *told)
     spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
     plugins.load("pools", config.runtime.pool).check(spec)
     return Prepared(config, rule, manifest, spec, model, state, notes)
@@ -192,6 +194,7 @@ def _wired(parts: Prepared) -> Iterator[Simulation]:
             aggregator=parts.rule,
             consolidator=configs.build("consolidators", config.server.consolidator),
             calibrator=None if calibrator is None else configs.build("calibrators", calibrator),
+            chain=Chain.of(config),
             fresh_adapter=lambda task: fresh_adapter(config, parts.model, task),
             task_names=manifest.task_names,
             task_classes=manifest.task_classes,
@@ -268,6 +271,19 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     trained = {n for plan in plans for n in planning.trained(consolidator, params, plan)}
     first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
     return first, [n for n in params if n in trained]
+
+
+def on_the_wire(
+    config: SimConfig, rule: Aggregator, params: Tensors, trained: Sequence[str], manifest: Manifest
+) -> tuple[str, ...]:
+    """What the channels say beforehand of all that clients will send. Raises ConfigError if they cannot take it."""
+    chain, server = Chain.of(config), config.server
+    if not chain.channels:
+        return ()
+    consolidator = configs.build("consolidators", server.consolidator)
+    calibrator = None if server.calibrator is None else configs.build("calibrators", server.calibrator)
+    requests = planning.asked(rule, consolidator, calibrator, params, server.rounds, manifest.task_classes[:1])
+    return chain.suits(trained, requests, server.rounds * manifest.num_tasks, rule.additive and calibrator is None)
 
 
 def check_statistics(requests: Sequence[StatisticRequest]) -> None:

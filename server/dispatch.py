@@ -48,6 +48,8 @@ def run_clients(
                 yield ClientSkipped(result)
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
     round = gathering.result()
+    if round.total is not None:
+        round = replace(round, total=sim.chain.received(params, round.total, round.updates, state.task, state.round, plan))
     memories = {u.client_id: u.memory for u in round.updates if u.memory}
     state = charged(sim, state, jobs, round.updates)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import Consolidator
-from fedsim.core.messages import RoundPlan, Tensors
+from fedsim.core.contracts import Aggregator, Calibrator, Consolidator
+from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
 from server.state import ServerState, Simulation
 
@@ -35,6 +36,25 @@ def trained(consolidator: Consolidator, params: Tensors, plan: RoundPlan) -> lis
     """Names of the tensors that a plan trains."""
     frozen = set(matching(params, consolidator.frozen))
     return [n for n in matching(params, plan.train) if n not in frozen]
+
+
+def asked(
+    rule: Aggregator,
+    consolidator: Consolidator,
+    calibrator: Calibrator | None,
+    params: Tensors,
+    rounds: int,
+    classes: Sequence[Sequence[int]],
+) -> list[StatisticRequest]:
+    """All statistics that clients are asked for in the first task: at its start, in its rounds, and at its end."""
+    begun = consolidator.start_task(consolidator.init(), params, {}, {})
+    state, kept = rule.init(begun), consolidator.init()
+    plans = [rule.plan(state, r) for r in range(rounds)]
+    plans += filter(None, (consolidator.opening(kept, begun), consolidator.plan(kept, begun)))
+    if calibrator is not None:
+        repairs = [calibrator.plan(calibrator.init(), r, last=r == rounds - 1) for r in range(rounds)]
+        plans += filter(None, (*repairs, calibrator.closing(calibrator.init(), classes)))
+    return [request for plan in plans for request in plan.statistics]
 
 
 def _on_past_modules(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:

@@ -13,6 +13,7 @@ from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
+from fedsim.core.wire import Chain
 
 ROWS: Mapping[str, type[Any]] = {"rows": Row, "classes": ClassRow, "drifts": DriftRow}
 NEVER = (-1, -1)
@@ -29,6 +30,7 @@ class Simulation:
     aggregator: Aggregator
     consolidator: Consolidator
     calibrator: Calibrator | None
+    chain: Chain
     fresh_adapter: Callable[[int], Tensors]
     task_names: tuple[str, ...]
     task_classes: tuple[tuple[int, ...], ...]

@@ -43,6 +43,7 @@ from tests.tiny import TINY, VIT
 
 Outcome = SimConfig | str
 KINDS = configs.PLUGIN_KEYS | {f"server.{key}": kind for key, kind in configs.SERVER_PLUGIN_KEYS.items()}
+del KINDS["server.channel"]  # a list of sections
 RESOLVED = {"runtime.device", "runtime.kernels", "runtime.fused", "runtime.precision"}  # "auto", or what the machine cannot do
 PLUGINS = {kind: {name: plugins.load(kind, name) for name in plugins.names(kind)} for kind in {*KINDS.values()}}
 FIELDS = {
@@ -62,6 +63,7 @@ CHOICES = {  # words that are right somewhere
     "client.schedule": [None, "cosineannealinglr", "linearlr"], "client.schedule_options": [{}, {"T_max": "steps"}],
     "client.objectives": [[], ["proximal"], [{"name": "proximal", "mu": 0.5}], ["square"]], "trackers": [[], ["tensorboard"]],
     "server.on_client_failure": ["fail", "skip"], "server.evaluate": ["round", "task"], "server.without": [[], [0], [1, 2]],
+    "server.channel": [[], ["topk"], [{"name": "topk", "share": 0.5}, "quantise"], [{"name": "quantise", "bits": 4}]],
     "stream.group": [None, "domain"], "model.backbone": ["random", "omniglot-vit"], "model.config": [VIT, None],
 }  # fmt: skip
 ODD_TEXTS = [
@@ -268,7 +270,7 @@ def said_again(value: Any, found: Any, key: str, where: Path) -> bool:
         return all(said_again(v, at(found, str(k)), f"{key}.{k}", where) for k, v in value.items())
     if key in KINDS and isinstance(value, str) and isinstance(found, Mapping):
         found = found["source" if key == "data" else "name"]
-    if key in ("client.objectives", "trackers") and isinstance(value, list):
+    if key in ("client.objectives", "trackers", "server.channel") and isinstance(value, list):
         return len(value) == len(found) and all(
             said_again({"name": v} if isinstance(v, str) else v, f, "", where) for v, f in zip(value, found, strict=True)
         )

@@ -176,7 +176,7 @@ def record_to_job(record: RecordDict) -> ClientJob:
 
 
 def update_to_record(update: ClientUpdate) -> RecordDict:
-    """Tensors as ArrayRecords, the client's metrics as a MetricRecord."""
+    """Tensors as ArrayRecords, the client's metrics as a MetricRecord, the bytes of encoded tensors as a ConfigRecord."""
     return RecordDict(
         {
             "update": ConfigRecord({"kind": "update", "client-id": update.client_id, "num-examples": update.num_samples}),
@@ -184,6 +184,7 @@ def update_to_record(update: ClientUpdate) -> RecordDict:
             "statistics": tensors_to_arrays(update.statistics),
             "memory": tensors_to_arrays(update.memory),
             "metrics": MetricRecord(dict(update.metrics)),
+            "encoded": ConfigRecord(dict(update.encoded)),
         }
     )
 
@@ -198,6 +199,7 @@ def record_to_update(record: RecordDict) -> ClientUpdate:
         statistics=_tensors(record, "statistics"),
         memory=_tensors(record, "memory"),
         metrics={name: value for name, value in record.metric_records["metrics"].items() if not isinstance(value, list)},
+        encoded={name: _int(size) for name, size in record.config_records["encoded"].items()},
     )
 
 

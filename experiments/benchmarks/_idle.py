@@ -10,6 +10,7 @@ from clients.worker import Worker
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, Pool
+from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from server.state import Simulation
 
@@ -37,6 +38,7 @@ def simulation(config: SimConfig, pool: Pool, registered: int) -> Simulation:
         aggregator=configs.build_aggregator(config.server.aggregator),
         consolidator=configs.build("consolidators", config.server.consolidator),
         calibrator=None,
+        chain=Chain.of(config),
         fresh_adapter=lambda task: {},
         task_names=("task",),
         task_classes=((0,),),

@@ -82,7 +82,8 @@ class ClientFailed(FedsimError):
     """A client that raised, or whose loss or update is not finite.
 
     A value that a pool yields in place of an update; the server's policy decides whether it is raised.
-    `stage` is one of "training", "statistics", "update", "worker", after "isolated " where the client trained by itself.
+    `stage` is one of "training", "statistics", "update", "channel", "worker", after "isolated " where the client trained by
+    itself.
     """
 
     client_id: int

@@ -78,6 +78,7 @@ class ClientUpdate:
     """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory.
 
     sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
+    encoded: bytes of tensors that a channel has encoded, by name; the others travel as they are.
     """
 
     client_id: int
@@ -87,6 +88,7 @@ class ClientUpdate:
     memory: Tensors = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": mean of the last epoch, "seconds": ...}
     sent: Mapping[str, int] | None = None
+    encoded: Mapping[str, int] = field(default_factory=dict)
 
     def summed(self, observed: bool) -> ClientUpdate:
         """What is left of it once it is in a sum; an observed client keeps its trained tensors."""
@@ -143,14 +145,16 @@ def num_bytes(tensors: Tensors) -> int:
 
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
     """Bytes that a client sends, by kind of object: its update in a deployment, whether it is summed here on the way or not.
-    Statistics that are equal are sent once (see `server.ledger`)."""
+    Statistics that are equal are sent once (see `server.ledger`), unless they are encoded."""
     if update.sent is not None:
         return dict(update.sent)
     kinds: dict[str, int] = {}
     for name, tensor in update.params.items():
         kind = name.partition(".")[0]
-        kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
-    return kinds | {"statistics": sum(t.nbytes for t in _distinct(update.statistics.values()))}
+        kinds[kind] = kinds.get(kind, 0) + update.encoded.get(name, tensor.nbytes)
+    whole = _distinct(t for name, t in update.statistics.items() if name not in update.encoded)
+    encoded = sum(update.encoded[name] for name in update.statistics if name in update.encoded)
+    return kinds | {"statistics": sum(t.nbytes for t in whole) + encoded}
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -44,6 +44,7 @@ KINDS = {
     "partitions": Kind("fedsim.data.partitions", "Partition"),
     "objectives": Kind("clients.objectives", "Objective"),
     "statistics": Kind("clients.statistics", "Statistic"),
+    "channels": Kind("clients.channels", "Channel"),
     "pools": Kind("clients.pools", "Pool"),
     "trackers": Kind("fedsim.watch.trackers", "Tracker"),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
 
 
@@ -22,6 +23,10 @@ class Aggregator(contracts.AdditiveAggregator):
     """
 
     exempt: ClassVar[Mapping[str, str]] = {"weights": "every client counts once, whatever the number of its samples"}
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives=frozenset({"uniform sum"}))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         one = torch.tensor(float(update.num_samples > 0), dtype=torch.float64)

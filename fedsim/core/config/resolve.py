@@ -69,13 +69,11 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
         aggregator=aggregator,
         consolidator=expand("consolidators", server.consolidator, "server.consolidator"),
         calibrator=None if server.calibrator is None else expand("calibrators", server.calibrator, "server.calibrator"),
+        channel=_expand_each("channels", server.channel, "server.channel"),
     )
     objectives = [expand("objectives", o, f"client.objectives.{i}") for i, o in enumerate(config.client.objectives)]
     client = dataclasses.replace(config.client, objectives=objectives)
-    trackers = [expand("trackers", t, f"trackers.{i}") for i, t in enumerate(config.trackers)]
-    for i, tracker in enumerate(trackers):
-        if tracker["name"] in [t["name"] for t in trackers[:i]]:
-            raise ConfigError(f"trackers.{i}: '{tracker['name']}' is there already: name a tracker once")
+    trackers = _expand_each("trackers", config.trackers, "trackers")
     pool = _known_pool(config.runtime.pool)
     device = resolve_device(config.runtime.device)
     runtime = dataclasses.replace(
@@ -134,6 +132,16 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
     instance = _build(kind, section[key], options, where)
     name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]
     return {key: name, **_told(instance)}
+
+
+def _expand_each(kind: str, sections: Sequence[Any], where: str) -> list[dict[str, Any]]:
+    """Plug-ins of one kind, each of which may be there once."""
+    found: list[dict[str, Any]] = []
+    for i, section in enumerate(sections):
+        found.append(expand(kind, section, f"{where}.{i}"))
+        if found[i]["name"] in [f["name"] for f in found[:i]]:
+            raise ConfigError(f"{where}.{i}: '{found[i]['name']}' is there already: name a {kind[:-1]} once")
+    return found
 
 
 def build(kind: str, section: Section) -> Any:

@@ -158,6 +158,7 @@ class ServerConfig:
     pass_participation: who takes part in a pass for statistics at a task's start or end, for consolidators and calibrators that
         ask for one: all clients | drawn (as many as in a round, drawn afresh).
     aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
+    channel: what happens to updates on the wire, a list in the order in which it happens on the way up.
     on_client_failure: fail | skip (a round in which nobody is left is an error either way).
     evaluate: round (every task seen, after every round) | task (only at the end of a task).
     drift: measure how far clients drift apart; some of their updates then travel beside the sums (at most 64 MB a round).
@@ -172,6 +173,7 @@ class ServerConfig:
     aggregator: Any = "fedavg"
     consolidator: Any = "none"
     calibrator: Any = None
+    channel: list[Any] = field(default_factory=list)
     on_client_failure: str = "fail"
     evaluate: str = "round"
     drift: bool = True
@@ -264,6 +266,8 @@ class SimConfig:
         _require(self.seed >= 0, "seed", "must not be negative", self.seed)
         if self.stream.online and self.server.unlearning:
             raise ConfigError("server.unlearning and stream.online exclude each other: clients train once more by themselves")
+        if self.server.channel and self.server.unlearning:
+            raise ConfigError("server.unlearning and server.channel exclude each other: it subtracts what clients became")
         if self.stream.online and self.client.epochs != 1:
             raise ConfigError(f"client.epochs must be 1 with stream.online (every sample is seen once), got {self.client.epochs}")
 
@@ -297,7 +301,9 @@ class SimConfig:
 SECTIONS = {f.name: f.default_factory for f in fields(SimConfig) if dataclasses.is_dataclass(f.default_factory)}
 # key of a plug-in section -> kind; the same key under `server`
 PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapters"}
-SERVER_PLUGIN_KEYS = {"aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators"}
+SERVER_PLUGIN_KEYS = {
+    "aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators", "channel": "channels"
+}  # fmt: skip
 
 
 def plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:

@@ -4,6 +4,7 @@ Every plug-in is a frozen dataclass whose fields are its YAML schema. Rules are 
 what they remember is the `State` they are handed and hand back.
 """
 
+from fedsim.core.contracts.channels import Channel, Code, Parcel, require_covered
 from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Seen, Statistic, TrainingStatistic, TrainStep
 from fedsim.core.contracts.data import Dataset, Partition, Source
 from fedsim.core.contracts.models import Adapter, BackboneLike, ModelLike, Slots
@@ -37,6 +38,8 @@ __all__ = [
     "ArraySplit",
     "BackboneLike",
     "Calibrator",
+    "Channel",
+    "Code",
     "Consolidator",
     "Dataset",
     "Follower",
@@ -45,6 +48,7 @@ __all__ = [
     "ModelLike",
     "Objective",
     "Outcome",
+    "Parcel",
     "Part",
     "Partition",
     "Plugin",
@@ -62,6 +66,7 @@ __all__ = [
     "is_additive",
     "lift_of",
     "lift_statistics",
+    "require_covered",
     "require_finite",
     "require_updates",
     "sent",

@@ -17,6 +17,7 @@ WORDS: Mapping[str, str] = {
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
+    "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "learns one class": "something is learned even where a task has a single class, of which the cross-entropy is 0",
 }
