@@ -27,7 +27,7 @@ from fedsim.core.contracts import IntArray, Slots, TrainStep
 from fedsim.core.errors import ClientFailed, ModelError, one_line
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
 from fedsim.core.tensors import matching, require_finite
-from fedsim.models.head import masked_cross_entropies
+from fedsim.models.logits import masked_cross_entropies
 from fedsim.models.model import Model
 
 # Each number goes its own way, and what they share depends on nothing but the number of steps: clients may share a tensor.

@@ -25,7 +25,7 @@ from fedsim.core.contracts import Follower, IntArray, TrainingStatistic, TrainSt
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite, stack_modules, with_prefix
-from fedsim.models.head import masked_cross_entropy
+from fedsim.models.logits import masked_cross_entropy
 from fedsim.models.model import Model
 
 
@@ -197,8 +197,9 @@ def one_pass(
         for positions in batches(shard, batch_size):
             inputs, labels = samples.batch(positions)
             features = model.features(inputs) if below is None else below.features(model, inputs, positions)
+            seen_by_head = model.head_inputs(features, local)
             for _, accumulator in collecting:
-                accumulator.update(features, labels)
+                accumulator.update(seen_by_head, labels)
         for name, accumulator in collecting:
             out |= {f"{name}.{key}": value for key, value in accumulator.result().items()}
     return out

@@ -21,7 +21,7 @@ from fedsim.core.sums import BlockSum
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.models import model as models
-from fedsim.models.head import predict
+from fedsim.models.logits import predict
 
 
 class Worker:

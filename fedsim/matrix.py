@@ -24,7 +24,7 @@ from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 
 KINDS = ("adapters", "objectives", "aggregators", "consolidators", "calibrators")  # what is mixed
-SHOWN = ("adapters", "objectives", "statistics", "aggregators", "consolidators", "calibrators")  # what the page describes
+SHOWN = ("adapters", "heads", "objectives", "statistics", *KINDS[2:])  # what the page describes
 PRESETS = Path(fedsim.__file__).parent.parent / "configs"
 NONE = "–"  # no objective beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {
@@ -47,19 +47,21 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("adapters", "lora"): {"rank": 2, "targets": "all-linear"},
     ("adapters", "prefix"): {"length": 2},
     ("adapters", "vpt"): {"length": 2},
+    ("heads", "random_features"): {"size": 12},
     ("aggregators", "flower"): {"strategy": "FedMedian"},
 }
 
 
 @dataclass(frozen=True)
 class Mix:
-    """One choice of every part that can be mixed freely. `NONE`: no objective, no calibrator."""
+    """One choice of every part that can be mixed freely. `NONE`: no objective, no calibrator; no head: one that suits."""
 
     adapter: str
     aggregator: str
     consolidator: str
     calibrator: str = NONE
     objective: str = NONE
+    head: str = ""
 
     def config(self) -> SimConfig:
         """The run of this mix on the small stream: one round, for rules that take one round only, else two."""
@@ -71,7 +73,13 @@ class Mix:
             "calibrator": None if self.calibrator == NONE else _section("calibrators", self.calibrator),
         }
         objectives = [] if self.objective == NONE else [_section("objectives", self.objective)]
-        layer = {"adapter": _section("adapters", self.adapter), "client": {"objectives": objectives}, "server": server}
+        suits = "mixture" if "composes heads" in rule.traits.needs else "linear"
+        layer = {
+            "adapter": _section("adapters", self.adapter),
+            "head": _section("heads", self.head or suits),
+            "client": {"objectives": objectives},
+            "server": server,
+        }
         return configs.from_dict(configs.merge(SCENE, layer))
 
     def obstacle(self) -> str | None:

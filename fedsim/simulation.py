@@ -260,13 +260,14 @@ def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
 
 
 def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[ServerState, list[str]]:
-    """Where every run starts, a fresh adapter and a head of zeros; and the tensors that clients train in some round of a task."""
+    """Where every run starts, a fresh adapter and a fresh head; and the tensors that clients train in some round of a task."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
     begun = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
     state = rule.init(begun)
     plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
     suitable.require_trained(config, consolidator, begun, plans)
+    suitable.require_linear_map(config, begun, plans[0])
     check_statistics(plans[0].statistics)
     trained = {n for plan in plans for n in planning.trained(consolidator, params, plan)}
     first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())

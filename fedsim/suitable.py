@@ -20,6 +20,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, Part, Traits
 from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import matching
 from fedsim.data.manifest import Manifest
 from server import sampling
@@ -113,6 +114,17 @@ def require_trained(config: SimConfig, consolidator: Consolidator, params: Tenso
                 f"aggregator {rule_name(config)} trains {', '.join(plan.train)} in round {number} of a task, but consolidator "
                 f"{config.server.consolidator['name']} freezes {', '.join(consolidator.frozen)}: nothing of the adapter is left"
             )
+
+
+def require_linear_map(config: SimConfig, params: Tensors, plan: RoundPlan) -> None:
+    """Raise ConfigError if a rule merges the head by Grams, which is right for a linear map alone."""
+    head: contracts.Head = configs.build("heads", config.head)
+    by_gram = any(r.name == "gram" and matching([HEAD_WEIGHT], r.match) for r in plan.statistics if HEAD_WEIGHT in params)
+    if by_gram and "an affine head" not in head.traits.gives:
+        raise ConfigError(
+            f"aggregator {rule_name(config)} merges {HEAD_WEIGHT} by Grams, but head {config.head['name']} is no linear map of "
+            'its inputs: use head: linear, or a list of rules that begins with {match: "head.*", name: fedavg}'
+        )
 
 
 def require_clients(config: SimConfig, manifest: Manifest) -> None:

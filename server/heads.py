@@ -11,6 +11,7 @@ import torch
 from fedsim.core import rng
 from fedsim.core.events import Event
 from fedsim.core.messages import ClientUpdate, State, Tensors
+from fedsim.core.names import HEAD
 from fedsim.core.tensors import with_prefix
 from server.dispatch import statistics_pass
 from server.evaluation import seen_classes
@@ -52,5 +53,5 @@ def old_rows_restored(sim: Simulation, state: ServerState, params: Tensors) -> T
     if not sim.consolidator.freezes_heads or not rows:
         return params
     place = torch.tensor(rows)
-    old = with_prefix(state.params, "head.")
+    old = with_prefix(state.params, HEAD)
     return {n: t.index_copy(0, place, old[n][place]) if n in old else t for n, t in params.items()}

@@ -11,6 +11,8 @@ past module once, or never if it had it as parameters in the pass at that task's
 fresh adapter is counted whole, where a seed would do; what was left out of a message and comes back in a later one is sent again
 to those who missed both; and a calibrator's pass at a task's end is sent the merged model that is deployed, whole.
 
+What is fixed in a head (random projections) is drawn by every client from the run's seed, and does not travel.
+
 Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
 same inputs). Client memory does not travel; neither do data, names, and the head that an evaluation on the server uses.
 """

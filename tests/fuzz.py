@@ -353,6 +353,7 @@ DATA: list[tuple[dict[str, Any], dict[str, Any]]] = [  # and a backbone that tak
 ]  # fmt: skip
 SUITS: dict[str, Any] = {
     "stream.tasks": 2, "partition": {"name": "iid", "clients": 2, "min_samples": 1}, "adapter": {"name": "lora", "rank": 2},
+    "head": {"name": "linear"},
     "server.aggregator": {"name": "fedavg"}, "server.consolidator": {"name": "none"}, "server.calibrator": None,
 }  # fmt: skip
 OTHERS = {  # by chance in their place
@@ -360,7 +361,7 @@ OTHERS = {  # by chance in their place
     **{key: [{"name": n} for n in sorted(PLUGINS[kind])] for key, kind in KINDS.items() if key not in ("data", "partition")},
 }
 SIZES = re.compile(
-    "draws|domains|classes|per_class|image_size|channels|length|vocab|_size|_layers|clients"
+    "draws|domains|classes|per_class|image_size|channels|length|vocab|_size|_layers|clients|^size$"
 )  # bounded by the above
 
 

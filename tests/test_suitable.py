@@ -22,7 +22,7 @@ def events_of(config: SimConfig, folder: Path) -> list[Event]:
     return events
 
 
-COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
+COLLECT = ("adapter=apt", "head=mixture", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,10 @@ COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "serve
         ([*COLLECT, "adapter=vpt"], r"collect composes clients at inference, which adapter vpt cannot: use adapter: apt"),
         ([*COLLECT, "server.consolidator=none"], "collect hands on one module per client, which consolidator none cannot keep"),
         ([*COLLECT, "server.calibrator=ccvr"], "no common one for calibrator ccvr to repair"),
-        ([*COLLECT, "server.aggregator=fedavg"], "compose composes .* but aggregator fedavg merges it"),
+        (
+            [*COLLECT, "server.aggregator=fedavg"],
+            "head mixture composes .* but aggregator fedavg merges .* use aggregator: collect",
+        ),
         (
             ["server.aggregator=[{match: 'head.*', name: fedavg}, {match: '*', name: collect}]"],
             "collect keeps every client's tensors by themselves, so it cannot be one of a list",
@@ -52,6 +55,16 @@ COLLECT = ("adapter=apt", "server.rounds=1", "server.aggregator=collect", "serve
         (
             [*COLLECT, "server.unlearning=true"],
             "collect keeps what every client becomes by itself, .*server.unlearning.* leave that out",
+        ),
+        ([*COLLECT, "head=linear"], "aggregator collect keeps a head per client, of which head linear .* use head: mixture"),
+        (
+            ["head=mixture"],
+            "head mixture composes a head per client, but aggregator lorm merges .* or head: linear",
+        ),
+        (["head=cosine", "server.calibrator=hgp"], "calibrator hgp draws features and trains .* which head cosine has not: use"),
+        (
+            ["head=cosine", "server.aggregator=regmean"],
+            r"aggregator regmean merges head\.weight by Grams, but head cosine is no linear map .* name: fedavg",
         ),
         (["adapter=prefix"], "merges pairs of LoRA factors and 'adapter.layers.0.prefix_key' is none"),
         (["server.without=[5]"], r"server\.without names client 5, but there are clients 0 to 2"),

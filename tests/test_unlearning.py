@@ -350,7 +350,8 @@ def test_the_command_verifies_against_retraining(tmp_path: Path, capsys: pytest.
 
 
 def test_a_model_that_is_composed_drops_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    apt = ("adapter={name: apt, memory: 1}", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
+    apt = ("adapter={name: apt, memory: 1}", "head=mixture", "server.rounds=1")
+    apt = (*apt, "server.aggregator=collect", "server.consolidator=compose")
     found, without = finished(tmp_path / "with", *apt), finished(tmp_path / "without", "server.without=[1]", *apt)
     removed = remove(found, [1])
     assert removed.way == "drop"

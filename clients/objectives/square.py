@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
-from fedsim.models import head
+from fedsim.models.logits import masked
 
 TASK, ALL = "task", "all"
 
@@ -45,6 +45,6 @@ class Objective(contracts.Objective):
     def term(self, step: contracts.TrainStep) -> Tensor:
         """A scalar. A label that is none of the task's classes is an error of torch."""
         chosen = range(step.logits.shape[1]) if self.classes == ALL else step.classes
-        logits_bS, places_b = head.masked(step.logits, step.labels, chosen)
+        logits_bS, places_b = masked(step.logits, step.labels, chosen)
         wanted_bS = F.one_hot(places_b, logits_bS.shape[1]).to(logits_bS.dtype)
         return F.mse_loss(logits_bS, self.kappa * wanted_bS)

@@ -1,6 +1,7 @@
 """Count, mean and (co)variance of the features of every class, for rules and calibrators that look at the head class by class.
 
-Shapes: N samples of a batch, C classes, H classes that this client holds, P of them with 2 samples or more, D features.
+Shapes: N samples of a batch, C classes, H classes that this client holds, P of them with 2 samples or more, D features: numbers
+that the head's last map is given.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import upper_triangle
 
-SUBJECT = "head.weight"
 FORMS = ("full", "mean", "scalar", "covariance")
 
 
@@ -56,7 +57,7 @@ class Statistic(contracts.Statistic):
         """Raises ConfigError for subjects other than `head.weight`."""
         _require_head(subjects)
         rows = list(range(model.num_classes)) if self.classes is None else self.classes
-        moments = _Moments(self.form, rows, model.num_classes, params[SUBJECT].shape[1])
+        moments = _Moments(self.form, rows, model.num_classes, params[HEAD_WEIGHT].shape[1])
         yield _Covariances(moments) if self.form == "covariance" else moments
 
     def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
@@ -142,10 +143,11 @@ class _Covariances:
 
 
 def _require_head(subjects: Sequence[str]) -> None:
-    wrong = [s for s in subjects if s != SUBJECT]
+    wrong = [s for s in subjects if s != HEAD_WEIGHT]
     if wrong:
         raise ConfigError(
-            f"class_moments describes the inputs of '{SUBJECT}', not of '{wrong[0]}': request it with match ('{SUBJECT}',)"
+            f"class_moments describes the inputs of '{HEAD_WEIGHT}', not of '{wrong[0]}': request it with match "
+            f"('{HEAD_WEIGHT}',)"
         )
 
 
@@ -164,4 +166,4 @@ def _sent(**forms: Tensor) -> dict[str, Tensor]:
 
 
 def _named(**forms: Tensor) -> dict[str, Tensor]:
-    return {f"{form}/{SUBJECT}": t for form, t in forms.items()}
+    return {f"{form}/{HEAD_WEIGHT}": t for form, t in forms.items()}

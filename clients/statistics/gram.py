@@ -18,12 +18,13 @@ from clients.statistics._inputs import of as inputs_of
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
 
-HEAD, WEIGHT = "head.weight", ".weight"
+WEIGHT = ".weight"
 FORMS = {  # form -> what its subjects may be
-    "diagonal": (HEAD, LORA_A, LORA_B, WEIGHT),
-    "full": (HEAD, LORA_A, LORA_B, WEIGHT),
+    "diagonal": (HEAD_WEIGHT, LORA_A, LORA_B, WEIGHT),
+    "full": (HEAD_WEIGHT, LORA_A, LORA_B, WEIGHT),
     "projected": (LORA_B,),
     "cross": (LORA_B,),
 }
@@ -33,9 +34,10 @@ FORMS = {  # form -> what its subjects may be
 class Statistic(contracts.Statistic):
     """Ĝ = decay·G + (1 − decay)·diag(G), G = Σ x xᵀ over the inputs x of the map whose weight is the subject.
 
-    Subjects: `head.weight` (x = features, d of them); `<layer>.lora_A` (x = inputs of the layer); `<layer>.lora_B` (x = its own
-    inputs, A times those of the layer with the client's own A, so d = r there); `<layer>.weight` of a linear layer that is
-    trained as a whole (x = inputs of the layer), where weights of other layers (norms, embeddings) are passed over. Forms:
+    Subjects: `head.weight` (x = what the head's last map is given: features, for a linear head); `<layer>.lora_A` (x = inputs of
+    the layer); `<layer>.lora_B` (x = its own inputs, A times those of the layer with the client's own A, so d = r there);
+    `<layer>.weight` of a linear layer that is trained as a whole (x = inputs of the layer), where weights of other layers (norms,
+    embeddings) are passed over. Forms:
         diagonal   g = diag(G), (d,)
         full       upper triangle of Ĝ, (d(d+1)/2,)
         projected  A Ĝ Aᵀ, (r, r), Ĝ of the layer's inputs    for lora_B
@@ -64,20 +66,20 @@ class Statistic(contracts.Statistic):
         sums = {subject: self._sum(params, subject) for subject in subjects if _has_gram(model, subject)}
         with ExitStack() as hooks:
             for subject, one in sums.items():
-                if subject != HEAD:
+                if subject != HEAD_WEIGHT:
                     hooks.callback(model.layer(subject).register_forward_pre_hook(_feeding(one)).remove)
             yield _Accumulator(self.form, sums)
 
     def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
-        fed = [s for s in subjects if s == HEAD or not s.endswith(WEIGHT) or _layer(s) in seen.inputs]
+        fed = [s for s in subjects if s == HEAD_WEIGHT or not s.endswith(WEIGHT) or _layer(s) in seen.inputs]
         return {f"{self.form}/{s}": self._of(seen, params, s) for s in fed}
 
     def _of(self, seen: contracts.Seen, params: Tensors, subject: str) -> Tensor:
         """The form of all samples at once."""
         self._require_form(subject)
-        if subject != HEAD and _layer(subject) not in seen.inputs:
+        if subject != HEAD_WEIGHT and _layer(subject) not in seen.inputs:
             raise ConfigError(f"'{subject}' belongs to no layer that has inputs")
-        x_NI = seen.features if subject == HEAD else seen.inputs[_layer(subject)]
+        x_NI = seen.features if subject == HEAD_WEIGHT else seen.inputs[_layer(subject)]
         a_RI = params[_layer(subject) + LORA_A].double() if subject.endswith(LORA_B) else None
         if a_RI is not None and self.form in ("diagonal", "full"):
             x_NI = x_NI @ a_RI.T
@@ -156,8 +158,8 @@ class _Accumulator:
     sums: Mapping[str, _DecayedSum]
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        if HEAD in self.sums:
-            self.sums[HEAD].add(Inputs(features))
+        if HEAD_WEIGHT in self.sums:
+            self.sums[HEAD_WEIGHT].add(Inputs(features))
 
     def result(self) -> dict[str, Tensor]:
         return {f"{self.form}/{subject}": self._value(one).float().cpu() for subject, one in self.sums.items()}
@@ -174,7 +176,7 @@ def _layer(subject: str) -> str:
 
 
 def _has_gram(model: contracts.ModelLike, subject: str) -> bool:
-    return subject == HEAD or not subject.endswith(WEIGHT) or isinstance(model.layer(subject), nn.Linear)
+    return subject == HEAD_WEIGHT or not subject.endswith(WEIGHT) or isinstance(model.layer(subject), nn.Linear)
 
 
 def _feeding(one: _DecayedSum) -> Callable[[nn.Module, tuple[Any, ...]], None]:

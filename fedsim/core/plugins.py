@@ -40,6 +40,7 @@ KINDS = {
     "consolidators": Kind("server.consolidators", "Consolidator"),
     "calibrators": Kind("server.calibrators", "Calibrator"),
     "adapters": Kind("fedsim.models.adapters", "Adapter"),
+    "heads": Kind("fedsim.models.heads", "Head"),
     "sources": Kind("fedsim.data.sources", "Source"),
     "partitions": Kind("fedsim.data.partitions", "Partition"),
     "objectives": Kind("clients.objectives", "Objective"),

@@ -43,6 +43,9 @@ class Echo(nn.Module):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return features @ params["head.weight"].T
 
+    def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:
+        return features
+
     def layer(self, parameter: str) -> nn.Module:
         return self.layers[parameter.rpartition(".")[0]]
 

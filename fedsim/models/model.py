@@ -1,4 +1,4 @@
-"""A client's model: a frozen backbone, an adapter that is applied to it, and one linear head over all classes.
+"""A client's model: a frozen backbone, an adapter that is applied to it, and a head over all classes.
 
 The model holds no trainable state. Adapter and head travel as tensors (`adapter.*`, `head.*`) and are handed in.
 """
@@ -7,37 +7,53 @@ The model holds no trainable state. Adapter and head travel as tensors (`adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.core import config as configs
-from fedsim.core import contracts
+from fedsim.core import contracts, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Slots
-from fedsim.core.errors import ModelError
+from fedsim.core.errors import FedsimError, ModelError, one_line
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD, HEAD_WEIGHT
 from fedsim.models import backbone as backbones
-from fedsim.models import head, inject, lower, transform
+from fedsim.models import inject, lower, transform
 from fedsim.models.backbone import Backbone
+from fedsim.models.heads import linear
 from fedsim.models.transform import Transform
 
 ADAPTER = "adapter."
+T = TypeVar("T")
 
 
 class Model:
     """What clients train and evaluate with. Made by `build`."""
 
     def __init__(
-        self, backbone: Backbone, adapter: contracts.Adapter, num_classes: int, device: torch.device, transform: Transform | None
+        self,
+        backbone: Backbone,
+        adapter: contracts.Adapter,
+        num_classes: int,
+        device: torch.device,
+        transform: Transform | None,
+        head: contracts.Head | None = None,
+        seed: int = 0,
     ) -> None:
+        """head: the linear one by default. seed: the run's, from which what is random in a head is drawn."""
         self.backbone = backbone
         self.adapter = adapter
+        self.head: contracts.Head = linear.Head() if head is None else head
         self.num_classes = num_classes
         self.device = device
         self._transform = transform
+        self._seed = seed
+        fixed = self._of_head(lambda: self.head.fixed(backbone.width, rng.torch_stream(seed, "head")))
+        self._fixed = {n: t.to(device) for n, t in fixed.items()}
         self._enterable: bool | None = None  # whether the encoder's blocks are a chain; looked at when it matters
 
     def init_adapter(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -45,8 +61,18 @@ class Model:
         return {ADAPTER + n: t for n, t in self.adapter.init(self.backbone, generator).items()}
 
     def init_head(self) -> dict[str, Tensor]:
-        """`head.weight` (C, D) and `head.bias` (C,), zeros, CPU float32."""
-        return head.init(self.num_classes, self.backbone.width)
+        """The `head.*` tensors that a run starts with, CPU float32, the same for all clients. Raises ModelError for a head that
+        does not make them as its contract says."""
+        generator = rng.torch_stream(self._seed, "head", "start")
+        made = self._of_head(lambda: self.head.init(self.num_classes, self.backbone.width, generator))
+        odd = [n for n, t in made.items() if n in self._fixed or not n.startswith(HEAD) or t.shape[:1] != (self.num_classes,)]
+        if HEAD_WEIGHT not in made or odd:
+            raise ModelError(
+                f"head {type(self.head).__module__} must make '{HEAD_WEIGHT}', and only tensors '{HEAD}…' with a row for each of "
+                f"the {self.num_classes} classes, got {', '.join(f'{n} {tuple(t.shape)}' for n, t in made.items())}"
+            )
+        self._of_head(lambda: self._try_head(made))
+        return made
 
     def applied(self, params: Tensors, dropout: torch.Generator | None = None) -> AbstractContextManager[None]:
         """While open, features are those of the backbone with the `adapter.*` tensors, and gradients flow to them.
@@ -125,13 +151,39 @@ class Model:
             parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
         return self.backbone.image_features(torch.cat(parts), self.adapter.lean)
 
+    def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:
+        """What the head's last linear map is given, (b, M): features themselves for a linear head."""
+        return self.head.inputs(features, self._with_fixed(params))
+
     def stacked_logits(self, features: Tensor, params: Tensors) -> Tensor:
         """`logits` of (K, b, D) with every client's own head, (K, b, C)."""
-        return head.stacked_logits(features, params)
+        return self.head.stacked_logits(features, self._with_fixed(params))
 
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
-        """`h Wᵀ + b` of `head.weight` and `head.bias`, (b, C)."""
-        return head.logits(features, params)
+        """The head's logits of features (b, D), over all classes, (b, C)."""
+        return self.head.logits(features, self._with_fixed(params))
+
+    def _try_head(self, params: Tensors) -> None:
+        """Two samples through a head. Raises ModelError for logits of another shape, and for numbers that are not finite."""
+        on_device = {n: t.to(self.device) for n, t in params.items()}
+        features_bD = torch.linspace(-1, 1, 2 * self.backbone.width, device=self.device).view(2, -1)
+        logits_bC = self.logits(features_bD, on_device)
+        if logits_bC.shape != (2, self.num_classes) or not bool(torch.isfinite(logits_bC).all()):
+            raise ModelError(
+                f"head {type(self.head).__module__} must give a finite logit for each of {self.num_classes} classes, got "
+                f"{tuple(logits_bC.shape)} for 2 samples"
+            )
+
+    def _with_fixed(self, params: Tensors) -> Tensors:
+        return {**params, **self._fixed} if self._fixed else params
+
+    def _of_head(self, make: Callable[[], T]) -> T:
+        try:
+            return make()
+        except FedsimError:
+            raise
+        except Exception as e:  # sizes beyond memory, or a fault of a head of the user's own
+            raise ModelError(f"head {type(self.head).__module__} cannot be made: {one_line(e)}") from e
 
     def layer(self, parameter: str) -> nn.Module:
         """The encoder's module that an adapter tensor belongs to: `adapter.layers.0.mlp.fc1.lora_A` -> `layers.0.mlp.fc1`."""
@@ -146,12 +198,13 @@ def build(config: SimConfig, num_classes: int, device: torch.device | str = "cpu
     device = torch.device(device)
     backbone = backbones.prepared(backbones.load(config.model), config.runtime, device)
     adapter: contracts.Adapter = configs.build("adapters", config.adapter)
+    head: contracts.Head = configs.build("heads", config.head)
     images = None
     if backbone.kind == "image":
         images = transform.build(
             config.transform, backbone.image_size, backbone.num_channels, backbone.mean, backbone.std, device
         )
-    return Model(backbone, adapter, num_classes, device, images)
+    return Model(backbone, adapter, num_classes, device, images, head, config.seed)
 
 
 def _own_tokens(mask: Tensor, clients: int) -> list[int]:

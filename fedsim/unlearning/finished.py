@@ -16,6 +16,7 @@ from fedsim.core.contracts import Adapter, ArraySplit, Calibrator, Consolidator
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import RunDirError
 from fedsim.core.messages import RoundPlan, Tensors
+from fedsim.core.names import HEAD
 from fedsim.runs.directory import RunDir
 from fedsim.simulation import Prepared
 from server import checkpoint, planning, sampling
@@ -143,7 +144,7 @@ def _looks_back(run: FinishedRun, task: int, first: Tensors) -> str | None:
     start, rows = run.vectors(task, "start"), torch.tensor(run.parts.manifest.task_classes[task])
     if task and any(same(t, run.vectors(task - 1, "end").get(n)) for n, t in start.items() if n.startswith("adapter.")):
         return "its modules do not start anew in every task"
-    heads = [n for n in start if n.startswith("head.")]
+    heads = [n for n in start if n.startswith(HEAD)]
     if any(not torch.equal(start[n][rows], first[n][rows]) for n in heads):
         return "tasks share classes, so that a task starts from what the client left in the head"
     for client in run.participants(task):

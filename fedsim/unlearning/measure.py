@@ -18,7 +18,7 @@ from fedsim.core.contracts import ArraySplit, IntArray
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
-from fedsim.models.head import predict
+from fedsim.models.logits import predict
 from fedsim.unlearning.finished import FinishedRun
 
 

@@ -65,6 +65,7 @@ class Aggregator(contracts.Aggregator):
             needs={
                 "composes modules": "composes clients at inference, which {adapter} cannot: use adapter: apt, or a rule that "
                 "merges",
+                "composes heads": "keeps a head per client, of which {head} makes no prediction: use head: mixture",
                 "keeps every module": "hands on one module per client, which {consolidator} cannot keep: use consolidator: "
                 "compose",
             },

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tensors
-
-WEIGHT, BIAS = "head.weight", "head.bias"
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 
 
 def asking(form: str, classes: Sequence[int]) -> RoundPlan:
     """A pass for `class_moments` of a task's classes."""
     return RoundPlan(
-        train=(), statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": form, "classes": list(classes)}),)
+        train=(), statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}),)
     )
 
 
@@ -60,7 +59,7 @@ def moments(total: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 def with_rows(params: Tensors, rows: Sequence[int], weight_RD: Tensor, bias_R: Tensor) -> dict[str, Tensor]:
     """The parameters with these rows of the head in the place of their own."""
     at_R = torch.tensor(rows, dtype=torch.long)
-    head = {WEIGHT: weight_RD, BIAS: bias_R}
+    head = {HEAD_WEIGHT: weight_RD, HEAD_BIAS: bias_R}
     return {n: t.index_copy(0, at_R, head[n].to(t.dtype)) if n in head else t for n, t in params.items()}
 
 
@@ -80,4 +79,4 @@ def _placed(values_H: Tensor, held_K: Tensor) -> Tensor:
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}").double()
+    return contracts.sent(update, f"class_moments.{form}/{HEAD_WEIGHT}").double()

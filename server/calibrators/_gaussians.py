@@ -29,10 +29,10 @@ from fedsim.core import contracts
 from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import from_upper_triangle, upper_triangle
 from server.evaluation import seen_classes
 
-WEIGHT, BIAS = "head.weight", "head.bias"
 SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
     "diagonal": ("full", "variance"),
     "full": ("covariance", "covariance"),
@@ -96,7 +96,8 @@ class GaussianCalibrator(contracts.Calibrator):
 
     @property
     def traits(self) -> Traits:
-        return super().traits if self.repairs_old_rows else Traits()
+        why = "draws features and trains the head's linear map on them, which {head} has not: use head: linear"
+        return Traits(super().traits.gives if self.repairs_old_rows else (), needs={"an affine head": why})
 
     @property
     @abstractmethod
@@ -109,7 +110,7 @@ class GaussianCalibrator(contracts.Calibrator):
         """f, by which covariances are multiplied when features are drawn."""
 
     def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
-        request = StatisticRequest("class_moments", (WEIGHT,), {"form": SENT[self.covariance][0]}, blended=True)
+        request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": SENT[self.covariance][0]}, blended=True)
         return RoundPlan(train=(), statistics=(request,))
 
     def init(self) -> State:
@@ -128,7 +129,10 @@ class GaussianCalibrator(contracts.Calibrator):
         state = remembering(state, len(classes) - 1, told)
         rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
         at_K = torch.tensor(rows, dtype=torch.long)
-        head = {WEIGHT: params[WEIGHT].index_copy(0, at_K, weight_KD), BIAS: params[BIAS].index_copy(0, at_K, bias_K)}
+        head = {
+            HEAD_WEIGHT: params[HEAD_WEIGHT].index_copy(0, at_K, weight_KD),
+            HEAD_BIAS: params[HEAD_BIAS].index_copy(0, at_K, bias_K),
+        }
         return state, {**params, **head} if rows and self.epochs else params
 
     def repaired(
@@ -140,10 +144,10 @@ class GaussianCalibrator(contracts.Calibrator):
         of_row = {c: [told[c] for told in known.values() if c in told] for c in wanted}
         rows = [c for c in wanted if of_row[c]]
         at_K = torch.tensor(rows, dtype=torch.long)
-        weight_KD, bias_K = params[WEIGHT][at_K], params[BIAS][at_K]
+        weight_KD, bias_K = params[HEAD_WEIGHT][at_K], params[HEAD_BIAS][at_K]
         if not rows or not self.epochs:
             return rows, weight_KD, bias_K
-        mixture = Mixture.of([_side_by_side(of_row[c]) for c in rows], self.inflation, params[WEIGHT].dtype)
+        mixture = Mixture.of([_side_by_side(of_row[c]) for c in rows], self.inflation, params[HEAD_WEIGHT].dtype)
         return rows, *self._retrain(weight_KD, bias_K, mixture, draw)
 
     def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -224,7 +228,7 @@ def pooled(count_M: Tensor, mean_MD: Tensor, spread_M: Tensor) -> tuple[Tensor, 
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}")
+    return contracts.sent(update, f"class_moments.{form}/{HEAD_WEIGHT}")
 
 
 # ---------------------------------------------------------------- drawing

@@ -9,7 +9,8 @@ import torch
 
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
-from server.calibrators._class_sums import BIAS, WEIGHT, asking, lifted, moments, with_rows
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
+from server.calibrators._class_sums import asking, lifted, moments, with_rows
 from server.calibrators._gaussians import SENT, GaussianCalibrator, remembering
 
 
@@ -97,7 +98,7 @@ class Calibrator(GaussianCalibrator):
     ) -> State:
         if self.when == "round":
             return state
-        dtype, second = params[WEIGHT].dtype, SENT[self.covariance][1]
+        dtype, second = params[HEAD_WEIGHT].dtype, SENT[self.covariance][1]
         n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
         told = {
             c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
@@ -108,12 +109,12 @@ class Calibrator(GaussianCalibrator):
         if not self.epochs:
             return state
         rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
-        new = {c: {WEIGHT: weight_KD[k], BIAS: bias_K[k]} for k, c in enumerate(rows)}
+        new = {c: {HEAD_WEIGHT: weight_KD[k], HEAD_BIAS: bias_K[k]} for k, c in enumerate(rows)}
         return {**state, "head": {**state["head"], **new}}
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
         head = state["head"]
         if not head:
             return params
-        weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (WEIGHT, BIAS))
+        weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (HEAD_WEIGHT, HEAD_BIAS))
         return with_rows(params, list(head), weight_RD, bias_R)

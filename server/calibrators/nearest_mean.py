@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from fedsim.core import contracts
 from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
-from server.calibrators._class_sums import WEIGHT, asking, lifted, with_rows
+from fedsim.core.names import HEAD_WEIGHT
+from server.calibrators._class_sums import asking, lifted, with_rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Calibrator(contracts.Calibrator):
     def end_task(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
-        like_CD = params[WEIGHT].double()
+        like_CD = params[HEAD_WEIGHT].double()
         sums = state or {"count": like_CD.new_zeros(len(like_CD)), "sum": torch.zeros_like(like_CD)}
         at_K = torch.tensor(classes[-1], dtype=torch.long)
         return {name: sums[name].index_add(0, at_K, total[name]) for name in ("count", "sum")}

@@ -14,9 +14,10 @@ from fedsim.core import hardware
 from fedsim.core.config import RuntimeConfig, SimConfig
 from fedsim.core.contracts import Slots
 from fedsim.core.errors import ConfigError, ModelError
-from fedsim.models import head, inject
+from fedsim.models import inject
 from fedsim.models import model as models
 from fedsim.models.adapters import apt
+from fedsim.models.heads import mixture
 from fedsim.models.model import Model
 from tests.models.zoo import BERT, VIT, images, model, trained, untouched
 
@@ -28,7 +29,9 @@ SUBSETS = [[0], [4], [4, 0], [5, 3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 2]]
 
 def omniglot(kernels: str = "torch", pooling: str = "auto", **options: Any) -> Model:
     """The embedded backbone, which is our own ViT, as a run prepares it."""
-    config = SimConfig(adapter={"name": "apt", **options}, runtime=RuntimeConfig(kernels=kernels, device="cpu"))
+    config = SimConfig(
+        adapter={"name": "apt", **options}, head={"name": "mixture"}, runtime=RuntimeConfig(kernels=kernels, device="cpu")
+    )
     return models.build(config, num_classes=4)
 
 
@@ -210,12 +213,12 @@ def test_a_removed_source_leaves_the_logits_of_the_others(kernels: str, weightin
     if weighting == "prototypes":
         every |= {"head.prototypes": torch.randn(6, 9, 128, generator=draw), "head.scale": torch.rand(6, generator=draw) * 30}
     features = evaluated(built, every, inputs)
-    parts = head.source_log_probabilities(features, every), head.source_weights(features, every)
+    parts = mixture.source_log_probabilities(features, every), mixture.source_weights(features, every)
     for sources in SUBSETS:
         fewer = chosen(every, sources)
         again = evaluated(built, fewer, inputs)
-        assert torch.equal(head.source_log_probabilities(again, fewer), parts[0][:, sources])
-        assert torch.equal(head.source_weights(again, fewer), parts[1][:, sources])
+        assert torch.equal(mixture.source_log_probabilities(again, fewer), parts[0][:, sources])
+        assert torch.equal(mixture.source_weights(again, fewer), parts[1][:, sources])
     order = [3, 0, 5, 1, 4, 2]
     mixed, permuted = (built.logits(evaluated(built, t, inputs), t).exp() for t in (every, chosen(every, order)))
     assert torch.allclose(mixed, permuted, rtol=1e-4, atol=1e-6)

@@ -25,7 +25,7 @@ from tests.tiny import final_state, same_bits, tiny
 
 C, D = 4, 3
 PROMPT = "adapter.layers.0.apt_prompt"
-APT = ("adapter=apt", "server.aggregator=collect", "server.consolidator=compose", "server.rounds=1")
+APT = ("adapter=apt", "head=mixture", "server.aggregator=collect", "server.consolidator=compose", "server.rounds=1")
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -27,7 +27,7 @@ from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, State
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching, stack_modules, upper_triangle, with_prefix
-from fedsim.models.head import masked_cross_entropy
+from fedsim.models.logits import masked_cross_entropy
 from fedsim.simulation import run
 from server import checkpoint, gpm
 from server.aggregators.fedavg import Aggregator as FedAvg

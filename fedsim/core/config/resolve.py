@@ -56,7 +56,7 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
         section = values.get(name)
         values[name] = typed(cls, {} if section is None else section, name)
     config: SimConfig = typed(SimConfig, values, "")
-    data, partition, adapter = (expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items())
+    plugged: dict[str, Any] = {key: expand(kind, getattr(config, key), key) for key, kind in PLUGIN_KEYS.items()}
     server = config.server
     if isinstance(server.aggregator, list):
         aggregator: Any = [_expand_group(g, f"server.aggregator.{i}") for i, g in enumerate(server.aggregator)]
@@ -83,8 +83,7 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
         kernels=resolve_kernels(config.runtime.kernels, device),
         fused=resolve_fused(config.runtime.fused, device, pool),
     )
-    sections: dict[str, Any] = {"data": data, "partition": partition, "adapter": adapter, "server": server, "client": client}
-    return dataclasses.replace(config, **sections, runtime=runtime, trackers=trackers)
+    return dataclasses.replace(config, **plugged, server=server, client=client, runtime=runtime, trackers=trackers)
 
 
 def _known_pool(name: str) -> str:

@@ -255,6 +255,7 @@ class SimConfig:
     partition: Any = "dirichlet"
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: Any = "lora"
+    head: Any = field(default_factory=lambda: {"name": "linear"})
     client: ClientConfig = field(default_factory=ClientConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -300,7 +301,7 @@ class SimConfig:
 
 SECTIONS = {f.name: f.default_factory for f in fields(SimConfig) if dataclasses.is_dataclass(f.default_factory)}
 # key of a plug-in section -> kind; the same key under `server`
-PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapters"}
+PLUGIN_KEYS = {"data": "sources", "partition": "partitions", "adapter": "adapters", "head": "heads"}
 SERVER_PLUGIN_KEYS = {
     "aggregator": "aggregators", "consolidator": "consolidators", "calibrator": "calibrators", "channel": "channels"
 }  # fmt: skip

@@ -7,7 +7,7 @@ what they remember is the `State` they are handed and hand back.
 from fedsim.core.contracts.channels import Channel, Code, Parcel, require_covered
 from fedsim.core.contracts.clients import Accumulator, Follower, Objective, Seen, Statistic, TrainingStatistic, TrainStep
 from fedsim.core.contracts.data import Dataset, Partition, Source
-from fedsim.core.contracts.models import Adapter, BackboneLike, ModelLike, Slots
+from fedsim.core.contracts.models import Adapter, BackboneLike, Head, ModelLike, Slots
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
@@ -43,6 +43,7 @@ __all__ = [
     "Consolidator",
     "Dataset",
     "Follower",
+    "Head",
     "IntArray",
     "Lift",
     "ModelLike",

@@ -122,7 +122,9 @@ class Follower(Protocol):
 class Accumulator(Protocol):
     """Sees every batch of a statistics pass, after the forward."""
 
-    def update(self, features: Tensor, labels: Tensor) -> None: ...
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """features: what the last linear map of the head is given (`Head.inputs`), (b, M); labels (b,), head rows."""
+
     def result(self) -> dict[str, Tensor]:
         """Named `<form>/<subject>`; float32 on the CPU."""
         ...

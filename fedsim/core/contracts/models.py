@@ -59,8 +59,8 @@ class Adapter(Part, ABC):
     lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
     last block may leave out all tokens but that one.
     An adapter that gives "composes modules": with tensors that have a leading axis of sources, `applied` and `merged` give
-    features (b, S, D), one per source, each the same bits whatever the others are. `head.weight` (S, C, D) then makes one
-    prediction of them (`head.logits`).
+    features (b, S, D), one per source, each the same bits whatever the others are. A head that "composes heads" then
+    makes one prediction of them.
     """
 
     lean: ClassVar[bool] = False
@@ -91,11 +91,46 @@ class Adapter(Part, ABC):
         raise ModelError(f"the adapter {type(self).__module__} cannot train several clients at once: it has no method 'stacked'")
 
 
+@dataclass(frozen=True)
+class Head(Part, ABC):
+    """Logits from pooled features, as functions of its tensors, which are named `head.*` and of which `head.weight` is one.
+
+    It ends in a map of classes: `inputs` says what that is given, which is what statistics of `head.weight` (Grams, class
+    moments) are taken of. Where logits are `W inputs + b`, W = `head.weight` (C, M) and b = `head.bias` (C,), a head gives the
+    trait "an affine head": rules that merge it by Grams or train it on drawn inputs need that. Shapes: b samples, D features,
+    M inputs of the last map, C classes, K clients.
+    """
+
+    @abstractmethod
+    def init(self, num_classes: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors that are trained and sent, CPU float32. The first axis of each is classes: what holds for a class is a
+        row, which rules may weigh, keep or replace by itself."""
+
+    def fixed(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Tensors that stay as they are drawn. They do not travel: every worker draws the same from the run's seed, and they are
+        among the `params` of all methods below. Other names than those of `init`."""
+        return {}
+
+    def inputs(self, features: Tensor, params: Tensors) -> Tensor:
+        """What the last linear map is given, (…, M), from features (…, D): row by row, none depends on the others."""
+        return features
+
+    @abstractmethod
+    def logits(self, features: Tensor, params: Tensors) -> Tensor:
+        """(b, C) from (b, D)."""
+
+    @abstractmethod
+    def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
+        """`logits` of every client with its own tensors, (K, b, C): a tensor of `init` has a leading axis of clients, or is the
+        same for all of them and has none."""
+
+
 class ModelLike(Protocol):
     """What objectives and statistics see of a client's model. `adapter.*` and `head.*` are in the tensors they are given."""
 
     num_classes: int
 
     def features(self, inputs: Tensors) -> Tensor: ...
+    def head_inputs(self, features: Tensor, params: Tensors) -> Tensor: ...
     def logits(self, features: Tensor, params: Tensors) -> Tensor: ...
     def layer(self, parameter: str) -> nn.Module: ...

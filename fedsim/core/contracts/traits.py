@@ -14,6 +14,8 @@ from fedsim.core.errors import FedsimError, PluginError
 WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
     "composes modules": "makes one prediction of tensors with such an axis",
+    "composes heads": "makes one prediction of a head per client",
+    "an affine head": "logits are W inputs + b, of head.weight and head.bias",
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
