@@ -233,7 +233,7 @@ class Bundle:
         except local.StageFailed as e:
             return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
         metrics = {"loss": loss, "seconds": seconds + time.perf_counter() - start, "together": float(len(self.jobs))}
-        return ClientUpdate(job.client_id, len(shard), update, statistics, job.memory, metrics)
+        return ClientUpdate(job.client_id, len(shard), update, statistics, metrics=metrics)
 
 
 class Flat:

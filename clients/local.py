@@ -77,7 +77,7 @@ def train(
     except StageFailed as e:
         return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
     metrics["seconds"] = time.perf_counter() - start
-    return ClientUpdate(job.client_id, len(shard), update, statistics, job.memory, metrics)
+    return ClientUpdate(job.client_id, len(shard), update, statistics, metrics=metrics)
 
 
 def fit(

@@ -35,6 +35,7 @@ from fedsim.runs.results import Results
 from fedsim.watch import tracking
 from server import checkpoint, loop, planning, sampling
 from server.state import ServerState, Simulation
+from server.store import ClientStore
 
 
 def run(
@@ -92,15 +93,17 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         progress(RunDirOpened(str(run_dir.path)))
         for note in parts.notes:
             progress(Note(note))
-    with tracking.tracked(config, run_dir) as record:
-        with _wired(parts) as sim:
+    saving = 0.0  # seconds
+    opened = ClientStore(parts.manifest.num_clients, run_dir.store, run_dir.identity, state.stored, run_dir.advice)
+    with opened as store, tracking.tracked(config, run_dir) as record:
+        with _wired(parts, store) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
             for step in _steps(sim, state):
                 if isinstance(step, Kept):
                     run_dir.keep(step)
                     continue
                 if isinstance(step, ServerState):
-                    state = _keep(run_dir, step)
+                    state, saving = _keep(run_dir, store, step, saving)
                 elif progress is not None:
                     progress(step)
                 record(step)
@@ -125,10 +128,11 @@ def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
     start = time.perf_counter()
     _require_device(config)
     parts = prepare(config)
-    with _wired(parts) as sim:
+    with ClientStore(parts.manifest.num_clients) as store, _wired(parts, store) as sim:
         state = dataclasses.replace(parts.state.noting(parts.notes), seconds={"start_up": time.perf_counter() - start})
         states = (step for step in _steps(sim, state) if isinstance(step, ServerState))
         *_, state = itertools.islice(states, rounds)
+        state = dataclasses.replace(state, stored=store.stored)
     holdings = tuple(Holding(*h) for h in parts.manifest.holdings())
     return dataclasses.replace(_results(parts.config, state, parts.manifest.hash), holdings=holdings)
 
@@ -183,7 +187,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
 
 
 @contextmanager
-def _wired(parts: Prepared) -> Iterator[Simulation]:
+def _wired(parts: Prepared, store: ClientStore) -> Iterator[Simulation]:
     """The parts with a pool that runs."""
     config, manifest, spec = parts.config, parts.manifest, parts.spec
     calibrator = config.server.calibrator
@@ -201,6 +205,7 @@ def _wired(parts: Prepared) -> Iterator[Simulation]:
             test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
             shard_sizes=manifest.sizes,
             num_clients=manifest.num_clients,
+            store=store,
         )
 
 
@@ -293,14 +298,16 @@ def check_statistics(requests: Sequence[StatisticRequest]) -> None:
         configs.build("statistics", {"name": request.name, **request.options})
 
 
-def _keep(run_dir: RunDir, state: ServerState) -> ServerState:
-    """Save after a round; the time that takes is counted in the next one."""
+def _keep(run_dir: RunDir, store: ClientStore, state: ServerState, saving: float) -> tuple[ServerState, float]:
+    """Save after a round: first what clients remember, then the checkpoint that says so. What was saved, and the seconds that all
+    saving of this process has taken, of which the loop knows nothing (`saving`: before this)."""
     clock = time.perf_counter()
-    checkpoint.save(
-        run_dir.checkpoint, state, run_dir.identity, f"free space, then go on with: fedsim run --resume {run_dir.path}"
-    )
-    _results(run_dir.config, state).write_progress(run_dir)
-    return dataclasses.replace(state, seconds=state.spent("checkpoint", time.perf_counter() - clock))
+    saved = dataclasses.replace(state, stored=store.commit(), seconds=state.spent("checkpoint", saving))
+    checkpoint.save(run_dir.checkpoint, saved, run_dir.identity, run_dir.advice)
+    store.prune()
+    _results(run_dir.config, saved).write_progress(run_dir)
+    saving += time.perf_counter() - clock
+    return dataclasses.replace(saved, seconds=state.spent("checkpoint", saving)), saving
 
 
 def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> Results:
@@ -308,7 +315,7 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
     return Results(
         config,
         state.rows,
-        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds},
+        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds, **_stored(state)},
         manifest_hash=manifest_hash,
         failures=tuple(map(str, state.failures)),
         notes=state.notes,
@@ -316,6 +323,14 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
         classes=state.classes,
         drifts=state.drifts,
     )
+
+
+def _stored(state: ServerState) -> dict[str, Any]:
+    """What devices must store beside the model: how many of them, bytes of one on average, and the most of any at any time."""
+    stored = state.stored
+    if not stored.most:
+        return {}
+    return {"stored": {"clients": stored.clients, "mean": stored.bytes / max(1, stored.clients), "max": stored.most}}
 
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:

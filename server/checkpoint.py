@@ -11,7 +11,7 @@ from fedsim.core.errors import RunDirError
 from fedsim.core.files import write_atomic
 from server.state import ServerState
 
-VERSION = 3
+VERSION = 4
 
 
 def save(path: Path, state: ServerState, identity: str, advice: str = "free space") -> None:

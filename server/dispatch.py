@@ -9,7 +9,7 @@ from dataclasses import replace
 from fedsim.core.contracts import lift_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClientDone, ClientSkipped, Event
-from fedsim.core.messages import ClientJob, RoundPlan, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, Tensors
 from server import gather, sampling
 from server.gather import Gathering, Round, say
 from server.ledger import charged
@@ -33,26 +33,38 @@ def statistics_pass(
 def run_clients(
     sim: Simulation, state: ServerState, clients: Sequence[int], plan: RoundPlan, params: Tensors
 ) -> Generator[Event, None, tuple[Round, ServerState]]:
-    """Run a plan on clients, from these parameters; what came back, and the state with memories and traffic."""
+    """Run a plan on clients, from these parameters; what came back, and the state with its traffic."""
     clock = time.perf_counter()
     server = sim.config.server
     if server.drift:
         plan = replace(plan, observed=gather.observed(clients, params, plan))
-    order = sampling.longest_first(clients, sim.shard_sizes[state.task])
-    jobs = [ClientJob(c, state.task, state.round, params, plan, state.memories.get(c, {})) for c in order]
+    sizes = sim.shard_sizes[state.task]
+    order = sampling.longest_first(clients, sizes)
+    memories = [sim.store.memory(c) if plan.train and sizes[c] else {} for c in order]
+    jobs = [ClientJob(c, state.task, state.round, params, plan, memory) for c, memory in zip(order, memories, strict=True)]
     gathering = Gathering(jobs, plan, lift_of(plan, sim.aggregator, sim.calibrator), server.on_client_failure == "skip")
     for bundle in sim.pool.train(jobs):
         state = yield from say(state, bundle.notes)
-        for result in gathering.add(bundle):
+        for result in gathering.add(remembered(sim, bundle, plan)):
             if isinstance(result, ClientFailed) and server.on_client_failure == "skip":
                 yield ClientSkipped(result)
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
     round = gathering.result()
     if round.total is not None:
         round = replace(round, total=sim.chain.received(params, round.total, round.updates, state.task, state.round, plan))
-    memories = {u.client_id: u.memory for u in round.updates if u.memory}
     state = charged(sim, state, jobs, round.updates)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
-    state = replace(state, memories={**state.memories, **memories} if memories else state.memories)
     failures = (*state.failures, *sorted(gathering.failures, key=lambda f: f.client_id))
     return round, replace(state, failures=failures, seconds=spent, client_rounds=state.client_rounds + len(jobs))
+
+
+def remembered(sim: Simulation, bundle: Bundle, plan: RoundPlan) -> Bundle:
+    """The bundle without what its clients remember, which goes into the store. Training reads and writes memory: who fails, holds
+    no samples or trains nothing remembers what it did before."""
+    results = list(bundle.results)
+    for place, result in enumerate(results):
+        if isinstance(result, ClientUpdate) and result.memory is not None:
+            if plan.train and result.num_samples:
+                sim.store.remember(result.client_id, result.memory)
+            results[place] = replace(result, memory=None)
+    return replace(bundle, results=tuple(results))

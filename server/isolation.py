@@ -1,7 +1,8 @@
 """What every client would have become alone: the task vectors that unlearning subtracts (see `fedsim.unlearning`).
 
 At a task's start each client also trains by itself, from where the task starts, for as many epochs as the task's rounds have
-together. What it becomes is never merged into anything; the run keeps it on the client's behalf.
+together. What it becomes is never merged into anything; the run keeps it on the client's behalf. It begins with the client's
+memory as that is then, and leaves it as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
     excluded = set(sim.config.server.without)
     clients = [c for c in range(sim.num_clients) if sizes[c] and c not in excluded]
     yield Kept(state.task, "start", state.params)
-    jobs = [ClientJob(c, state.task, 0, state.params, plan) for c in sampling.longest_first(clients, sizes)]
+    order = sampling.longest_first(clients, sizes)
+    jobs = [ClientJob(c, state.task, 0, state.params, plan, sim.store.memory(c)) for c in order]
     failures: list[ClientFailed] = []
     done, skip = 0, sim.config.server.on_client_failure == "skip"
     for bundle in sim.pool.train(jobs):

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors, bytes_up
-from server.state import NEVER, ServerState, Simulation
+from server.state import ServerState, Simulation
 
 _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, digest): what stays is looked at once
 
@@ -46,14 +46,16 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     message = _message(jobs[0].params, past)
     for kind in (*(name.partition(".")[0] for name in jobs[0].params), "background"):
         total["down"].setdefault(kind, 0)
-    receivers = Counter(delivered.last.get(job.client_id, NEVER) for job in jobs)
+    clients = [job.client_id for job in jobs]
+    receivers = Counter(map(tuple, sim.store.last[clients].tolist()))
     for content, (kind, size) in message.items():
         count = sum(n for last, n in receivers.items() if delivered.lacked(content, last))
         total["down"][kind] += count * size
     for update in updates:
         for kind, size in bytes_up(update).items():
             total["up"][kind] = total["up"].get(kind, 0) + size
-    return replace(state, bytes=total, delivered=delivered.after(list(message), [j.client_id for j in jobs], with_past))
+    sim.store.sent(delivered.count, clients, with_past)
+    return replace(state, bytes=total, delivered=delivered.after(list(message), with_past))
 
 
 def _message(params: Tensors, past: Sequence[Tensors]) -> dict[str, tuple[str, int]]:

@@ -11,7 +11,8 @@
             merged model and repair the head that is deployed; the model is evaluated again
 
 `run` is a generator. It yields events for whoever shows progress and, after every round and every task, the whole state:
-what was yielded last is all that is needed to go on from there. It touches no file, no device and no Ray.
+what was yielded last is all that is needed to go on from there, with what `sim.store` keeps of every client. It touches no file,
+no device and no Ray.
 """
 
 from __future__ import annotations

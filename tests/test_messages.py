@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +30,7 @@ from server import sampling
 from server.consolidators.mean import Consolidator as Mean
 from server.ledger import charged, mean_loss
 from server.state import ServerState
+from server.store import ClientStore
 from tests.tiny import final_state, tiny
 
 
@@ -59,54 +63,67 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
     assert not any(t.shape == (16, 16) for n, t in update.statistics.items() if "head" not in n)  # no d x d matrix travels
 
 
+@pytest.fixture
+def sim() -> Iterator[Any]:
+    with parts() as simulation:
+        yield simulation
+
+
+@contextmanager
+def parts() -> Iterator[Any]:
+    """What the ledger looks at."""
+    with ClientStore(10**6 + 1) as store:
+        yield SimpleNamespace(consolidator=Mean(), store=store)
+
+
 def charge(
-    state: ServerState, clients: Sequence[int], params: Tensors, past: Sequence[Tensors] = (), looks: bool = False
+    sim: Any, state: ServerState, clients: Sequence[int], params: Tensors, past: Sequence[Tensors] = (), looks: bool = False
 ) -> ServerState:
     """One message to these clients in the ledger."""
     request = StatisticRequest("gram", blended=looks)
     plan = RoundPlan(statistics=(request,), background=stack_modules(past, [1.0] * len(past)) if past else {})
     state = replace(state, consolidator={"past": list(past)})
     jobs = [ClientJob(c, 0, 0, params, plan) for c in clients]
-    return charged(SimpleNamespace(consolidator=Mean()), state, jobs, [])  # type: ignore[arg-type]
+    return charged(sim, state, jobs, [])
 
 
 def empty() -> ServerState:
     return ServerState(0, 0, {}, {"past": []})
 
 
-def test_the_ledger_adds_up() -> None:
+def test_the_ledger_adds_up(sim: Any) -> None:
     params = {"adapter.x": torch.ones(3), "head.weight": torch.ones(2)}
     update = ClientUpdate(0, 4, {"head.weight": torch.zeros(2)}, {"gram.full/head.weight": torch.zeros(5)})
     jobs = [ClientJob(c, 0, 0, params, RoundPlan()) for c in (0, 1)]
-    state = charged(SimpleNamespace(consolidator=Mean()), empty(), jobs, [update, update])  # type: ignore[arg-type]
+    state = charged(sim, empty(), jobs, [update, update])
     assert state.bytes == {
         "down": {"adapter": 24, "head": 16, "background": 0}, "up": {"head": 16, "statistics": 40},
     }  # fmt: skip
 
 
-def test_what_a_client_has_is_not_sent_again() -> None:
+def test_what_a_client_has_is_not_sent_again(sim: Any) -> None:
     """Client 0 takes part in every message, 1 in the first and the third: it gets what changed in one of two rounds."""
     a, b = (
         {"adapter.a": torch.ones(10), "head.weight": torch.ones(2)},
         {"adapter.a": torch.ones(10), "head.weight": torch.zeros(2)},
     )
-    state = charge(empty(), [0, 1], a)
+    state = charge(sim, empty(), [0, 1], a)
     assert state.bytes["down"] == {"adapter": 80, "head": 16, "background": 0}
-    state = charge(state, [0], b)
+    state = charge(sim, state, [0], b)
     assert state.bytes["down"] == {"adapter": 80, "head": 24, "background": 0}
-    state = charge(state, [0, 1, 2], b)
+    state = charge(sim, state, [0, 1, 2], b)
     assert state.bytes["down"] == {"adapter": 120, "head": 40, "background": 0}
 
 
-def test_past_modules_travel_once_and_never_if_they_were_had_as_parameters() -> None:
+def test_past_modules_travel_once_and_never_if_they_were_had_as_parameters(sim: Any) -> None:
     modules = [{"adapter.a": torch.full((10,), float(t))} for t in range(3)]
-    state = charge(empty(), [0, 1], modules[0], looks=True)  # the pass at the end of the first task
-    state = charge(state, [0], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
+    state = charge(sim, empty(), [0, 1], modules[0], looks=True)  # the pass at the end of the first task
+    state = charge(sim, state, [0], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
     assert state.bytes["down"] == {"adapter": 120, "background": 0}
-    state = charge(state, [2], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
+    state = charge(sim, state, [2], {"adapter.a": torch.full((10,), 7.0)}, modules[:1], looks=True)
     assert state.bytes["down"] == {"adapter": 160, "background": 40}
-    state = charge(state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)})  # a round that looks through no past module
-    state = charge(state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)}, modules[:2], looks=True)
+    state = charge(sim, state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)})  # a round that looks through no past module
+    state = charge(sim, state, [0, 1, 2], {"adapter.a": torch.full((10,), 8.0)}, modules[:2], looks=True)
     assert state.bytes["down"] == {"adapter": 280, "background": 160}  # module 1 to all three; module 0 all had
 
 
@@ -117,28 +134,29 @@ def test_the_ledger_is_that_of_clients_that_keep_their_messages(data: st.DataObj
     names, past = ["adapter.a", "adapter.b", "head.weight"], list[Tensors]()
     values = {n: -1 - i for i, n in enumerate(names)}
     held: dict[int, tuple[set[float], set[float]]] = {}
-    state, sent, number, always = empty(), 0, 0, data.draw(st.booleans())
-    for _ in range(data.draw(st.integers(2, 9))):
-        for name in data.draw(st.sets(st.sampled_from(names))):
-            values[name] = number = number + 1
-        if data.draw(st.integers(0, 3)) == 0:  # a task ends
-            past.append({n: torch.full((4,), float(values[n])) for n in names if n.startswith("adapter.")})
-            values |= {n: number + 1 + i for i, n in enumerate(names[:2])}
-            number += 2
-        params, looks = {n: torch.full((4,), float(v)) for n, v in values.items()}, always or data.draw(st.booleans())
-        modules = past if looks else []
-        clients = sorted(data.draw(st.sets(st.integers(0, 10**6), min_size=1, max_size=3) | st.just({0, 1})))
-        message = {float(t[0]) for group in (params, *modules) for t in group.values()}
-        for client in clients:
-            latest, looking = held.get(client, (set(), set()))
-            sent += 16 * len(message - latest - looking)
-            held[client] = (message, message if looks else looking)
-        state = ServerState.from_plain(charge(state, clients, params, modules, looks).to_plain())
-    counted = sum(state.bytes["down"].values())
-    assert counted >= sent
-    if always:
-        assert counted == sent
-    assert state.delivered.last.keys() == held.keys()
+    with parts() as sim:
+        state, sent, number, always = empty(), 0, 0, data.draw(st.booleans())
+        for _ in range(data.draw(st.integers(2, 9))):
+            for name in data.draw(st.sets(st.sampled_from(names))):
+                values[name] = number = number + 1
+            if data.draw(st.integers(0, 3)) == 0:  # a task ends
+                past.append({n: torch.full((4,), float(values[n])) for n in names if n.startswith("adapter.")})
+                values |= {n: number + 1 + i for i, n in enumerate(names[:2])}
+                number += 2
+            params, looks = {n: torch.full((4,), float(v)) for n, v in values.items()}, always or data.draw(st.booleans())
+            modules = past if looks else []
+            clients = sorted(data.draw(st.sets(st.integers(0, 10**6), min_size=1, max_size=3) | st.just({0, 1})))
+            message = {float(t[0]) for group in (params, *modules) for t in group.values()}
+            for client in clients:
+                latest, looking = held.get(client, (set(), set()))
+                sent += 16 * len(message - latest - looking)
+                held[client] = (message, message if looks else looking)
+            state = ServerState.from_plain(charge(sim, state, clients, params, modules, looks).to_plain())
+        counted = sum(state.bytes["down"].values())
+        assert counted >= sent
+        if always:
+            assert counted == sent
+        assert set(np.flatnonzero(sim.store.last[:, 0] >= 0)) == held.keys()
 
 
 def test_what_a_lorm_run_sends_down(tmp_path: Path) -> None:

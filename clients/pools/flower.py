@@ -182,7 +182,7 @@ def update_to_record(update: ClientUpdate) -> RecordDict:
             "update": ConfigRecord({"kind": "update", "client-id": update.client_id, "num-examples": update.num_samples}),
             "params": tensors_to_arrays(update.params),
             "statistics": tensors_to_arrays(update.statistics),
-            "memory": tensors_to_arrays(update.memory),
+            **({} if update.memory is None else {"memory": tensors_to_arrays(update.memory)}),
             "metrics": MetricRecord(dict(update.metrics)),
             "encoded": ConfigRecord(dict(update.encoded)),
         }
@@ -197,7 +197,7 @@ def record_to_update(record: RecordDict) -> ClientUpdate:
         num_samples=_int(numbers["num-examples"]),
         params=_tensors(record, "params"),
         statistics=_tensors(record, "statistics"),
-        memory=_tensors(record, "memory"),
+        memory=_tensors(record, "memory") if "memory" in record.array_records else None,
         metrics={name: value for name, value in record.metric_records["metrics"].items() if not isinstance(value, list)},
         encoded={name: _int(size) for name, size in record.config_records["encoded"].items()},
     )

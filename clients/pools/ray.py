@@ -107,17 +107,22 @@ class Pool(contracts.Pool):
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         shared = _Broadcasts()
         cut = list(_bundles.bundles(jobs, self._size, self._spec.config.runtime.fused))
-        messages = []
-        for start, bundle in cut:
-            light = [replace(job, params={}, plan=NO_PLAN) for job in bundle]
-            messages.append((shared.put(bundle[0].params, bundle[0].plan), start, light))
-        for bundle in self._run("train", messages, lambda i: _describe(cut[i][1])):
+
+        def message(number: int) -> tuple[Any, ...]:
+            start, bundle = cut[number]
+            light = [replace(job, params={}, plan=NO_PLAN, memory=to_numpy(job.memory)) for job in bundle]  # type: ignore[arg-type]
+            return shared.put(bundle[0].params, bundle[0].plan), start, light
+
+        for bundle in self._run("train", len(cut), message, lambda i: _describe(cut[i][1])):
             yield with_tensors(bundle, to_tensors, lasting=copied)
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         shared = _Broadcasts()
-        messages = [(shared.put(job.params, NO_PLAN), replace(job, params={})) for job in jobs]
-        yield from self._run("evaluate", messages, lambda i: f"evaluation of task {jobs[i].task}")
+
+        def message(number: int) -> tuple[Any, ...]:
+            return shared.put(jobs[number].params, NO_PLAN), replace(jobs[number], params={})
+
+        yield from self._run("evaluate", len(jobs), message, lambda i: f"evaluation of task {jobs[i].task}")
 
     def close(self) -> None:
         for slot in self._slots:
@@ -137,15 +142,18 @@ class Pool(contracts.Pool):
         actor = self._actor_class.options(**options).remote(ROOT, ours_first(), self.worker, [self._spec_ref])
         return _Slot(actor, actor.pid.remote(), actor.load.remote())
 
-    def _run(self, method: str, messages: Sequence[Any], describe: Callable[[int], str]) -> Iterator[Any]:
-        """Hand out messages in order, `IN_FLIGHT` to a worker, and yield what comes back as it comes."""
-        waiting = deque(range(len(messages)))
-        deaths = [0] * len(messages)
+    def _run(
+        self, method: str, count: int, message: Callable[[int], tuple[Any, ...]], describe: Callable[[int], str]
+    ) -> Iterator[Any]:
+        """Hand out so many messages in order, `IN_FLIGHT` to a worker, and yield what comes back as it comes. A message is made
+        when it goes out: what clients remember is read no sooner."""
+        waiting = deque(range(count))
+        deaths = [0] * count
         running: dict[Any, _Running] = {}
         while waiting or running:
             while waiting and (free := self._free_slot()):
                 number = waiting.popleft()
-                shared, *rest = messages[number]
+                shared, *rest = message(number)
                 content = None if free.told == shared.number else shared.content  # once per worker and round
                 free.told = shared.number
                 ref = getattr(free.actor, method).remote(shared.number, content, *rest)
@@ -274,11 +282,12 @@ def _worker_class() -> type[Any]:
         def train(self, number: int, content: list[Any] | None, start: int, jobs: list[Any]) -> Any:
             from dataclasses import replace
 
-            from clients.pools.ray import to_numpy, with_tensors
+            from clients.pools.ray import copied, to_numpy, with_tensors
 
             params, plan = self._fetch(number, content)
             with self.defaults():
-                bundle = self.worker.train(start, [replace(job, params=params, plan=plan) for job in jobs])
+                given = [replace(job, params=params, plan=plan, memory=copied(job.memory)) for job in jobs]
+                bundle = self.worker.train(start, given)
             return with_tensors(bundle, to_numpy)
 
         def evaluate(self, number: int, content: list[Any] | None, job: Any) -> Any:
@@ -328,7 +337,7 @@ def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[
         if isinstance(r, ClientFailed):
             return r
         params = lasting(r.params) if summed else form(r.params)
-        return replace(r, params=params, statistics=form(r.statistics), memory=lasting(r.memory))
+        return replace(r, params=params, statistics=form(r.statistics), memory=None if r.memory is None else lasting(r.memory))
 
     total = None if bundle.total is None else form(bundle.total)
     return replace(bundle, results=tuple(map(changed, bundle.results)), total=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from clients.pools._bundles import bundles
@@ -26,8 +27,9 @@ class Pool(contracts.Pool):
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         for start, some in bundles(jobs, len(jobs), self._fused):
+            loaded = [replace(job, memory=dict(job.memory.items())) for job in some]  # read when a client goes out, not before
             with torch_defaults(self._threads):
-                bundle = self._worker.train(start, some)
+                bundle = self._worker.train(start, loaded)
             yield bundle
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:

@@ -13,6 +13,7 @@ from fedsim.core.contracts import ArraySplit, Pool
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from server.state import Simulation
+from server.store import ClientStore
 
 
 class Idle(Worker):
@@ -45,4 +46,5 @@ def simulation(config: SimConfig, pool: Pool, registered: int) -> Simulation:
         test_sizes=(0,),
         shard_sizes=np.ones((1, registered), np.int64),
         num_clients=registered,
+        store=ClientStore(registered),
     )

@@ -77,6 +77,8 @@ class ClientJob:
 class ClientUpdate:
     """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory.
 
+    memory: what the client remembers from now on, and is handed when it trains next; None: what it did before. So it is, whatever
+    stands here, for a client without samples and in a pass for statistics. It never travels: the run keeps it (`server.store`).
     sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
     encoded: bytes of tensors that a channel has encoded, by name; the others travel as they are.
     """
@@ -85,7 +87,7 @@ class ClientUpdate:
     num_samples: int
     params: Tensors
     statistics: Tensors = field(default_factory=dict)
-    memory: Tensors = field(default_factory=dict)
+    memory: Tensors | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": mean of the last epoch, "seconds": ...}
     sent: Mapping[str, int] | None = None
     encoded: Mapping[str, int] = field(default_factory=dict)

@@ -79,12 +79,13 @@ class Chain:
             memory |= {f"{prefix}{n}": t for n, t in own.items()}
         params = {n: t if parcel.delta[n] is delta[n] else _moved(start[n], parcel.delta[n]) for n, t in update.params.items()}
         require_finite(params | dict(parcel.statistics), "on the wire, tensor")
-        others = {n: t for n, t in (update.memory or job.memory).items() if not n.startswith(MEMORY)}
+        learned = job.memory if update.memory is None else update.memory
+        others = {n: t for n, t in learned.items() if not n.startswith(MEMORY)}
         return replace(
             update,
             params=params,
             statistics=parcel.statistics,
-            memory=others | memory if moved or update.memory else {},
+            memory=None if update.memory is None and not moved else others | memory,
             encoded={n: code.num_bytes for n, code in parcel.codes.items()},
         )
 

@@ -8,18 +8,19 @@
     rounds.csv         raw counts and percent, one row per (task trained, round, task tested)
     classes.csv        raw counts per class at every task's end
     drift.csv          how far the clients of a round went from what they received, and from each other
-    costs.json         bytes by direction and kind of object, seconds by phase, client rounds
+    costs.json         bytes by direction and kind of object, seconds by phase, client rounds, what a client stores (if anything)
     failures.json      clients that were skipped, if any
     notes.json         lines that whoever reads the numbers has to know, if any
     data.json          where the data lie now, if they have moved since the run began
-    checkpoint.pt      the whole state after the last round
+    checkpoint.pt      the whole state after the last round, but for
+    clients.sqlite     what is kept of every client (see `server.store`); beside it, while a run writes, clients.sqlite-wal
     vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself
     unlearned/         what `fedsim unlearn` wrote
     tracking.json      the run's id to its trackers, if any; they may keep folders of their own here (tensorboard/, wandb/)
     accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
     status.json        running | finished, and the identity of the config
 
-Every file is replaced as a whole, so that a run that is killed leaves the last full round.
+Every file is replaced as a whole (clients.sqlite by transactions), so that a run that is killed leaves the last full round.
 """
 
 from __future__ import annotations
@@ -171,13 +172,18 @@ class RunDir:
         """The file that holds the state after the last round."""
         return self.path / "checkpoint.pt"
 
+    @property
+    def store(self) -> Path:
+        """The file that holds what is kept of every client."""
+        return self.path / "clients.sqlite"
+
     def write_start(self, manifest: SavesItself, data: configs.Section | None = None) -> None:
         """Write what is known before training. On a resumed run: check the split, and note the environment once more, and that
         the data came from the section `data` if that is not where they lay before.
 
         Raises RunDirError when a resumed run's data give another split than it began with.
         """
-        with storage_errors(self.path, self._advice):
+        with storage_errors(self.path, self.advice):
             remove_leftovers(self.path)
         if (self.path / "status.json").is_file():
             if self.manifest_hash != manifest.hash:
@@ -189,10 +195,10 @@ class RunDir:
                 self.write_json("data.json", data)
             return
         self.write("config.yaml", self._copy_plugins().to_yaml())
-        with storage_errors(self.path / "manifest.json", self._advice):
+        with storage_errors(self.path / "manifest.json", self.advice):
             manifest.save(self.path / "manifest.json")
         columns = [f.name for f in dataclasses.fields(Holding)]
-        write_atomic(self.path / "partition.csv", csv_bytes(columns, manifest.holdings()), self._advice)
+        write_atomic(self.path / "partition.csv", csv_bytes(columns, manifest.holdings()), self.advice)
         self.write_json("environment.json", environment())
         self.write_status("running", manifest.hash)
 
@@ -201,20 +207,21 @@ class RunDir:
         from safetensors.torch import save
 
         path = self.vectors(kept.task, kept.name)
-        with storage_errors(path.parent, self._advice):
+        with storage_errors(path.parent, self.advice):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({n: t.contiguous() for n, t in kept.tensors.items()}), self._advice)
+        write_atomic(path, save({n: t.contiguous() for n, t in kept.tensors.items()}), self.advice)
 
     def vectors(self, task: int, name: str) -> Path:
         """The file of `events.Kept`."""
         return self.path / "vectors" / f"task-{task}" / f"{name}.safetensors"
 
     @property
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """What is said where the disk is full."""
         return f"free space, then go on with: fedsim run --resume {self.path}"
 
     def write(self, name: str, text: str) -> None:
-        write_atomic(self.path / name, text.encode(), self._advice)
+        write_atomic(self.path / name, text.encode(), self.advice)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=2) + "\n")
@@ -242,15 +249,15 @@ class RunDir:
         config = self.config
         for number, source in enumerate(config.user_files()):
             copy = self.path / "plugins" / (Path(source).name if number == 0 else f"{Path(source).stem}_{number}.py")
-            with storage_errors(copy, self._advice):
+            with storage_errors(copy, self.advice):
                 copy.parent.mkdir(exist_ok=True)
-            write_atomic(copy, Path(source).read_bytes(), self._advice)
+            write_atomic(copy, Path(source).read_bytes(), self.advice)
             config = _renamed(config, source, f"./plugins/{copy.name}")
         if config.manifest is not None and Path(config.manifest).is_file():  # its bytes are part of the identity
             copy = self.path / "plugins" / "manifest.json"
-            with storage_errors(copy, self._advice):
+            with storage_errors(copy, self.advice):
                 copy.parent.mkdir(exist_ok=True)
-            write_atomic(copy, Path(config.manifest).read_bytes(), self._advice)
+            write_atomic(copy, Path(config.manifest).read_bytes(), self.advice)
             config = dataclasses.replace(config, manifest="./plugins/manifest.json")
         return config
 

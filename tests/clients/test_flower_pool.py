@@ -107,7 +107,7 @@ updates = st.builds(
     num_samples=small,
     params=tensors(),
     statistics=tensors(),
-    memory=tensors(),
+    memory=st.none() | tensors(),
     metrics=st.dictionaries(st.text(max_size=8), st.floats(), max_size=3),
 )
 
