@@ -202,4 +202,9 @@ def _table(verdicts: Mapping[Mix, str | None], rows: str, columns: str, reasons:
 def _reason(told: Sequence[str], *names: str) -> str:
     """Of what was said, that which names most of these parts, and of that what was said most often."""
     counts = Counter(re.sub(r"adapter\.layers[\w.]*", "adapter.…", reason) for reason in told)
-    return max(counts, key=lambda reason: (sum(name in reason for name in names), counts[reason]), default="")
+    return max(counts, key=lambda reason: (sum(_names(reason, name) for name in names), counts[reason]), default="")
+
+
+def _names(reason: str, name: str) -> bool:
+    """Whether a reason speaks of this part, and not of one whose name holds this one's ("mean" in "nearest_mean")."""
+    return re.search(rf"\b{re.escape(name)}\b", reason) is not None

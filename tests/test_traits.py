@@ -213,7 +213,7 @@ def test_a_plugin_of_the_users_own_gives_what_ours_need(tmp_path: Path) -> None:
             "class Consolidator(compose.Consolidator):\n"
             f"    @property\n    def traits(self): return {text}\n"
         )
-    collect = ("adapter=apt", "server.rounds=1", "server.aggregator=collect")
+    collect = ("adapter=apt", "head=mixture", "server.rounds=1", "server.aggregator=collect")
     prepare(tiny(*collect, f"server.consolidator={tmp_path / 'keeper.py'}"))
     with pytest.raises(ConfigError, match=r"collect hands on .* which consolidator \S+other\.py cannot keep"):
         prepare(tiny(*collect, f"server.consolidator={tmp_path / 'other.py'}"))
