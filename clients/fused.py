@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from clients import local, optim
-from clients.samples import Samples
-from fedsim.core import contracts, rng
-from fedsim.core.config import ClientConfig, SimConfig
-from fedsim.core.contracts import IntArray, Slots, TrainStep
+from clients.learning import Learning, asked_for
+from clients.work import Work
+from fedsim.core import contracts
+from fedsim.core.config import ClientConfig
+from fedsim.core.contracts import IntArray, Outputs, Slots
 from fedsim.core.errors import ClientFailed, ModelError, one_line
-from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
-from fedsim.core.tensors import matching, require_finite
+from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.tensors import require_finite
 from fedsim.models.logits import masked_cross_entropies
 from fedsim.models.model import Model
 
@@ -37,15 +38,17 @@ CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 _fitting: WeakKeyDictionary[Model, int] = WeakKeyDictionary()  # most clients that went through a model after memory ran out
 
 
-def obstacle(model: Model) -> str | None:
-    """Why clients cannot be trained together with this model; None if they can."""
+def obstacle(work: Work) -> str | None:
+    """Why clients cannot be trained together with this model and these learners; None if they can."""
+    model = work.model
     if type(model.adapter).stacked is contracts.Adapter.stacked:
         return f"the adapter {type(model.adapter).__module__} has no method 'stacked'"
     for name, module in model.backbone.encoder.named_modules():
         mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
         if mixes:
             return f"layer '{name}' of the backbone normalises over the batch, so clients would see each other's samples"
-    return None
+    learners = {**work.learners, **asked_for(work.plan, list(work.job.params))}
+    return next((f"learner {name}: {learner.alone}" for name, learner in learners.items() if learner.alone), None)
 
 
 def bundles(steps: Sequence[int], most: int) -> list[list[int]]:
@@ -60,45 +63,31 @@ def bundles(steps: Sequence[int], most: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.array(order), math.ceil(len(order) / most))]
 
 
-def train(
-    model: Model,
-    samples: Samples,
-    shards: Sequence[IntArray],
-    classes: Sequence[int],
-    jobs: Sequence[ClientJob],
-    config: SimConfig,
-    objectives: Sequence[contracts.Objective] = (),
-    tell: Callable[[str], None] = lambda note: None,
-) -> list[ClientUpdate | ClientFailed]:
-    """What `local.train` gives for every job and its shard, in the order of the jobs, up to rounding.
+def train(works: Sequence[Work], tell: Callable[[str], None] = lambda note: None) -> list[ClientUpdate | ClientFailed]:
+    """What `local.train` gives for every piece of work, in their order, up to rounding.
 
-    All jobs are of one task and round, so they have the same `params` and `plan`. As many clients train together as fit: when
-    the device's memory runs out, the bundle is halved and trained again, down to one by one, and later bundles start at what
+    All are of one model, task and round: their jobs have the same `params` and `plan`. As many clients train together as fit:
+    when the device's memory runs out, the bundle is halved and trained again, down to one by one, and later bundles start at what
     did fit. Whatever else goes wrong in a bundle is left to `local.train`, which says which client it was. The metric
     `together` is the number of clients that an update was trained with; `tell` is told why clients were not trained together.
     """
-    if not jobs:
+    if not works:
         return []
-    first, results = jobs[0], dict[int, ClientUpdate | ClientFailed]()
-    if any(job.params is not first.params or job.plan is not first.plan for job in jobs):
+    first, results = works[0], dict[int, ClientUpdate | ClientFailed]()
+    if any(work.job.params is not first.job.params or work.plan is not first.plan for work in works):
         raise ValueError("clients that train together start from the same tensors and have the same plan")
-    longer = local.repeated(config, first.plan)
-    trained = bool(matching(first.params, first.plan.train))
-    followed = next((r.name for r in first.plan.statistics if local.follows(r)), None)
-    apart = obstacle(model) if followed is None else f"the statistic {followed} follows the training of each"
-    if apart is not None and trained and len(jobs) > 1:
+    model, apart = first.model, obstacle(first)
+    if apart is not None and first.trained and len(works) > 1:
         tell(f"clients are trained one by one, whatever runtime.fused says: {apart}")
-    working = [k for k in range(len(jobs)) if len(shards[k])] if trained and apart is None else []
-    steps = [num_steps(shards[k], longer.client) for k in working]
-    queue = [[working[k] for k in part] for part in bundles(steps, _fitting.get(model, len(jobs)))]
+    working = [k for k, work in enumerate(works) if work.steps] if apart is None else []
+    queue = [[working[k] for k in part] for part in bundles([works[k].steps for k in working], _fitting.get(model, len(works)))]
     while queue:
         places = queue.pop(0)
         if len(places) == 1:
             continue
-        own_shards, own_jobs, short_of_memory = [shards[k] for k in places], [jobs[k] for k in places], False
+        own, short_of_memory = [works[k] for k in places], False
         try:
-            updates = Bundle(model, samples, own_shards, classes, own_jobs, longer, objectives).train()
-            results |= zip(places, updates, strict=True)
+            results |= zip(places, Together(own).train(), strict=True)
         except torch.OutOfMemoryError:
             short_of_memory = True  # acted upon below, where the error no longer holds on to what it ran out with
         except Exception as e:
@@ -111,37 +100,25 @@ def train(
             _fitting[model] = half
             tell(f"memory is short for {len(places)} clients at once: fewer train together, which moves their last digits")
             queue[:0] = [places[:half], places[half:]]
-    for k, job in enumerate(jobs):
+    for k, work in enumerate(works):
         if k not in results:
-            results[k] = local.train(model, samples, shards[k], classes, job, config, objectives)
-    return [results[k] for k in range(len(jobs))]
+            results[k] = local.train(work)
+    return [results[k] for k in range(len(works))]
 
 
-def num_steps(shard: IntArray, client: ClientConfig) -> int:
-    """Optimizer steps of one client's round."""
-    return client.epochs * math.ceil(len(shard) / client.batch_size)
-
-
-class Bundle:
+class Together:
     """Clients that train together, longest first, so that those still training are always the first ones."""
 
-    def __init__(
-        self,
-        model: Model,
-        samples: Samples,
-        shards: Sequence[IntArray],
-        classes: Sequence[int],
-        jobs: Sequence[ClientJob],
-        config: SimConfig,
-        objectives: Sequence[contracts.Objective],
-    ) -> None:
-        self.model, self.samples, self.classes, self.config, self.objectives = model, samples, classes, config, objectives
-        self.shards, self.jobs = shards, jobs
-        self.steps = [num_steps(shard, config.client) for shard in shards]
-        self.params = {n: t.to(model.device) for n, t in jobs[0].params.items()}
-        self.trained = matching(self.params, jobs[0].plan.train)
-        by_group = sorted(self.trained, key=lambda n: optim.group_of(config.client, n))
-        self.flat = Flat({n: self.params[n] for n in by_group}, len(jobs))
+    def __init__(self, works: Sequence[Work]) -> None:
+        first = works[0]
+        self.works, self.model, self.samples, self.params = works, first.model, first.samples, first.params
+        self.client, self.classes, self.trained = first.config.client, first.classes, first.trained
+        self.steps = [work.steps for work in works]
+        by_group = sorted(self.trained, key=lambda n: optim.group_of(self.client, n))
+        self.flat = Flat({n: self.params[n] for n in by_group}, len(works))
+        self.learning = [Learning(work) for work in works]
+        self.looks, self.replaces, self.corrects = (getattr(self.learning[0], what) for what in ("looks", "replaces", "corrects"))
+        self.augment = [work.draw("augment", self.model.device) for work in works]
 
     def train(self) -> list[ClientUpdate | ClientFailed]:
         """Every client's update, in their order. A client with numbers that are not finite fails alone."""
@@ -153,87 +130,136 @@ class Bundle:
 
     def fit(self) -> Tensor:
         """Train `flat` in place; every client's loss at every one of its steps, (K, S)."""
-        client, seed = self.config.client, self.config.seed
-        addresses = [(job.client_id, job.task, job.round) for job in self.jobs]
-        batches = [self._batches(rng.stream(seed, "batches", *a), shard) for a, shard in zip(addresses, self.shards, strict=True)]
-        augment = [rng.torch_stream(seed, "augment", *a, device=self.model.device) for a in addresses]
-        dropout = [rng.torch_stream(seed, "dropout", *a, device=self.model.device) for a in addresses]
-        optimizers = optimizers_of(client, self.flat, self.steps)
-        losses_KS = self.flat.values_KP.new_zeros(len(self.jobs), self.steps[0])
+        batches = [work.batches() for work in self.works]
+        dropout = [work.draw("dropout", self.model.device) for work in self.works]
+        optimizers = optimizers_of(self.client, self.flat, self.steps)
+        losses_KS = self.flat.values_KP.new_zeros(len(self.works), self.steps[0])
         done = 0
         for end in sorted(set(self.steps)):  # until then the same clients train
             active = sum(s >= end for s in self.steps)
             leaves = self.flat.leaves(active)
-            slots = Slots(0, (), dropout=dropout[:active])
-            with local.beside(self.model, self.jobs[0].plan), self.model.stacked(self.params | leaves, slots):
+            step_of = _Step(self, leaves, Slots(0, (), dropout=dropout[:active]))
+            with step_of.frame:
                 for step in range(done, end):
-                    losses_K = self._losses([next(b) for b in batches[:active]], slots, augment, leaves)
+                    losses_K = step_of.losses([next(b) for b in batches[:active]])
                     losses_KS[:active, step] = losses_K.detach()
                     gradient_aP = self.flat.gradient(losses_K.sum(), leaves)
-                    if client.clip_norm is not None:
-                        norms_a1 = torch.linalg.vector_norm(gradient_aP, dim=1, keepdim=True)
-                        gradient_aP.mul_((client.clip_norm / (norms_a1 + CLIP_EPS)).clamp(max=1))
-                    for optimizer in optimizers:
-                        optimizer.step(gradient_aP)
+                    self._step(optimizers, gradient_aP)
             done = end
         return losses_KS
 
-    def _batches(self, order: np.random.Generator, shard: IntArray) -> Iterator[IntArray]:
-        for _ in range(self.config.client.epochs):
-            yield from local.batches(order.permutation(shard), self.config.client.batch_size)
-
-    def _losses(
-        self, positions: Sequence[IntArray], slots: Slots, augment: Sequence[torch.Generator], leaves: dict[str, Tensor]
-    ) -> Tensor:
-        """Each client's loss on its own batch, (a,). A short batch is filled with samples of its client, which do not count."""
-        slots.rows = [len(p) for p in positions]
-        slots.width = max(slots.rows)
-        slots_ab = np.concatenate([np.resize(p, slots.width) for p in positions])
-        inputs, labels = self.samples.batch(slots_ab)
-        features = self.model.stacked_features(inputs, slots, augment)
-        logits_abC = self.model.stacked_logits(features.view(len(positions), slots.width, -1), self.params | leaves)
-        if not self.objectives:
-            return self._cross_entropies(logits_abC, labels, slots)
-        start = {n: self.params[n] for n in self.trained}
-        parts = {n: t.unbind() for n, t in leaves.items()}
-        labels_ab = labels.view(len(positions), -1)
-        extra = []
-        for k, rows in enumerate(slots.rows):
-            own = {n: parts[n][k] for n in self.trained}
-            step = TrainStep(own, start, logits_abC[k, :rows], labels_ab[k, :rows], self.classes)
-            extra.append(torch.stack([objective.term(step) for objective in self.objectives]).sum())
-        if local.replaced(self.objectives):
-            return torch.stack(extra)
-        return self._cross_entropies(logits_abC, labels, slots) + torch.stack(extra)
-
-    def _cross_entropies(self, logits_abC: Tensor, labels: Tensor, slots: Slots) -> Tensor:
-        """Each client's mean over its own samples, (a,)."""
-        clients, width, _ = logits_abC.shape
-        terms_ab = masked_cross_entropies(logits_abC.flatten(0, 1), labels, self.classes).view(clients, width)
-        if min(slots.rows) == width:
-            return terms_ab.mean(dim=1)
-        rows_a1 = torch.tensor(slots.rows, device=terms_ab.device)[:, None]
-        counted_ab = torch.arange(width, device=terms_ab.device) < rows_a1
-        return (torch.where(counted_ab, terms_ab, 0) / rows_a1).sum(dim=1)
+    def _step(self, optimizers: Sequence[Cohort], gradient_aP: Tensor) -> None:
+        """Corrections, clipping and optimizer, every client by itself."""
+        active = self.learning[: len(gradient_aP)]
+        own = [self.flat.of(k, self.flat.values_KP) for k in range(len(active))] if self.learning[0].follows else []
+        for k, tensors in enumerate(own if self.corrects else []):
+            gradients = self.flat.of(k, gradient_aP)
+            for name, new in active[k].corrected(gradients, tensors).items():
+                if new is not gradients[name]:
+                    gradients[name].copy_(new)
+        if self.client.clip_norm is not None:
+            norms_a1 = torch.linalg.vector_norm(gradient_aP, dim=1, keepdim=True)
+            gradient_aP.mul_((self.client.clip_norm / (norms_a1 + CLIP_EPS)).clamp(max=1))
+        for optimizer in optimizers:
+            optimizer.step(gradient_aP)
+        for k, tensors in enumerate(own):
+            active[k].stepped(tensors)
 
     def _finished(self, k: int, losses_S: Tensor, updates_KP: Tensor, seconds: float) -> ClientUpdate | ClientFailed:
         start = time.perf_counter()
-        job, shard, plan = self.jobs[k], self.shards[k], self.jobs[k].plan
+        work = self.works[k]
+        job, shard = work.job, work.shard
         try:
             with local.stage("training"):
-                loss = local.last_epoch(losses_S[: self.steps[k]], self.config.client.epochs)
+                loss = local.last_epoch(losses_S[: self.steps[k]], work.epochs)
             with local.stage("update"):
                 own = self.flat.of(k, updates_KP)
                 update = {n: own[n].clone() for n in self.trained}  # a view would travel with all the rest
                 require_finite(update, "trained tensor")
             with local.stage("statistics"):
-                own = self.params | self.flat.of(k, self.flat.values_KP)
-                statistics = local.collect(self.model, self.samples, shard, own, plan, self.config.runtime.eval_batch)
+                own = {**self.params, **self.flat.of(k, self.flat.values_KP)}
+                memory, statistics = self.learning[k].end(own)
+                statistics = {**statistics, **local.collect(work, own)}
                 require_finite(statistics, "statistic")
         except local.StageFailed as e:
             return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
-        metrics = {"loss": loss, "seconds": seconds + time.perf_counter() - start, "together": float(len(self.jobs))}
-        return ClientUpdate(job.client_id, len(shard), update, statistics, metrics=metrics)
+        metrics = {"loss": loss, "seconds": seconds + time.perf_counter() - start, "together": float(len(self.works))}
+        return ClientUpdate(job.client_id, len(shard), update, statistics, memory, metrics)
+
+
+class _Step:
+    """The losses of clients that train together, step by step: the first `a` of a bundle, from the same leaves."""
+
+    def __init__(self, bundle: Together, leaves: dict[str, Tensor], slots: Slots) -> None:
+        self.bundle, self.leaves, self.slots, model = bundle, leaves, slots, bundle.model
+        self.params = {**bundle.params, **leaves}
+        work = bundle.works[0]
+        self.frame = local.Frame(lambda: local.beside(model, work), lambda: model.stacked(self.params, slots))
+        self._inputs: Tensors = {}
+        self._drawn: list[Tensor] | None = None
+        self._common: dict[int, Outputs] = {}  # what the context's tensors make of all clients' samples
+
+    def losses(self, own: Sequence[IntArray]) -> Tensor:
+        """Each client's loss on its own batch, (a,). A short batch is filled with samples of its client, which do not count."""
+        bundle, slots = self.bundle, self.slots
+        positions = [learning.joined(p) for learning, p in zip(bundle.learning, own, strict=False)]
+        slots.rows = [len(p) for p in positions]
+        slots.width = max(slots.rows)
+        self._inputs, labels = bundle.samples.batch(np.concatenate([np.resize(p, slots.width) for p in positions]))
+        looked = bundle.looks and bundle.model.augments
+        self._drawn = [g.get_state() for g in bundle.augment[: len(own)]] if looked else None
+        self._common = {}
+        features = bundle.model.stacked_features(self._inputs, slots, bundle.augment)
+        features_abD = features.view(len(own), slots.width, -1)
+        logits_abC = bundle.model.stacked_logits(features_abD, self.params)
+        labels_ab = labels.view(len(own), -1)
+        losses = [] if bundle.replaces else [self._cross_entropies(logits_abC, labels_ab, [len(p) for p in own])]
+        if bundle.looks:
+            outputs = Outputs(features_abD, logits_abC)
+            losses.append(torch.stack([self._terms(k, positions[k], labels_ab, outputs) for k in range(len(own))]))
+        return sum(losses[1:], losses[0])
+
+    def _terms(self, k: int, positions: IntArray, labels_ab: Tensor, outputs: Outputs) -> Tensor:
+        """What client k's learners add to its loss."""
+        rows, bundle = self.slots.rows[k], self.bundle
+        own = {n: t[k] for n, t in self.leaves.items()}
+        own = {n: own[n] for n in bundle.trained}
+        inputs = {n: t.view(len(self.slots.rows), -1, *t.shape[1:])[k, :rows] for n, t in self._inputs.items()}
+        mine = Outputs(*(t[k, :rows] for t in outputs))
+        terms = bundle.learning[k].terms(inputs, positions, labels_ab[k, :rows], mine, own, lambda params: self._other(k, params))
+        return torch.stack(terms).sum() if terms else outputs.logits.new_zeros(())
+
+    def _other(self, k: int, params: Tensors) -> Outputs:
+        """Other tensors on client k's rows: in one pass for all clients where it is a context's, which is the same for all."""
+        rows, width, model = self.slots.rows[k], self.slots.width, self.bundle.model
+        if any(params is told for told in self.bundle.works[0].received.context.values()):
+            if id(params) not in self._common:
+                self._common[id(params)] = local.through(model, self.frame, params, self._features)
+            common = self._common[id(params)]
+            return Outputs(*(t[k * width : k * width + rows] for t in common))
+        own = {n: t[k * width : k * width + rows] for n, t in self._inputs.items()}
+        drawn = None if self._drawn is None else self._drawn[k]
+        return local.through(model, self.frame, params, lambda: model.features(own, local.redrawn(model, drawn), lean=True))
+
+    def _features(self) -> Tensor:
+        """Of the whole batch, augmented as before."""
+        model, drawn = self.bundle.model, self._drawn
+        again = [torch.Generator(model.device) for _ in drawn] if drawn is not None else []
+        for generator, state in zip(again, drawn or (), strict=True):
+            generator.set_state(state)
+        return model.stacked_features(self._inputs, self.slots, again)
+
+    def _cross_entropies(self, logits_abC: Tensor, labels_ab: Tensor, own: Sequence[int]) -> Tensor:
+        """Each client's mean over its own samples, (a,): the first rows of its slot."""
+        clients, width, _ = logits_abC.shape
+        if min(own) == width:
+            terms_ab = masked_cross_entropies(logits_abC.flatten(0, 1), labels_ab.flatten(), self.bundle.classes)
+            return terms_ab.view(clients, width).mean(dim=1)
+        rows_a1 = torch.tensor(own, device=logits_abC.device)[:, None]
+        counted_ab = torch.arange(width, device=logits_abC.device) < rows_a1
+        labels_ab = torch.where(counted_ab, labels_ab, labels_ab[:, :1])  # a replayed label may be none of the task's
+        terms_ab = masked_cross_entropies(logits_abC.flatten(0, 1), labels_ab.flatten(), self.bundle.classes).view(clients, width)
+        return (torch.where(counted_ab, terms_ab, 0) / rows_a1).sum(dim=1)
 
 
 class Flat:

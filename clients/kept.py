@@ -44,9 +44,16 @@ class Lower:
         return self.states.nbytes + 2 * self.positions.nbytes + self.order.nbytes
 
     def features(self, model: Model, inputs: Tensors, positions: IntArray, lean: bool = False) -> Tensor:
-        """`model.features` of the batch at these positions of the split, all of them in the shard."""
-        rows = self.order[np.searchsorted(self.positions, positions, sorter=self.order)]
-        states = self.states[torch.from_numpy(rows).to(self.states.device)]
+        """`model.features` of the batch at these positions of the split. What is not of the shard (replayed samples) goes through
+        the lower blocks anew."""
+        place = np.searchsorted(self.positions, positions, sorter=self.order).clip(max=len(self.order) - 1)
+        rows, device = self.order[place], self.states.device
+        states = self.states[torch.from_numpy(rows).to(device)]
+        foreign = np.flatnonzero(self.positions[rows] != positions)
+        if len(foreign):
+            index = torch.from_numpy(foreign).to(device)
+            new = model.lower_states({n: t[index] for n, t in inputs.items()}, self.count)
+            states = _as_long(states, new).index_copy(0, index, _as_long(new, states))
         return model.upper_features(inputs, states, self.count, lean)
 
     def serves(self, model: Model, params: Tensors) -> bool:
@@ -73,6 +80,12 @@ class Kept:
         self._size += lower.nbytes
         while self._size > self.limit:
             self._size -= self._found.popitem(last=False)[1].nbytes
+
+
+def _as_long(states: Tensor, others: Tensor) -> Tensor:
+    """States of texts (n, L, D) with at least as many tokens as the others have; features (n, D) as they are."""
+    missing = others.shape[1] - states.shape[1] if states.dim() == 3 else 0
+    return F.pad(states, (0, 0, 0, missing)) if missing > 0 else states
 
 
 def lower(model: Model, samples: Samples, shard: IntArray, params: Tensors, runtime: RuntimeConfig) -> Lower | None:

@@ -12,12 +12,13 @@ import torch
 
 from clients import fused, local
 from clients.samples import Samples
+from clients.work import Received, Work, round_shard
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.contracts import Aggregator, Calibrator, IntArray, lift_of
+from fedsim.core.contracts import CALIBRATOR, RULE, Aggregator, Calibrator, IntArray, Learner, lifts_of
 from fedsim.core.errors import ClientFailed
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors
-from fedsim.core.sums import BlockSum
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, Tensors
+from fedsim.core.sums import PartSums
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.models import model as models
@@ -31,11 +32,12 @@ class Worker:
         device = torch.device(configs.resolve_device(spec.config.runtime.device))
         self.spec = spec
         self.model = models.build(spec.config, num_classes(spec), device)
-        self.objectives = [configs.build("objectives", o) for o in spec.config.client.objectives]
+        self.learners: dict[str, Learner] = configs.build_learners(spec.config.client.learners)
         self.chain = Chain.of(spec.config)
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
         self._told = set[str]()  # notes, without their numbers
+        self._received: tuple[ClientJob, Received] | None = None  # of the latest round
         self._rule: Aggregator | None = None
         self._calibrator: Calibrator | None = None
         self._source: Tensors | None = None  # what is merged into the model now, as it came and on the device
@@ -43,25 +45,24 @@ class Worker:
         self._merged = ExitStack()
 
     def train(self, start: int, jobs: Sequence[ClientJob]) -> Bundle:
-        """The rounds of clients that lie side by side, the first at place `start`; summed here if their plan says so.
+        """The rounds of clients that lie side by side, the first at place `start`; summed here if they say so.
 
         One client alone goes as it is: its update is half the bytes of a sum in float64.
         """
-        plan, total, notes = jobs[0].plan, None, list[str]()
+        reply, totals, notes = jobs[0].reply, None, list[str]()
         together = self.spec.config.runtime.fused
         results = self._fused(jobs, notes) if together else tuple(self.train_client(job) for job in jobs)
-        if len(jobs) > 1:
+        if len(jobs) > 1 and reply.sums:
             with suppress(Exception):  # a rule that cannot lift an update: the server will try, and say what is wrong
-                total = self._summed(results, plan)
-        if total is not None:
-            results = tuple(r.summed(r.client_id in plan.observed) if is_update(r) else r for r in results)
-        return Bundle(start, results, total, tuple(notes))
+                totals = self._summed(results, reply)
+        if totals is not None:
+            results = tuple(r.summed(r.client_id in reply.observed) if is_update(r) else r for r in results)
+        return Bundle(start, results, totals, tuple(notes))
 
     def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
         """One client's round."""
         self._restore()
-        classes = self.spec.task_classes[job.task]
-        result = local.train(self.model, self.train_samples, self._shard(job), classes, job, self.spec.config, self.objectives)
+        result = local.train(self._work(job))
         return self.chain.sent(job, result) if is_update(result) else result
 
     @torch.inference_mode()
@@ -79,8 +80,6 @@ class Worker:
     def _fused(self, jobs: Sequence[ClientJob], notes: list[str]) -> tuple[ClientUpdate | ClientFailed, ...]:
         """The rounds of several clients in one forward and backward."""
         self._restore()
-        shards, classes = [self._shard(job) for job in jobs], self.spec.task_classes[jobs[0].task]
-        config = self.spec.config
 
         def tell(note: str) -> None:
             alike = re.sub(r"[0-9]+", "#", note)  # the same reason in bundles of other sizes is said once
@@ -88,21 +87,33 @@ class Worker:
                 self._told.add(alike)
                 notes.append(note)
 
-        results = fused.train(self.model, self.train_samples, shards, classes, jobs, config, self.objectives, tell)
+        results = fused.train([self._work(job) for job in jobs], tell)
         return tuple(self.chain.sent(j, r) if is_update(r) else r for j, r in zip(jobs, results, strict=True))
 
-    def _shard(self, job: ClientJob) -> IntArray:
-        return local.round_shard(self.spec.shard(job.task, job.client_id), self.spec.config, job)
+    def _work(self, job: ClientJob) -> Work:
+        spec = self.spec
+        shard = round_shard(spec.shard(job.task, job.client_id), spec.config, job)
+        classes, seen = spec.task_classes[job.task], sorted({c for task in spec.task_classes[: job.task + 1] for c in task})
+        received = self._on_device(job)
+        return Work(self.model, self.train_samples, shard, classes, seen, job, spec.config, received, self.learners)
 
-    def _summed(self, results: Sequence[ClientUpdate | ClientFailed], plan: RoundPlan) -> Tensors | None:
-        rule = self._known_rule() if plan.lift == "rule" else None
-        calibrator = self._known_calibrator() if plan.lift == "calibrator" else None
-        lift, total = lift_of(plan, rule, calibrator), BlockSum()
-        if lift is None:
+    def _on_device(self, job: ClientJob) -> Received:
+        """What the job was sent; moved once for all jobs of a round."""
+        known = self._received
+        if known is None or known[0].params is not job.params or known[0].plan is not job.plan:
+            known = self._received = job, Received.on(self.model.device, job.params, job.plan)
+        return known[1]
+
+    def _summed(self, results: Sequence[ClientUpdate | ClientFailed], reply: Reply) -> dict[str, Tensors] | None:
+        rule = self._known_rule() if RULE in reply.sums else None
+        calibrator = self._known_calibrator() if CALIBRATOR in reply.sums else None
+        lifts = lifts_of(reply.sums, rule, calibrator, self.learners)
+        if lifts is None:
             return None
+        sums = PartSums(lifts)
         for place, result in enumerate(results):
-            total.add(place, 1, lift(result) if is_update(result) else None)
-        return total.result()
+            sums.add(place, result if is_update(result) else None)
+        return sums.result()
 
     def _known_rule(self) -> Aggregator | None:
         """The run's rule; None if it was given as a Python object, or its file was edited since the run began: the server, which

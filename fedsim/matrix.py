@@ -23,10 +23,10 @@ from fedsim.core.config import SimConfig
 from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 
-KINDS = ("adapters", "objectives", "aggregators", "consolidators", "calibrators")  # what is mixed
-SHOWN = ("adapters", "heads", "objectives", "statistics", *KINDS[2:])  # what the page describes
+KINDS = ("adapters", "learners", "aggregators", "consolidators", "calibrators")  # what is mixed
+SHOWN = ("adapters", "heads", "learners", "statistics", *KINDS[2:])  # what the page describes
 PRESETS = Path(fedsim.__file__).parent.parent / "configs"
-NONE = "–"  # no objective beside the cross-entropy, no calibrator
+NONE = "–"  # no learner beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {
     "name": "matrix",
     "data": {"source": "synthetic", "classes": 4, "train_per_class": 8, "test_per_class": 2, "image_size": 8},
@@ -54,13 +54,13 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
 
 @dataclass(frozen=True)
 class Mix:
-    """One choice of every part that can be mixed freely. `NONE`: no objective, no calibrator; no head: one that suits."""
+    """One choice of every part that can be mixed freely. `NONE`: no learner, no calibrator; no head: one that suits."""
 
     adapter: str
     aggregator: str
     consolidator: str
     calibrator: str = NONE
-    objective: str = NONE
+    learner: str = NONE
     head: str = ""
 
     def config(self) -> SimConfig:
@@ -72,12 +72,12 @@ class Mix:
             "consolidator": _section("consolidators", self.consolidator),
             "calibrator": None if self.calibrator == NONE else _section("calibrators", self.calibrator),
         }
-        objectives = [] if self.objective == NONE else [_section("objectives", self.objective)]
+        learners = [] if self.learner == NONE else [_section("learners", self.learner)]
         suits = "mixture" if "composes heads" in rule.traits.needs else "linear"
         layer = {
             "adapter": _section("adapters", self.adapter),
             "head": _section("heads", self.head or suits),
-            "client": {"objectives": objectives},
+            "client": {"learners": learners},
             "server": server,
         }
         return configs.from_dict(configs.merge(SCENE, layer))
@@ -92,9 +92,9 @@ class Mix:
 
 
 def mixes() -> list[Mix]:
-    """Every adapter with every aggregator, consolidator and calibrator; objectives take turns, along every one of the four."""
-    adapters, objectives, aggregators, consolidators, calibrators = (plugins.names(kind) for kind in KINDS)
-    turns, parts = [NONE, *objectives], (adapters, aggregators, consolidators, [NONE, *calibrators])
+    """Every adapter with every aggregator, consolidator and calibrator; learners take turns, along every one of the four."""
+    adapters, learners, aggregators, consolidators, calibrators = (plugins.names(kind) for kind in KINDS)
+    turns, parts = [NONE, *learners], (adapters, aggregators, consolidators, [NONE, *calibrators])
     found = itertools.product(*(enumerate(names) for names in parts))
     return [Mix(a, g, s, r, turns[(i + j + k + n) % len(turns)]) for (i, a), (j, g), (k, s), (n, r) in found]
 
@@ -123,14 +123,14 @@ def _presets() -> Iterator[str]:
         "`configs/<method>.yaml` is the method on `omniglot`.", "",
         "| stream | what it is |", "|---|---|", *(f"| {path.stem} | {_comment(path)} |" for path in streams), "",
     )  # fmt: skip
-    yield "| method | adapter | aggregator | consolidator | calibrator | objectives | what it is |"
+    yield "| method | adapter | aggregator | consolidator | calibrator | learners | what it is |"
     yield "|---|---|---|---|---|---|---|"
     for path in methods:
         config = configs.load([PRESETS / "streams" / "omniglot.yaml", path])
         section, server = config.server.aggregator, config.server
         rule = ", ".join(f"{g['match']}: {g['name']}" for g in section) if isinstance(section, list) else section["name"]
         repair = NONE if server.calibrator is None else server.calibrator["name"]
-        terms = ", ".join(o["name"] for o in config.client.objectives) or NONE
+        terms = ", ".join(o["name"] for o in config.client.learners) or NONE
         parts = (path.stem, config.adapter["name"], rule, server.consolidator["name"], repair, terms, _comment(path))
         yield f"| {' | '.join(parts)} |"
     yield ""
@@ -171,7 +171,7 @@ def _tables() -> Iterator[str]:
     yield from (
         "## What goes with what", "",
         f"Of {len(verdicts)} mixes of adapter, aggregator, consolidator and calibrator, {running} run; a test runs each of them",
-        "on a small stream, with every objective in turn. The others are refused before any training, with the reason. A pair",
+        "on a small stream, with every learner in turn. The others are refused before any training, with the reason. A pair",
         "is marked ✓ if there are other parts with which it runs, else with a number: the reason that is given.", "",
     )  # fmt: skip
     yield from ("Parts know nothing of each other, they meet in words; of those above:", "")

@@ -177,9 +177,11 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     state, trained = first_state(config, model, rule)
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
+    learners = configs.build_learners(config.client.learners)
+    told = [note for learner in learners.values() for note in learner.suits(config, manifest.sizes)]
     probe.require(config, model, spec, state.params, trained)
     wire = on_the_wire(config, rule, state.params, trained, manifest)
-    told = hardware.too_many_threads(config.runtime.threads)
+    told += hardware.too_many_threads(config.runtime.threads)
     notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *wire, *told)
     spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
     plugins.load("pools", config.runtime.pool).check(spec)
@@ -206,6 +208,7 @@ def _wired(parts: Prepared, store: ClientStore) -> Iterator[Simulation]:
             shard_sizes=manifest.sizes,
             num_clients=manifest.num_clients,
             store=store,
+            learners=configs.build_learners(config.client.learners),
         )
 
 

@@ -103,7 +103,8 @@ def run_words(config: SimConfig) -> dict[str, str]:
         ("fused", "runtime.fused", bool(config.runtime.fused)),
         (f"pool {config.runtime.pool}", "runtime.pool", True),
     ]
-    return {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
+    told = {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
+    return {f"context {contracts.TEACHER}": "the server", **told}  # it is kept where somebody needs it
 
 
 def require_trained(config: SimConfig, consolidator: Consolidator, params: Tensors, plans: Sequence[RoundPlan]) -> None:
@@ -156,12 +157,13 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
 def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
     """What is allowed, but hardly what anybody wants: tasks of a single class, of which nothing is learned."""
     alone = [name for name, classes in zip(manifest.task_names, manifest.task_classes, strict=True) if len(classes) == 1]
-    learned = any("learns one class" in configs.build("objectives", o).traits.gives for o in config.client.objectives)
+    learners = configs.build_learners(config.client.learners).values()
+    learned = any(contracts.ONE_CLASS in learner.traits.gives for learner in learners)
     if not alone or learned or config.server.calibrator is not None:
         return ()
     return (
         f"{len(alone)} of {manifest.num_tasks} tasks have a single class ('{alone[0]}' first): the cross-entropy over a task's "
-        "own classes is 0 there and trains nothing. Use more classes per task, client.objectives: [square], or a calibrator",
+        "own classes is 0 there and trains nothing. Use more classes per task, client.learners: [square], or a calibrator",
     )
 
 

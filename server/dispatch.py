@@ -6,10 +6,10 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import lift_of
+from fedsim.core.contracts import STATISTICS, lifts_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClientDone, ClientSkipped, Event
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, Reply, RoundPlan, Tensors
 from server import gather, sampling
 from server.gather import Gathering, Round, say
 from server.ledger import charged
@@ -17,32 +17,42 @@ from server.state import ServerState, Simulation
 
 
 def statistics_pass(
-    sim: Simulation, state: ServerState, plan: RoundPlan | None, params: Tensors, lift: str = "statistics"
+    sim: Simulation, state: ServerState, plan: RoundPlan | None, params: Tensors, part: str = STATISTICS
 ) -> Generator[Event, None, tuple[Tensors, ServerState]]:
     """What a plan asks for at a task's start or end, summed over the clients of `server.pass_participation`; nothing for no plan.
 
-    params: what the clients look through. lift: what is summed of what they send, see `RoundPlan`.
+    params: what the clients look through. part: whose sum it is, see `Reply`.
     """
     if plan is None:
         return {}, state
     clients = sampling.taking_part(sim.config, state.task, state.round, sim.num_clients, in_pass=True)
-    round, state = yield from run_clients(sim, state, clients, replace(plan, train=(), lift=lift), params)
-    return round.total or {}, state
+    round, state = yield from run_clients(sim, state, clients, replace(plan, train=()), params, Reply((part,)))
+    return round.totals.get(part, {}), state
 
 
 def run_clients(
-    sim: Simulation, state: ServerState, clients: Sequence[int], plan: RoundPlan, params: Tensors
+    sim: Simulation,
+    state: ServerState,
+    clients: Sequence[int],
+    plan: RoundPlan,
+    params: Tensors,
+    reply: Reply,
+    parts: Sequence[str] = (),
 ) -> Generator[Event, None, tuple[Round, ServerState]]:
-    """Run a plan on clients, from these parameters; what came back, and the state with its traffic."""
+    """Run a plan on clients, from these parameters; what came back, and the state with its traffic.
+
+    parts: whose sums are made of updates that come back whole, where the reply names none."""
     clock = time.perf_counter()
     server = sim.config.server
     if server.drift:
-        plan = replace(plan, observed=gather.observed(clients, params, plan))
+        reply = replace(reply, observed=gather.observed(clients, params, plan))
     sizes = sim.shard_sizes[state.task]
     order = sampling.longest_first(clients, sizes)
     memories = [sim.store.memory(c) if plan.train and sizes[c] else {} for c in order]
-    jobs = [ClientJob(c, state.task, state.round, params, plan, memory) for c, memory in zip(order, memories, strict=True)]
-    gathering = Gathering(jobs, plan, lift_of(plan, sim.aggregator, sim.calibrator), server.on_client_failure == "skip")
+    jobs = [ClientJob(c, state.task, state.round, params, plan, m, reply) for c, m in zip(order, memories, strict=True)]
+    lifts = lifts_of(reply.sums or parts, sim.aggregator, sim.calibrator, sim.learners)
+    assert lifts is not None, "the server has all parts at hand"
+    gathering = Gathering(reply, lifts, server.on_client_failure == "skip")
     for bundle in sim.pool.train(jobs):
         state = yield from say(state, bundle.notes)
         for result in gathering.add(remembered(sim, bundle, plan)):
@@ -50,8 +60,7 @@ def run_clients(
                 yield ClientSkipped(result)
             yield ClientDone(state.task, state.round, gathering.count, len(jobs), result.client_id)
     round = gathering.result()
-    if round.total is not None:
-        round = replace(round, total=sim.chain.received(params, round.total, round.updates, state.task, state.round, plan))
+    round = replace(round, totals=sim.chain.received(params, round.totals, round.updates, state.task, state.round))
     state = charged(sim, state, jobs, round.updates)
     spent = state.spent("train" if plan.train else "statistics", time.perf_counter() - clock)
     failures = (*state.failures, *sorted(gathering.failures, key=lambda f: f.client_id))

@@ -40,7 +40,7 @@ OURS = {  # options that every strategy has and that have no meaning here
     **dict.fromkeys(("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule"), "a config holds no functions"),
 }
 REFUSED = {
-    "FedProx": "its proximal term is the clients' business: use FedAvg here and an objective under client.objectives",
+    "FedProx": "its proximal term is the clients' business: use FedAvg here and a learner under client.learners",
     "FedXgbBagging": "it merges trees of XGBoost, not tensors",
     "FedXgbCyclic": "it passes on trees of XGBoost, not tensors",
     **{

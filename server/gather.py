@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from fedsim.core.contracts import Aggregator, Lift, is_additive, require_updates
+from fedsim.core.contracts import RULE, Aggregator, is_additive, require_updates
 from fedsim.core.errors import AggregationError, ClientFailed
 from fedsim.core.events import Note
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, State, Tensors, num_bytes
-from fedsim.core.sums import BlockSum
+from fedsim.core.messages import Bundle, ClientUpdate, Reply, RoundPlan, State, Tensors, num_bytes
+from fedsim.core.sums import Lift, PartSums
 from fedsim.core.tensors import matching
 from server.state import ServerState
 
@@ -22,12 +22,12 @@ MOST_OBSERVED = 64  # clients: their pairs grow with the square
 
 @dataclass(frozen=True)
 class Round:
-    """A round's updates in client-id order, those of the clients that are watched, and the sum of all where the plan said `lift`
-    (the updates hold little else then)."""
+    """A round's updates in client-id order, those of the clients that are watched, and the sums of all by part of the run (where
+    all parts take sums, the updates hold little else)."""
 
     updates: Sequence[ClientUpdate]
     watched: Sequence[ClientUpdate]
-    total: Tensors | None = None
+    totals: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 def say(state: ServerState, notes: Iterable[str]) -> Generator[Note, None, ServerState]:
@@ -40,37 +40,34 @@ def say(state: ServerState, notes: Iterable[str]) -> Generator[Note, None, Serve
 class Gathering:
     """Takes bundles in, in any order, and gives the round out. Bundles that nobody summed yet are summed here.
 
-    lift: what is summed of an update, as the plan says (`lift_of`); None: updates are kept whole. skip: a round goes on without
-    clients that fail, as long as there are others; else the first failure is raised.
+    lifts: what is summed of an update, by part (`contracts.lifts_of`). Updates are kept whole unless the reply says that sums are
+    all that is wanted. skip: a round goes on without clients that fail, as long as there are others; else the first failure is
+    raised.
     """
 
-    def __init__(self, jobs: Sequence[ClientJob], plan: RoundPlan, lift: Lift | None, skip: bool = True) -> None:
+    def __init__(self, reply: Reply, lifts: Mapping[str, Lift], skip: bool = True) -> None:
         self.failures: list[ClientFailed] = []
-        self._skip = skip
-        self._jobs, self._plan = jobs, plan
+        self._skip, self._reply = skip, reply
         self._updates: list[ClientUpdate] = []
-        self._lift = lift
-        self._sum = BlockSum()
+        self._sums = PartSums(lifts)
 
     def add(self, bundle: Bundle) -> Iterator[ClientUpdate | ClientFailed]:
         """The results of a bundle, one by one, as they are taken in. Raises a client's failure where none is skipped, but only
         once another client has not failed: what is wrong for all of them is told as that by `result`."""
-        if bundle.total is not None:
-            self._sum.add(bundle.start, len(bundle.results), bundle.total)
+        if bundle.totals is not None:
+            self._sums.add_block(bundle.start, len(bundle.results), bundle.totals)
         for place, result in enumerate(bundle.results, bundle.start):
-            if bundle.total is None and self._lift is not None:
-                self._sum.add(place, 1, None if isinstance(result, ClientFailed) else self._lift(result))
+            if bundle.totals is None:
+                self._sums.add(place, None if isinstance(result, ClientFailed) else result)
             if isinstance(result, ClientFailed):
                 self.failures.append(result)
+            elif self._reply.sums and bundle.totals is None:
+                self._updates.append(result.summed(result.client_id in self._reply.observed))
             else:
-                self._updates.append(self._kept(result))
+                self._updates.append(result)
             if self.failures and self._updates and not self._skip:
                 raise self.failures[0]
             yield result
-
-    def _kept(self, update: ClientUpdate) -> ClientUpdate:
-        whole = self._lift is None or update.sent is not None
-        return update if whole else update.summed(update.client_id in self._plan.observed)
 
     @property
     def count(self) -> int:
@@ -82,12 +79,11 @@ class Gathering:
         if not self._updates:
             raise all_failed(self.failures)
         updates = sorted(self._updates, key=lambda u: u.client_id)
-        chosen = set(self._plan.observed)
+        chosen = set(self._reply.observed)
         watched = [u for u in updates if u.client_id in chosen]
-        if self._lift is None:
-            return Round(updates, watched)
-        require_updates(updates)
-        return Round(updates, watched, self._sum.result())
+        if self._reply.sums:
+            require_updates(updates)
+        return Round(updates, watched, self._sums.result())
 
 
 def all_failed(failures: Sequence[ClientFailed]) -> AggregationError:
@@ -103,10 +99,9 @@ def all_failed(failures: Sequence[ClientFailed]) -> AggregationError:
 
 def merge(rule: Aggregator, state: State, params: Tensors, round: Round, draw: torch.Generator) -> tuple[State, Tensors]:
     """The rule's new state and parameters."""
-    if round.total is None:
-        return rule.combine(state, params, round.updates, draw)
-    assert is_additive(rule)
-    return rule.finish(state, params, round.total, draw)
+    if RULE in round.totals and is_additive(rule):
+        return rule.finish(state, params, round.totals[RULE], draw)
+    return rule.combine(state, params, round.updates, draw)
 
 
 def observed(clients: Sequence[int], params: Tensors, plan: RoundPlan) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from fedsim.core import rng
+from fedsim.core.contracts import CALIBRATOR
 from fedsim.core.events import Event
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.names import HEAD
@@ -33,7 +34,7 @@ def repaired_at_end(
     if rule is None:
         return deployed, state
     plan = rule.closing(state.calibrator, classes)
-    total, state = yield from statistics_pass(sim, state, plan, deployed, lift="calibrator")
+    total, state = yield from statistics_pass(sim, state, plan, deployed, CALIBRATOR)
     clock = time.perf_counter()
     kept = rule.end_task(state.calibrator, deployed, total, classes, _draw(sim, state))
     deployed = rule.deployed(kept, deployed)

@@ -4,7 +4,8 @@ The bytes are those of the run's own messages with clients that keep what they w
 simulator hands out references, or sums on the way, changes nothing.
 
 Down, to every client of a round or of a statistics pass, those that fail included: the parameters (adapter, head), and, where the
-plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself. Of these only
+plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself; and the context that
+learners and rules tell (control variates, a teacher). Of these only
 tensors that it does not have: a client keeps the last message that it got and the last one whose work looks through past
 modules, and what has been in every such message since is not sent again. So it gets what changed since it last took part, and a
 past module once, or never if it had it as parameters in the pass at that task's end. It is an upper bound in three places: a
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedsim.core.messages import ClientJob, ClientUpdate, Tensors, bytes_up
+from fedsim.core.messages import BACKGROUND, ClientJob, ClientUpdate, Tensors, bytes_up
 from server.state import ServerState, Simulation
 
 _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, digest): what stays is looked at once
@@ -42,9 +43,12 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     past: Sequence[Tensors] = ()
     if plan.background:  # it travels as it is if the consolidator does not say what it is made of
         past = sim.consolidator.modules(state.consolidator) or (plan.background,)
-    with_past = bool(past) or plan.beside or any(r.blended for r in plan.statistics)  # in the first task there are none yet
-    message = _message(jobs[0].params, past)
-    for kind in (*(name.partition(".")[0] for name in jobs[0].params), "background"):
+    told = {name: tensors for name, tensors in plan.context.items() if name != BACKGROUND}
+    blended = any(r.blended for r in plan.statistics)
+    with_past = bool(past or told) or plan.beside or blended  # in the first task there are none yet
+    message = _message(jobs[0].params, past, tuple(told.values()))
+    kinds = ["background", *(["context"] if told else [])]
+    for kind in (*(name.partition(".")[0] for name in jobs[0].params), *kinds):
         total["down"].setdefault(kind, 0)
     clients = [job.client_id for job in jobs]
     receivers = Counter(map(tuple, sim.store.last[clients].tolist()))
@@ -58,14 +62,14 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     return replace(state, bytes=total, delivered=delivered.after(list(message), with_past))
 
 
-def _message(params: Tensors, past: Sequence[Tensors]) -> dict[str, tuple[str, int]]:
-    """Content (name and digest) -> (kind, bytes) of all that a message is about; a module that is both is a parameter."""
+def _message(params: Tensors, past: Sequence[Tensors], told: Sequence[Tensors]) -> dict[str, tuple[str, int]]:
+    """Content (name and digest) -> (kind, bytes) of all that a message is about; what is a parameter too counts as one."""
     found: dict[str, tuple[str, int]] = {}
     for name, tensor in params.items():
         found[f"{name} {_digest(tensor)}"] = name.partition(".")[0], tensor.nbytes
-    for module in past:
-        for name, tensor in module.items():
-            found.setdefault(f"{name} {_digest(tensor)}", ("background", tensor.nbytes))
+    for kind, mappings in (("background", past), ("context", told)):
+        for name, tensor in (item for mapping in mappings for item in mapping.items()):
+            found.setdefault(f"{name} {_digest(tensor)}", (kind, tensor.nbytes))
     return found
 
 

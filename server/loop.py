@@ -25,7 +25,7 @@ from fedsim.core import rng
 from fedsim.core.events import Event, Kept, RoundDone, Row, RunStarted, TaskDone
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import require_finite
-from server import heads, planning, sampling
+from server import heads, learners, planning, sampling
 from server.dispatch import run_clients, statistics_pass
 from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate
@@ -56,6 +56,7 @@ def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
     state = replace(state, params=params, aggregator=sim.aggregator.init(params, state.task), calibrator=calibrator)
+    state = learners.opened(sim, state)
     return (yield from isolated_clients(sim, state)) if sim.config.server.unlearning else state
 
 
@@ -64,7 +65,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     start = time.perf_counter()
     repair = planning.repair_plan(sim, state)
     clients = sampling.taking_part(sim.config, state.task, state.round, sim.num_clients)
-    round, state = yield from run_clients(sim, state, clients, planning.round_plan(sim, state, repair), state.params)
+    plan, reply = planning.round_plan(sim, state, repair), planning.reply(sim, repair)
+    round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, planning.hearing(sim))
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
@@ -77,6 +79,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)
     state = replace(state, aggregator=aggregator, calibrator=calibrator, params=params, drifts=drifts, seconds=spent)
+    state = replace(state, learners=learners.heard(sim, state, round.totals))
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
@@ -101,6 +104,7 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
+    state = yield from learners.closed(sim, state, deployed)
     rows, state = measure(sim, state, deployed, "task_end")
     yield TaskDone(state.task, rows, accuracies(rows), time.perf_counter() - start)
     return replace(state, task=state.task + 1, round=0)

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import Aggregator, Calibrator, Consolidator
-from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
+from fedsim.core.contracts import LEARNER, RULE, Aggregator, Calibrator, Consolidator
+from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
+from server import learners
 from server.state import ServerState, Simulation
 
 
 def round_plan(sim: Simulation, state: ServerState, repair: RoundPlan | None) -> RoundPlan:
     """Of a round of training. `repair`: what the calibrator asks for in it, None if it does nothing."""
     plan = sim.aggregator.plan(state.aggregator, state.round)
-    if repair is not None:  # a calibrator looks at every client's statistics, so nothing is summed on the way
+    if repair is not None:
         plan = replace(plan, statistics=plan.statistics + repair.statistics)
-    summed = sim.aggregator.additive and repair is None
-    return _on_past_modules(sim, state, replace(plan, lift="rule" if summed else ""))
+    return _in_context(sim, state, plan)
+
+
+def hearing(sim: Simulation) -> tuple[str, ...]:
+    """The learners that look at a round's updates, as parts of a sum."""
+    return tuple(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners))
+
+
+def reply(sim: Simulation, repair: RoundPlan | None) -> Reply:
+    """How a round's updates come back: as sums, where everybody who looks at them takes a sum."""
+    if sim.aggregator.additive and repair is None:  # a calibrator looks at every client's statistics
+        return Reply((RULE, *hearing(sim)))
+    return Reply()
 
 
 def repair_plan(sim: Simulation, state: ServerState) -> RoundPlan | None:
@@ -29,7 +41,7 @@ def repair_plan(sim: Simulation, state: ServerState) -> RoundPlan | None:
 
 def isolated_plan(sim: Simulation, state: ServerState) -> RoundPlan:
     """Train everything on one's own, for as many epochs as the task's rounds have together."""
-    return _on_past_modules(sim, state, RoundPlan(repeat=sim.config.server.rounds))
+    return _in_context(sim, state, RoundPlan(repeat=sim.config.server.rounds))
 
 
 def trained(consolidator: Consolidator, params: Tensors, plan: RoundPlan) -> list[str]:
@@ -57,12 +69,14 @@ def asked(
     return [request for plan in plans for request in plan.statistics]
 
 
-def _on_past_modules(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:
-    """With the modules of past tasks, if clients train beside them or look through them, and without what is frozen."""
+def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:
+    """With what clients are told, modules of past tasks among it if clients train beside them or look through them, and without
+    what is frozen."""
+    plan = replace(plan, context={**plan.context, **learners.context(sim, state)})
     rule, kept = sim.consolidator, state.consolidator
     if rule.frozen:
         plan = replace(plan, train=tuple(trained(rule, state.params, plan)))
     if rule.beside or any(request.blended for request in plan.statistics):
         background, share = rule.background(kept)
-        plan = replace(plan, background=background, share=share, beside=rule.beside)
+        plan = replace(plan, context={**plan.context, BACKGROUND: background}, share=share, beside=rule.beside)
     return plan

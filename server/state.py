@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Pool
+from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Learner, Pool
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
@@ -36,6 +36,7 @@ class Simulation:
     shard_sizes: IntArray
     num_clients: int
     store: ClientStore
+    learners: Mapping[str, Learner] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class ServerState:
     calibrator: State = None
     aggregator: State = None
     stored: Stored = field(default_factory=Stored)
+    learners: State = field(default_factory=dict)  # of the server's half of each, by name
+    teacher: Tensors = field(default_factory=dict)  # what the last task's end deployed, where a learner needs it
     delivered: Delivered = field(default_factory=Delivered)
     rows: tuple[Row, ...] = ()
     classes: tuple[ClassRow, ...] = ()  # of every task's end, and of the latest round
@@ -99,7 +102,7 @@ class ServerState:
         for name in ROWS:
             plain[name] = [list(vars(r).values()) for r in getattr(self, name)]
         plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
-        plain["params"] = dict(self.params)
+        plain["params"], plain["teacher"] = dict(self.params), dict(self.teacher)
         plain["stored"] = dict(vars(self.stored))
         plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}
         plain["seconds"] = dict(self.seconds)

@@ -61,7 +61,7 @@ CHOICES = {  # words that are right somewhere
     "client.optimizer": ["sgd", "adam", "AdamW", "lbfgs", "sparseadam", "rprop"],
     "client.optimizer_options": [{"betas": [0.9, 0.99]}],
     "client.schedule": [None, "cosineannealinglr", "linearlr"], "client.schedule_options": [{}, {"T_max": "steps"}],
-    "client.objectives": [[], ["proximal"], [{"name": "proximal", "mu": 0.5}], ["square"]], "trackers": [[], ["tensorboard"]],
+    "client.learners": [[], ["proximal"], [{"name": "proximal", "mu": 0.5}], ["square"]], "trackers": [[], ["tensorboard"]],
     "server.on_client_failure": ["fail", "skip"], "server.evaluate": ["round", "task"], "server.without": [[], [0], [1, 2]],
     "server.channel": [[], ["topk"], [{"name": "topk", "share": 0.5}, "quantise"], [{"name": "quantise", "bits": 4}]],
     "stream.group": [None, "domain"], "model.backbone": ["random", "omniglot-vit"], "model.config": [VIT, None],
@@ -270,7 +270,7 @@ def said_again(value: Any, found: Any, key: str, where: Path) -> bool:
         return all(said_again(v, at(found, str(k)), f"{key}.{k}", where) for k, v in value.items())
     if key in KINDS and isinstance(value, str) and isinstance(found, Mapping):
         found = found["source" if key == "data" else "name"]
-    if key in ("client.objectives", "trackers", "server.channel") and isinstance(value, list):
+    if key in ("client.learners", "trackers", "server.channel") and isinstance(value, list):
         return len(value) == len(found) and all(
             said_again({"name": v} if isinstance(v, str) else v, f, "", where) for v, f in zip(value, found, strict=True)
         )

@@ -111,7 +111,7 @@ def test_rules_by_group_have_one_name() -> None:
     assert flat["server.aggregator.name"] == "head.*: regmean, *: fedavg"
     assert flat["server.aggregator.0.ridge"] == 0.5
     assert not any(key.startswith("server.aggregator.1") for key in flat)
-    assert flat["client.objectives"] == "[]"
+    assert flat["client.learners"] == "[]"
     assert flat["stream.tasks"] == 2
 
 

@@ -63,7 +63,7 @@ def test_classes_of_old_tasks_keep_their_rows(tmp_path: Path) -> None:
         ["client.schedule=CosineAnnealingLR", "client.schedule_options={T_max: steps}"],
         ["client.clip_norm=0.01"],
         ["client.optimizer=sgd", "client.optimizer_options={momentum: 0.9}"],
-        ["client.objectives=[{name: proximal, mu: 10.0}]"],
+        ["client.learners=[{name: proximal, mu: 10.0}]"],
         ["client.weight_decay=0.5"],
         ["transform.augment=crop_flip"],
         ["adapter.dropout=0.5"],
@@ -82,7 +82,7 @@ def test_every_option_of_a_client_reaches_it(overrides: list[str], tmp_path: Pat
 
 def test_a_strong_proximal_term_keeps_clients_at_home(tmp_path: Path) -> None:
     short = ("stream.tasks=1", "server.rounds=1", "client.epochs=5", *FEDAVG)
-    free, held = tiny(*short, output=tmp_path), tiny(*short, "client.objectives=[{name: proximal, mu: 1000.0}]", output=tmp_path)
+    free, held = tiny(*short, output=tmp_path), tiny(*short, "client.learners=[{name: proximal, mu: 1000.0}]", output=tmp_path)
     a, b = (final_state(run(c).path, c).params["head.weight"].norm() for c in (free, held))
     assert b < a
 

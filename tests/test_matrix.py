@@ -1,4 +1,4 @@
-"""Every adapter and objective with every aggregator, consolidator and calibrator: it runs, or is refused in one clear line."""
+"""Every adapter and learner with every aggregator, consolidator and calibrator: it runs, or is refused in one clear line."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_every_mix_runs_or_says_why_not(adapter: str, aggregator: str) -> None:
         assert np.isfinite(results.costs["bytes"]["up"].get("head", 0)), mix
 
 
-def test_objectives_take_turns_so_that_each_meets_every_part() -> None:
+def test_learners_take_turns_so_that_each_meets_every_part() -> None:
     for kind in ("adapter", "aggregator", "consolidator", "calibrator"):
-        met = {(getattr(m, kind), m.objective) for m in MIXES}
+        met = {(getattr(m, kind), m.learner) for m in MIXES}
         names = {getattr(m, kind) for m in MIXES}
-        assert met == set(itertools.product(names, [NONE, *plugins.names("objectives")])), kind
+        assert met == set(itertools.product(names, [NONE, *plugins.names("learners")])), kind
 
 
 def test_most_parts_are_free_to_meet() -> None:

@@ -81,7 +81,7 @@ def charge(
 ) -> ServerState:
     """One message to these clients in the ledger."""
     request = StatisticRequest("gram", blended=looks)
-    plan = RoundPlan(statistics=(request,), background=stack_modules(past, [1.0] * len(past)) if past else {})
+    plan = RoundPlan(statistics=(request,), context={"background": stack_modules(past, [1.0] * len(past))} if past else {})
     state = replace(state, consolidator={"past": list(past)})
     jobs = [ClientJob(c, 0, 0, params, plan) for c in clients]
     return charged(sim, state, jobs, [])

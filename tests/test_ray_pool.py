@@ -113,11 +113,11 @@ def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> N
     deadly = tmp_path / "deadly.py"
     deadly.write_text(
         "from dataclasses import dataclass\nimport os\nfrom fedsim.core import contracts\n"
-        "@dataclass(frozen=True)\nclass Objective(contracts.Objective):\n"
-        "    def term(self, step):\n        os._exit(1)\n"
+        "@dataclass(frozen=True)\nclass Learner(contracts.Learner):\n"
+        "    def loss(self, state, step):\n        os._exit(1)\n"
     )
     config = tiny(
-        "runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"objectives": [str(deadly)]}
+        "runtime.pool=ray", "runtime.workers=1", "runtime.max_restarts=1", output=tmp_path, client={"learners": [str(deadly)]}
     )
     with pytest.raises(PoolError, match=r"died 2 times over client \d, task 0, round 0"):
         run(config)

@@ -17,10 +17,10 @@ from fedsim import simulation
 from fedsim.cli.printing import console
 from fedsim.cli.run import show_results
 from fedsim.core.config import SimConfig, load
-from fedsim.core.contracts import lift_of
+from fedsim.core.contracts import lifts_of
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, DataError, RunDirError
 from fedsim.core.events import ClientDone, ClientSkipped, Note, RoundDone, RunDirOpened, RunStarted, TaskDone
-from fedsim.core.messages import Bundle, RoundPlan
+from fedsim.core.messages import Bundle
 from fedsim.runs.directory import RunDir
 from fedsim.runs.results import Results
 from fedsim.simulation import prepare_again, prepare_data, run
@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "participation": 0.67,
             "unlearning": True,
         },
-        "client": {"weight_decay": 0.1, "objectives": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
+        "client": {"weight_decay": 0.1, "learners": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
     },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
@@ -175,9 +175,9 @@ def test_workers_do_not_sum_with_a_rule_that_was_edited_since(tmp_path: Path) ->
     rule = tmp_path / "rule.py"
     rule.write_text(ODD_MEAN.split("    def combine")[0] + "    pass\n")
     spec = prepare_data(tiny(f"server.aggregator.name={rule}"))[1]
-    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule(), None) is not None
+    assert lifts_of(("rule",), Worker(spec)._known_rule(), None, {}) is not None
     rule.write_text(rule.read_text() + "# edited\n")
-    assert lift_of(RoundPlan(lift="rule"), Worker(spec)._known_rule(), None) is None
+    assert lifts_of(("rule",), Worker(spec)._known_rule(), None, {}) is None
 
 
 def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_notes_are_said_once_and_kept(
 
 
 def test_a_note_survives_the_way_through_a_pool() -> None:
-    bundle = Bundle(3, (), {"x": torch.ones(1)}, ("slower than asked",))
+    bundle = Bundle(3, (), {"rule": {"x": torch.ones(1)}}, ("slower than asked",))
     assert with_tensors(bundle, to_numpy).notes == bundle.notes
 
 
@@ -328,7 +328,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
     real = local.fit
 
     def fit(*args: Any) -> float:
-        if args[6].client_id in clients:
+        if args[0].client_id in clients:
             raise RuntimeError("poisoned")
         return real(*args)
 
@@ -353,8 +353,8 @@ def test_online_sees_every_sample_once(tmp_path: Path, monkeypatch: pytest.Monke
     real = local.fit
 
     def fit(*args: Any) -> float:
-        job = args[6]
-        seen.setdefault((job.client_id, job.task), []).extend(int(i) for i in args[2])
+        work = args[0]
+        seen.setdefault((work.client_id, work.task), []).extend(int(i) for i in work.shard)
         return real(*args)
 
     monkeypatch.setattr(local, "fit", fit)

@@ -49,8 +49,8 @@ COLLECT = ("adapter=apt", "head=mixture", "server.rounds=1", "server.aggregator=
             "dolfin keeps the head's rows of old tasks as they are, which calibrator hgp trains: let that",
         ),
         (
-            ["client.objectives=[square, {name: square, kappa: 3}]"],
-            "square and objective square both take the place of the cross-entropy, .* choose one",
+            ["client.learners=[square, {name: square, kappa: 3}]"],
+            "client.learners.1: 'square' is there already: name a learner once",
         ),
         (
             [*COLLECT, "server.unlearning=true"],
@@ -132,13 +132,13 @@ def test_tasks_of_a_single_class_are_said(tmp_path: Path) -> None:
     parts = prepare(tiny(*alone))
     assert parts.notes == (
         "2 of 2 tasks have a single class ('task 0' first): the cross-entropy over a task's own classes is 0 there and trains "
-        "nothing. Use more classes per task, client.objectives: [square], or a calibrator",
+        "nothing. Use more classes per task, client.learners: [square], or a calibrator",
     )
     assert [e.loss for e in events_of(tiny(*alone), tmp_path / "a") if isinstance(e, RoundDone)] == [0.0] * 4
-    for other in ("client.objectives=[square]", "server.calibrator=ccvr", "stream.classes_per_task=2"):
+    for other in ("client.learners=[square]", "server.calibrator=ccvr", "stream.classes_per_task=2"):
         assert prepare(tiny(*alone, other)).notes == ()
     assert all(
-        e.loss > 0 for e in events_of(tiny(*alone, "client.objectives=[square]"), tmp_path / "b") if isinstance(e, RoundDone)
+        e.loss > 0 for e in events_of(tiny(*alone, "client.learners=[square]"), tmp_path / "b") if isinstance(e, RoundDone)
     )
     some = prepare(tiny("stream.tasks=null", "stream.classes_per_task=5")).notes
     assert len(some) == 1

@@ -16,9 +16,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from clients import local
+from clients.work import Work
 from fedsim.cli import main
 from fedsim.core.errors import ClientFailed, ConfigError, RunDirError
-from fedsim.core.messages import ClientJob, Tensors
+from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
 from fedsim.simulation import run
 from fedsim.unlearning import measure as measuring
@@ -78,7 +79,7 @@ def test_tangents_are_composed_by_client_and_task(tmp_path: Path) -> None:
     """TMC: the deployed module is the mean over clients and tasks of what each sent; one that is taken out leaves no trace."""
     same = (
         "adapter={name: tangent, rank: 2}",
-        "client.objectives=[{name: square}]",
+        "client.learners=[{name: square}]",
         "server.aggregator=fairavg",
         "server.rounds=1",
     )
@@ -112,7 +113,7 @@ NOT_EXACT = {
         "tasks share classes",
     ),
     "weight decay moves the rows of other tasks": (["client.weight_decay=0.5"], "rows of other tasks"),
-    "the loss is over all classes": (["client.objectives=[{name: square, classes: all}]"], "rows of other tasks"),
+    "the loss is over all classes": (["client.learners=[{name: square, classes: all}]"], "rows of other tasks"),
     "Grams are sums over clients": (["server.consolidator=regmean"], "sums over clients"),
     "the head was repaired": (["server.calibrator=ccvr"], "statistics of the clients"),
     "the rule weighs by statistics": (["server.aggregator=variance_weighted"], "statistics of the clients"),
@@ -167,11 +168,12 @@ def test_clients_that_failed_are_no_participants(tmp_path: Path, monkeypatch: py
     """Client 0 fails in the rounds of task 0 and contributes nothing to it; client 2 fails when it trains by itself in task 1."""
     real = local.train
 
-    def failing(model: Any, samples: Any, shard: Any, classes: Any, job: ClientJob, *rest: Any) -> Any:
+    def failing(work: Work) -> Any:
+        job = work.job
         in_round = job.plan.repeat == 1
         if (job.client_id, job.task, in_round) in ((0, 0, True), (2, 1, False)):
             return ClientFailed(job.client_id, job.task, job.round, "training", "made to fail")
-        return real(model, samples, shard, classes, job, *rest)
+        return real(work)
 
     monkeypatch.setattr(local, "train", failing)
     found = finished(tmp_path, KEEP, "server.aggregator=fedavg", "server.on_client_failure=skip")

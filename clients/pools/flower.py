@@ -61,6 +61,7 @@ MAX_NODES = 32
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 3.0
 POLL_S = 0.005
+CONTEXT = "context "  # before the name of who tells it: what clients are told beside the parameters
 LOSSES = ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError")
 
 
@@ -156,8 +157,8 @@ def job_to_record(job: ClientJob, arrays: Any = None) -> RecordDict:
             "job": ConfigRecord({"kind": "train", "client-id": job.client_id, "task": job.task, "round": job.round}),
             "plan": _plan_to_config(job.plan),
             "params": arrays(job.params),
-            "background": arrays(job.plan.background),
             "memory": tensors_to_arrays(job.memory),
+            **{f"{CONTEXT}{name}": arrays(tensors) for name, tensors in job.plan.context.items()},
         }
     )
 
@@ -165,12 +166,13 @@ def job_to_record(job: ClientJob, arrays: Any = None) -> RecordDict:
 def record_to_job(record: RecordDict) -> ClientJob:
     """The job that `job_to_record` was given."""
     numbers = record.config_records["job"]
+    context = {k.removeprefix(CONTEXT): _tensors(record, k) for k in record.array_records if k.startswith(CONTEXT)}
     return ClientJob(
         client_id=_int(numbers["client-id"]),
         task=_int(numbers["task"]),
         round=_int(numbers["round"]),
         params=_tensors(record, "params"),
-        plan=_config_to_plan(record.config_records["plan"], _tensors(record, "background")),
+        plan=_config_to_plan(record.config_records["plan"], context),
         memory=_tensors(record, "memory"),
     )
 
@@ -274,7 +276,7 @@ def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
     )
 
 
-def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
+def _config_to_plan(config: ConfigRecord, context: Mapping[str, Tensors]) -> RoundPlan:
     train, share = config["train"], config["share"]
     assert isinstance(train, list)
     assert isinstance(share, float)
@@ -283,7 +285,7 @@ def _config_to_plan(config: ConfigRecord, background: Tensors) -> RoundPlan:
         for r in json.loads(str(config["statistics"]))
     )
     globs, repeat = tuple(str(glob) for glob in train), _int(config["repeat"])
-    return RoundPlan(globs, tuple(requests), background, share, beside=bool(config["beside"]), repeat=repeat)
+    return RoundPlan(globs, tuple(requests), context, share, beside=bool(config["beside"]), repeat=repeat)
 
 
 def _to_json(value: Any) -> Any:

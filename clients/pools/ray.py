@@ -244,8 +244,9 @@ class _Broadcasts:
     def put(self, params: Tensors, plan: RoundPlan) -> _Broadcast:
         key = (id(params), id(plan))
         if key not in self._known:
-            value = to_numpy(params), replace(plan, background={}), to_numpy(plan.background)
-            large = num_bytes(params) + num_bytes(plan.background) > INLINE
+            context = {name: to_numpy(tensors) for name, tensors in plan.context.items()}
+            value = to_numpy(params), replace(plan, context={}), context
+            large = num_bytes(params) + sum(map(num_bytes, plan.context.values())) > INLINE
             self._known[key] = _Broadcast(next(_numbers), [ray.put(value) if large else value])
         return self._known[key]
 
@@ -309,8 +310,9 @@ def _worker_class() -> type[Any]:
 
                 assert content is not None, "messages arrive in the order in which they were sent"
                 value = ray.get(content[0]) if isinstance(content[0], ray.ObjectRef) else content[0]
-                params, plan, background = value
-                self.broadcast = (number, to_tensors(params), replace(plan, background=to_tensors(background)))
+                params, plan, arrays = value
+                context = {name: to_tensors(told) for name, told in arrays.items()}
+                self.broadcast = (number, to_tensors(params), replace(plan, context=context))
             return self.broadcast[1], self.broadcast[2]
 
     return FedsimWorker
@@ -331,7 +333,7 @@ def to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
 def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[Any], Any] | None = None) -> Bundle:
     """The bundle with all of its mappings of tensors in another form; in the form `lasting` what is kept when a sum is done."""
     lasting = lasting or form
-    summed = bundle.total is not None
+    summed = bundle.totals is not None
 
     def changed(r: ClientUpdate | ClientFailed) -> ClientUpdate | ClientFailed:
         if isinstance(r, ClientFailed):
@@ -339,8 +341,8 @@ def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[
         params = lasting(r.params) if summed else form(r.params)
         return replace(r, params=params, statistics=form(r.statistics), memory=None if r.memory is None else lasting(r.memory))
 
-    total = None if bundle.total is None else form(bundle.total)
-    return replace(bundle, results=tuple(map(changed, bundle.results)), total=total)
+    totals = None if bundle.totals is None else {part: form(total) for part, total in bundle.totals.items()}
+    return replace(bundle, results=tuple(map(changed, bundle.results)), totals=totals)
 
 
 def copied(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clients import fused, local
 from clients.samples import Samples
+from clients.work import Received, Work
 from experiments.benchmarks import machine
 from fedsim.core import config as configs
 from fedsim.core.contracts import ArraySplit
@@ -83,11 +84,16 @@ class Case:
         return {"one by one": self.one_by_one, "together": self.together}
 
     def together(self) -> list[Any]:
-        return fused.train(self.model, self.samples, self.shards, range(CLASSES), self.jobs, self.config)
+        return fused.train(self.works())
 
     def one_by_one(self) -> list[Any]:
+        return [local.train(work) for work in self.works()]
+
+    def works(self) -> list[Work]:
+        received = Received.on(self.model.device, self.jobs[0].params, self.jobs[0].plan)
+        classes = range(CLASSES)
         return [
-            local.train(self.model, self.samples, shard, range(CLASSES), job, self.config)
+            Work(self.model, self.samples, shard, classes, classes, job, self.config, received)
             for shard, job in zip(self.shards, self.jobs, strict=True)
         ]
 

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clients import kept, local
 from clients.samples import Samples
+from clients.work import Work
 from experiments.benchmarks import machine
 from fedsim.core import config as configs
 from fedsim.core import rng
@@ -211,7 +212,7 @@ def with_fedsim(
     samples, shard = Samples(split, model.device), np.arange(case.samples)
 
     def run() -> dict[str, Tensor]:
-        update = local.train(model, samples, shard, range(CLASSES), ClientJob(0, 0, 0, start, RoundPlan()), config)
+        update = local.train(Work.of(model, samples, shard, range(CLASSES), ClientJob(0, 0, 0, start, RoundPlan()), config))
         if isinstance(update, ClientFailed):
             raise SystemExit(str(update))
         return dict(update.params)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.worker import torch_threads
 from experiments.benchmarks import machine
+from fedsim.core.defaults import torch_defaults
 from fedsim.core.messages import ClientUpdate, Tensors, num_bytes
 from fedsim.core.tensors import LORA_A, LORA_B, matching, upper_triangle
 from server.aggregators.lorm import Aggregator
@@ -144,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     rule, params = Aggregator(), random_params(torch.Generator().manual_seed(1))
     results: dict[str, Any] = {}
-    with torch_threads(1), torch.no_grad():
+    with torch_defaults(1), torch.no_grad():
         for name, round in ROUNDS.items():
             updates = [random_update(client, params, rule, round) for client in range(args.clients)]
             ours, dense, head = (

@@ -33,9 +33,9 @@ SPLITS: dict[str, tuple[dict[str, Any], int]] = {  # partition, samples per clie
 
 def set_up(split: str, clients: int, folder: Path) -> dict[str, float]:
     """Set one run up; seconds by step, and peak memory in MB. To be called once per process."""
-    from clients.worker import torch_threads
     from fedsim import simulation
     from fedsim.core import config as configs
+    from fedsim.core.defaults import torch_defaults
     from fedsim.models import model as models
     from fedsim.runs.directory import RunDir
 
@@ -58,7 +58,7 @@ def set_up(split: str, clients: int, folder: Path) -> dict[str, float]:
     )
     models.build(config, CLASSES)  # imports belong to start-up, which has a benchmark of its own
     imported = peak_mb()
-    with torch_threads(1):
+    with torch_defaults(1):
         clock = time.perf_counter()
         parts = simulation.prepare(config)
         prepared = time.perf_counter()

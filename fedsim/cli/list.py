@@ -81,7 +81,7 @@ def _where(kind: str) -> str:
         k: f"server.{key}" for key, k in configs.SERVER_PLUGIN_KEYS.items()
     }
     keys |= {
-        "objectives": "client.objectives",
+        "learners": "client.learners",
         "pools": "runtime.pool",
         "statistics": "asked for by rules",
         "trackers": "trackers",

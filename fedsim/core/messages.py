@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsim.core.errors import ClientFailed
 
 Tensors: TypeAlias = Mapping[str, Tensor]
+BACKGROUND = "background"  # the context of modules of past tasks
 State: TypeAlias = Any  # nested dicts, lists and tuples of tensors, numbers, strings and None: what a file can hold
 
 
@@ -27,8 +28,8 @@ class StatisticRequest:
 
     name: plug-in in `clients/statistics`; options: fields of that plug-in.
     match: globs over parameter names (the subjects).
-    blended: run the pass through the mean of past tasks' modules and this one (`RoundPlan.background`), which is what will be
-    deployed: as LoRM does, and whatever repairs a head.
+    blended: run the pass through the mean of past tasks' modules and this one (the background), which is what will be deployed:
+    as LoRM does, and whatever repairs a head.
     """
 
     name: str
@@ -42,28 +43,43 @@ class RoundPlan:
     """What the clients of a round are asked to do.
 
     train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
-    statistics: what is computed after training.
-    background: modules of past tasks, already weighted; `share` is the weight of the client's own module beside them.
+    statistics: what is computed after training, or follows it.
+    context: tensors that clients are told beside the parameters, by who tells it and their own names: "background" (modules of
+    past tasks, already weighted), "teacher" (the model that the last task's end deployed), what learners' server halves and rules
+    give. share: weight of the client's own module beside the background.
     beside: the module is trained on top of the background, which stays as it is.
     repeat: times `client.epochs` that is trained.
-    lift: what is summed where the clients run, so that sums travel instead of updates: "rule" (what the aggregator lifts from
-    an update), "calibrator" (what the calibrator lifts), "statistics" (as they are), "" nothing. The loop says so, not a rule.
-    observed: clients whose trained tensors come back one by one all the same, for those who watch.
     """
 
     train: tuple[str, ...] = ("*",)
     statistics: tuple[StatisticRequest, ...] = ()
-    background: Tensors = field(default_factory=dict)
+    context: Mapping[str, Tensors] = field(default_factory=dict)
     share: float = 1.0
     beside: bool = False
     repeat: int = 1
-    lift: str = ""
+
+    @property
+    def background(self) -> Tensors:
+        """Modules of past tasks as one; empty in the first task, and where nobody looks through them."""
+        return self.context.get(BACKGROUND, {})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How what clients send comes back; the loop says so, no rule.
+
+    sums: parts of the run (see `server.gather.lifts`) of which every one that looks at an update is satisfied with a sum, so that
+    sums travel instead of updates: "rule", "calibrator", "statistics", "learner.<name>". Empty: updates travel whole.
+    observed: clients whose trained tensors come back one by one all the same, for those who watch.
+    """
+
+    sums: tuple[str, ...] = ()
     observed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ClientJob:
-    """One client's work as a value. `params` and `plan` are the same objects for all clients of a round."""
+    """One client's work as a value. `params`, `plan` and `reply` are the same objects for all clients of a round."""
 
     client_id: int
     task: int
@@ -71,6 +87,7 @@ class ClientJob:
     params: Tensors
     plan: RoundPlan
     memory: Tensors = field(default_factory=dict)
+    reply: Reply = Reply()
 
 
 @dataclass(frozen=True)
@@ -101,13 +118,14 @@ class ClientUpdate:
 class Bundle:
     """What became of jobs that lay side by side, the first of them at place `start` of the round's jobs.
 
-    total: where the plan says `lift`, the sum over the clients of the bundle, a block of `sums.BlockSum`; None when nothing was
-    summed there: the updates are whole then. notes: lines that results and log must say (`events.Note`), each once per run.
+    totals: where the job says `Reply.sums`, the sums over the clients of the bundle by part, a block of `sums.BlockSum` each;
+    None when nothing was summed there: the updates are whole then. notes: lines that results and log must say (`events.Note`),
+    each once per run.
     """
 
     start: int
     results: tuple[ClientUpdate | ClientFailed, ...]
-    total: Tensors | None = None
+    totals: Mapping[str, Tensors] | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -43,7 +43,7 @@ KINDS = {
     "heads": Kind("fedsim.models.heads", "Head"),
     "sources": Kind("fedsim.data.sources", "Source"),
     "partitions": Kind("fedsim.data.partitions", "Partition"),
-    "objectives": Kind("clients.objectives", "Objective"),
+    "learners": Kind("clients.learners", "Learner"),
     "statistics": Kind("clients.statistics", "Statistic"),
     "channels": Kind("clients.channels", "Channel"),
     "pools": Kind("clients.pools", "Pool"),
@@ -112,6 +112,11 @@ def require(package: str, who: str) -> None:
 def is_path(name: str) -> bool:
     """Whether a plug-in is named by the path of its file."""
     return name.endswith(".py")
+
+
+def short_name(name: str) -> str:
+    """The last part of a plug-in's name, without folders and packages."""
+    return Path(name).stem if is_path(name) else name.rpartition(".")[2]
 
 
 def is_own(kind: str, name: str) -> bool:

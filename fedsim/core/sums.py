@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
 from torch import Tensor
 
 from fedsim.core.errors import AggregationError
-from fedsim.core.messages import Tensors
+from fedsim.core.messages import ClientUpdate, Tensors
+
+Lift: TypeAlias = Callable[[ClientUpdate], Tensors | None]  # one client's term of a sum; None for none
 
 BLOCK = 10  # places that are summed together first: part of the bits, so a constant
 
@@ -72,3 +77,26 @@ class _Partial:
         if self.tensors is None:
             return None
         return dict(self.tensors) if self.owned else {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+
+class PartSums:
+    """The sums that several parts of a run (the aggregator, learners) want of the same updates: a `BlockSum` each."""
+
+    def __init__(self, lifts: Mapping[str, Lift]) -> None:
+        self._lifts = lifts
+        self._sums = {part: BlockSum() for part in lifts}
+
+    def add(self, place: int, update: ClientUpdate | None) -> None:
+        """The update of a place; None for a client that failed."""
+        for part, lift in self._lifts.items():
+            self._sums[part].add(place, 1, None if update is None else lift(update))
+
+    def add_block(self, start: int, size: int, totals: Mapping[str, Tensors]) -> None:
+        """What was summed elsewhere, over a block."""
+        for part, total in self._sums.items():
+            total.add(start, size, totals.get(part))
+
+    def result(self) -> dict[str, Tensors]:
+        """The sums by part; a part of which nobody gave a term is left out."""
+        found = {part: total.result() for part, total in self._sums.items()}
+        return {part: total for part, total in found.items() if total is not None}

@@ -17,7 +17,7 @@ from fedsim.core import rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Channel, Parcel, require_covered
 from fedsim.core.errors import ClientFailed, ConfigError, FedsimError, PluginError, one_line
-from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import ClientJob, ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.tensors import require_finite, same_layout, with_prefix
 
 MEMORY = "channel."  # before the names of what channels remember
@@ -70,7 +70,7 @@ class Chain:
             require_covered(name, channel, job.plan.statistics, update.statistics)
             prefix = f"{MEMORY}{place}.{Path(name).stem}/"
             own = {n.removeprefix(prefix): t for n, t in with_prefix(job.memory, prefix).items()}
-            draw = rng.torch_stream(self.seed, "channel", place, job.client_id, job.task, job.round, *_passing(job.plan))
+            draw = rng.torch_stream(self.seed, "channel", place, job.client_id, job.task, job.round, *_passing(job))
             before = parcel
             parcel, new = channel.send(start, before, own if update.num_samples else {}, draw)
             _require_alike(name, before, parcel)
@@ -111,19 +111,24 @@ class Chain:
         return tuple(notes)
 
     def received(
-        self, start: Tensors, total: Tensors, updates: Sequence[ClientUpdate], task: int, round: int, plan: RoundPlan
+        self, start: Tensors, totals: Mapping[str, Tensors], updates: Sequence[ClientUpdate], task: int, round: int
+    ) -> dict[str, Tensors]:
+        """The sums over clients, by part of the run, as the server sees them. start: what the clients were sent."""
+        return {part: self._received(start, total, updates, (task, round, part)) for part, total in totals.items()}
+
+    def _received(
+        self, start: Tensors, total: Tensors, updates: Sequence[ClientUpdate], address: tuple[int, int, str]
     ) -> Tensors:
-        """The sum over clients as the server's rules see it. start: the parameters that the clients were sent."""
         clients = sum(u.num_samples > 0 for u in updates)
         for place, channel in reversed([*enumerate(self.channels.values())]):
-            draw = rng.torch_stream(self.seed, "channel", place, task, round, *_passing(plan))
+            draw = rng.torch_stream(self.seed, "channel", place, *address)
             total = channel.receive(start, total, clients, draw)
         return total
 
 
-def _passing(plan: RoundPlan) -> tuple[str, ...]:
+def _passing(job: ClientJob) -> tuple[str, ...]:
     """What tells the passes for statistics of one round from its training, and from each other."""
-    return () if plan.train else ("pass", plan.lift)
+    return () if job.plan.train else ("pass", *job.reply.sums)
 
 
 def _moved(start: Tensor, delta: Tensor) -> Tensor:

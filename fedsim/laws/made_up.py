@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from clients.local import statistic_of
+from clients.learning import statistic_of
 from fedsim.core.contracts import Seen
 from fedsim.core.errors import ConfigError, PluginError
 from fedsim.core.messages import StatisticRequest, Tensors

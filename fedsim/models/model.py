@@ -89,12 +89,17 @@ class Model:
         """Like `applied` for K clients in one batch: `adapter.*` tensors with a leading axis of clients, or common to all."""
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
 
+    @property
+    def augments(self) -> bool:
+        """Whether training shows other images than there are, drawn at random."""
+        return self._transform is not None and self._transform.augment != "none"
+
     def untouched_blocks(self, params: Tensors) -> int:
         """How many blocks, from the first on, compute the same whatever is trained: those below the adapter.
 
         0 with augmentation, which shows them other images every time.
         """
-        if self._transform is not None and self._transform.augment != "none":
+        if self.augments:
             return 0
         return lower.untouched(self.backbone.encoder, list(_adapter_tensors(params)))
 
@@ -142,7 +147,7 @@ class Model:
         """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator."""
         if "attention_mask" in inputs:
             slots.tokens = _own_tokens(inputs["attention_mask"], len(slots.rows))
-        if self._transform is None or self._transform.augment == "none":
+        if self._transform is None or not self.augments:
             return self.features(inputs, lean=True)
         parts = []
         for k, rows in enumerate(slots.rows):

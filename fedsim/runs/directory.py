@@ -332,7 +332,7 @@ def _renamed(config: SimConfig, old: str, new: str) -> SimConfig:
         server=dataclasses.replace(
             server, **{key: _replaced(getattr(server, key), old, new) for key in configs.SERVER_PLUGIN_KEYS}
         ),
-        client=dataclasses.replace(client, objectives=_replaced(client.objectives, old, new)),
+        client=dataclasses.replace(client, learners=_replaced(client.learners, old, new)),
         trackers=_replaced(config.trackers, old, new),
         runtime=dataclasses.replace(config.runtime, pool=new if config.runtime.pool == old else config.runtime.pool),
     )

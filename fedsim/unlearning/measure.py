@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clients.local import batches
+from clients.work import batches
 from fedsim import simulation, suitable
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, IntArray

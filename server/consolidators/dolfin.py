@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
-from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.messages import BACKGROUND, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, stack_modules, with_prefix
 from server import gpm
 from server.consolidators.regmean import require_pairs
@@ -135,7 +135,7 @@ class Consolidator(contracts.Consolidator):
     def _asking(self, state: State, params: Tensors, share: float) -> RoundPlan:
         subjects = tuple(first + LORA_A for first in self._groups(params))
         request = StatisticRequest("gram", subjects, {"form": "full", "decay": 1.0}, blended=True)
-        return RoundPlan(train=(), statistics=(request,), background=_together(state["past"]), share=share)
+        return RoundPlan(train=(), statistics=(request,), context={BACKGROUND: _together(state["past"])}, share=share)
 
     def _groups(self, params: Tensors) -> dict[str, list[str]]:
         """Layers that share their inputs, by the first of them."""

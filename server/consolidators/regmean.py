@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import RoundPlan, State, Tensors
+from fedsim.core.messages import BACKGROUND, RoundPlan, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
 from server.aggregators.regmean import gram_request, require_in_unit, resolve_form
 from server.consolidators.mean import mean_background, mean_module
@@ -59,7 +59,7 @@ class Consolidator(contracts.Consolidator):
     def plan(self, state: State, params: Tensors) -> RoundPlan:
         past, share = self.background(state)
         request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
-        return RoundPlan(train=(), statistics=(request,), background=past, share=share)
+        return RoundPlan(train=(), statistics=(request,), context={BACKGROUND: past}, share=share)
 
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         form = resolve_form(self.form, self.decay)

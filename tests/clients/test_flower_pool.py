@@ -96,7 +96,7 @@ plans = st.builds(
     RoundPlan,
     train=st.lists(st.text(max_size=8), max_size=2).map(tuple),
     statistics=st.lists(requests, max_size=2).map(tuple),
-    background=tensors(),
+    context=st.dictionaries(st.text(max_size=8), tensors(), max_size=2),
     share=st.floats(0, 1),
 )
 small = st.integers(0, 10_000)
@@ -236,7 +236,7 @@ def make_jobs(spec: WorkSpec, round: int, task: int = 0) -> list[ClientJob]:
     params = make_params(spec)
     gram = StatisticRequest("gram", ("adapter.*.lora_A",), {"form": "diagonal"}, blended=True)
     background = {n: 0.5 * t for n, t in params.items() if n.startswith("adapter.")}
-    plan = RoundPlan(statistics=(gram,), background=background, share=0.5)
+    plan = RoundPlan(statistics=(gram,), context={"background": background}, share=0.5)
     return [ClientJob(k, task, round, params, plan) for k in (2, 0, 1)]
 
 

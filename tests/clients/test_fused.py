@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from clients import fused, local
 from clients.samples import Samples
+from clients.work import Received, Work, round_shard
 from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, IntArray, Slots
+from fedsim.core.contracts import ArraySplit, IntArray, LocalState, Slots, Step
 from fedsim.core.errors import ClientFailed, ConfigError, ModelError
 from fedsim.core.events import Note
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest
@@ -42,7 +43,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Work:
+class Here:
     """All that both ways of training need."""
 
     model: Model
@@ -50,21 +51,24 @@ class Work:
     shards: list[IntArray]
     jobs: list[ClientJob]
     config: SimConfig
-    objectives: list[contracts.Objective]
+    learners: dict[str, contracts.Learner]
     told: list[str] = field(default_factory=list)
 
     def together(self) -> list[ClientUpdate | ClientFailed]:
-        known = (self.model, self.samples, self.shards, CLASSES, self.jobs, self.config, self.objectives)
-        return fused.train(*known, tell=self.told.append)
+        return fused.train(self.works(), tell=self.told.append)
 
-    def one_by_one(self) -> list[ClientUpdate | ClientFailed]:
+    def works(self) -> list[Work]:
+        received = Received.on(self.model.device, self.jobs[0].params, self.jobs[0].plan)
         return [
-            local.train(self.model, self.samples, shard, CLASSES, job, self.config, self.objectives)
+            Work(self.model, self.samples, shard, CLASSES, CLASSES, job, self.config, received, self.learners)
             for shard, job in zip(self.shards, self.jobs, strict=True)
         ]
 
+    def one_by_one(self) -> list[ClientUpdate | ClientFailed]:
+        return [local.train(work) for work in self.works()]
 
-def work(*overrides: str, adapter: str = "lora", text: bool = False, plan: RoundPlan | None = None, **sections: Any) -> Work:
+
+def work(*overrides: str, adapter: str = "lora", text: bool = False, plan: RoundPlan | None = None, **sections: Any) -> Here:
     """A round of five clients with as many samples as SIZES says, from tensors in which nothing is zero."""
     sections = {"adapter": ADAPTERS[adapter]} | sections
     if text:
@@ -85,14 +89,14 @@ def work(*overrides: str, adapter: str = "lora", text: bool = False, plan: Round
     params = model.init_adapter(generator) | model.init_head()
     params = {n: torch.randn(t.shape, generator=generator) * 0.2 for n, t in params.items()}
     ends = np.cumsum(SIZES)
-    shards = [local.round_shard(np.arange(end - SIZES[k], end), config, job(k)) for k, end in enumerate(ends)]
+    shards = [round_shard(np.arange(end - SIZES[k], end), config, job(k)) for k, end in enumerate(ends)]
     plan = plan or RoundPlan()
     jobs = [job(k, params, plan) for k in range(len(SIZES))]
-    objectives = [configs.build("objectives", o) for o in config.client.objectives]
-    return Work(model, Samples(split, model.device), shards, jobs, config, objectives)
+    learners = configs.build_learners(config.client.learners)
+    return Here(model, Samples(split, model.device), shards, jobs, config, learners)
 
 
-def doubled(here: Work) -> Work:
+def doubled(here: Here) -> Here:
     """The same in float64, where rounding hides nothing: optimizers that divide by a gradient's size magnify it."""
     here.model.backbone.encoder.double()
     params = {n: t.double() for n, t in here.jobs[0].params.items()}
@@ -131,7 +135,7 @@ def require_trained(updates: Sequence[Any], jobs: Sequence[ClientJob]) -> None:
 
 GROUPS = 'client.groups=[{match: "head.*", lr: 0.02}, {match: "*.lora_B", lr: 0.004, weight_decay: 0.3}]'
 
-CASES: dict[str, Callable[[], Work]] = {
+CASES: dict[str, Callable[[], Here]] = {
     "lora": lambda: work(),
     "lora, only A": lambda: work(plan=RoundPlan(train=("*.lora_A", "head.*"))),
     "lora, only B": lambda: work(plan=RoundPlan(train=("*.lora_B", "head.*"))),
@@ -142,7 +146,7 @@ CASES: dict[str, Callable[[], Work]] = {
     "vpt": lambda: work(adapter="vpt"),
     "apt": lambda: work(adapter="apt"),
     "tangent": lambda: work(adapter="tangent"),
-    "tangent, square": lambda: work("client.objectives=[{name: square, kappa: 5.0}]", adapter="tangent"),
+    "tangent, square": lambda: work("client.learners=[{name: square, kappa: 5.0}]", adapter="tangent"),
     "none": lambda: work(adapter="none"),
     "lora, text": lambda: work(text=True),
     "lora with dropout, text": lambda: work(text=True, adapter="dropout"),
@@ -151,7 +155,7 @@ CASES: dict[str, Callable[[], Work]] = {
     "augmented": lambda: work(transform={"augment": "crop_flip"}),
     "clipped": lambda: work("client.clip_norm=0.05"),
     "online": lambda: work("stream.online=true", "client.epochs=1", "server.rounds=2"),
-    "proximal": lambda: work("client.objectives=[{name: proximal, mu: 0.5}]"),
+    "proximal": lambda: work("client.learners=[{name: proximal, mu: 0.5}]"),
     "a schedule by steps": lambda: work(
         "client.schedule=cosineannealinglr", "client.schedule_options={T_max: steps}", "client.optimizer=adam"
     ),
@@ -244,7 +248,7 @@ def test_half_precision(adapter: str) -> None:
 def test_one_that_goes_wild_fails_alone() -> None:
     """A loss that is not finite makes the tensors of its client useless from the next step on, and of nobody else."""
     here = work("client.optimizer=sgd", "client.lr=0.1", "client.epochs=3")
-    here.objectives.append(_Explodes(labels=int(SIZES[4])))
+    here.learners["explodes"] = _Explodes(labels=int(SIZES[4]))
     got, want = here.together(), here.one_by_one()
     require_same(got, want)
     assert [isinstance(g, ClientFailed) for g in got] == [False, False, False, False, True]
@@ -252,12 +256,12 @@ def test_one_that_goes_wild_fails_alone() -> None:
 
 
 @dataclass(frozen=True)
-class _Explodes(contracts.Objective):
+class _Explodes(contracts.Learner):
     """Not finite for a client whose last batch holds one sample, from that batch on."""
 
     labels: int
 
-    def term(self, step: contracts.TrainStep) -> Tensor:
+    def loss(self, state: LocalState, step: Step) -> Tensor:
         return step.logits.sum() * (float("inf") if len(step.labels) == self.labels % 16 else 0.0)
 
 
@@ -330,7 +334,7 @@ def test_bundles_are_halved_until_they_fit(most: int, monkeypatch: pytest.Monkey
 
 def test_whatever_goes_wrong_together_is_found_client_by_client(monkeypatch: pytest.MonkeyPatch) -> None:
     here = work()
-    here.objectives.append(_Refuses())
+    here.learners["refuses"] = _Refuses()
     got = here.together()
     require_same(got, here.one_by_one())
     assert [isinstance(g, ClientFailed) for g in got] == [False, True, False, False, False]
@@ -340,10 +344,10 @@ def test_whatever_goes_wrong_together_is_found_client_by_client(monkeypatch: pyt
 
 
 @dataclass(frozen=True)
-class _Refuses(contracts.Objective):
+class _Refuses(contracts.Learner):
     """Raises for the client that has a batch of five."""
 
-    def term(self, step: contracts.TrainStep) -> Tensor:
+    def loss(self, state: LocalState, step: Step) -> Tensor:
         if len(step.labels) == 5:
             raise ValueError("five samples are too few")
         return step.logits.new_zeros(())
@@ -389,11 +393,11 @@ def test_flower_sends_every_client_by_itself() -> None:
 
 def test_layers_that_mix_a_batch_are_an_obstacle() -> None:
     here = work()
-    assert fused.obstacle(here.model) is None
+    assert fused.obstacle(here.works()[0]) is None
     here.model.backbone.encoder.norm = nn.BatchNorm1d(4).eval()
-    assert fused.obstacle(here.model) is None  # its statistics are frozen: it is a scale
+    assert fused.obstacle(here.works()[0]) is None  # its statistics are frozen: it is a scale
     here.model.backbone.encoder.norm = nn.BatchNorm1d(4, track_running_stats=False).eval()
-    assert "'norm'" in str(fused.obstacle(here.model))
+    assert "'norm'" in str(fused.obstacle(here.works()[0]))
     want = here.one_by_one()
     got = here.together()
     require_same(got, want)
@@ -411,19 +415,31 @@ def test_an_adapter_without_the_method_is_an_obstacle() -> None:
 
     here = work(adapter="none")
     here.model.adapter = Plain()
-    assert "no method 'stacked'" in str(fused.obstacle(here.model))
+    assert "no method 'stacked'" in str(fused.obstacle(here.works()[0]))
     with pytest.raises(ModelError, match="several clients at once"):
         here.model.stacked({}, Slots(1, (1,)))
     here.together()
-    assert here.told == [f"clients are trained one by one, whatever runtime.fused says: {fused.obstacle(here.model)}"]
+    assert here.told == [f"clients are trained one by one, whatever runtime.fused says: {fused.obstacle(here.works()[0])}"]
 
 
-def test_a_statistic_of_the_training_is_an_obstacle_and_a_pass_over_data_is_none() -> None:
-    path_integral = StatisticRequest("path_integral", ("adapter.*",))
-    here = work(plan=RoundPlan(statistics=(path_integral,)))
+def test_a_statistic_of_the_training_follows_each_of_those_who_train_together() -> None:
+    here = doubled(work("client.clip_norm=0.1", plan=RoundPlan(statistics=(StatisticRequest("path_integral", ("adapter.*",)),))))
+    got = here.together()
+    require_same(got, here.one_by_one())
+    assert all(u.metrics["together"] == 4 for u in got if isinstance(u, ClientUpdate) and u.num_samples)
+
+
+@dataclass(frozen=True)
+class _Alone(contracts.Learner):
+    alone: ClassVar[str] = "it wants every sample's gradient"
+
+
+def test_a_learner_that_cannot_is_an_obstacle_and_a_pass_over_data_is_none() -> None:
+    here = work()
+    here.learners["hermit"] = _Alone()
     assert all("together" not in getattr(g, "metrics", {}) for g in here.together())
     assert here.told == [
-        "clients are trained one by one, whatever runtime.fused says: the statistic path_integral follows the training of each"
+        "clients are trained one by one, whatever runtime.fused says: learner hermit: it wants every sample's gradient"
     ]
     only_looked_at = work(plan=RoundPlan(train=(), statistics=(StatisticRequest("class_moments", ("head.weight",)),)))
     only_looked_at.together()
@@ -434,10 +450,10 @@ def test_a_statistic_of_the_training_is_an_obstacle_and_a_pass_over_data_is_none
 def test_what_happened_to_bundles_is_said_once_in_log_and_results(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(bundle: fused.Bundle) -> None:
+    def fails(bundle: fused.Together) -> None:
         raise error
 
-    monkeypatch.setattr(fused.Bundle, "train", fails)
+    monkeypatch.setattr(fused.Together, "train", fails)
     said: list[Any] = []
     results = run(tiny("runtime.fused=true", output=tmp_path), progress=said.append)
     assert [event.text for event in said if isinstance(event, Note)] == list(results.notes)

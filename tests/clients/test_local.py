@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clients import kept, local, optim
 from clients.kept import Kept, Lower
 from clients.samples import Samples
+from clients.work import Work
 from fedsim.core import hardware
 from fedsim.core.config import ClientConfig, SimConfig
 from fedsim.core.contracts import ArraySplit
@@ -57,7 +58,7 @@ class Client:
 
     def train(self, plan: RoundPlan | None = None, round: int = 0) -> ClientUpdate:
         job = ClientJob(client_id=3, task=0, round=round, params=self.params, plan=plan or RoundPlan())
-        update = local.train(self.model, self.samples, self.shard, CLASSES, job, self.config)
+        update = local.train(Work.of(self.model, self.samples, self.shard, CLASSES, job, self.config))
         assert isinstance(update, ClientUpdate), update
         return update
 
@@ -244,9 +245,10 @@ def test_statistics_of_a_client_that_trains_beside_past_modules_see_them_too() -
     request = (StatisticRequest("class_moments", ("head.weight",)),)
 
     def moments(plan: RoundPlan, params: Tensors) -> Tensors:
-        return local.collect(here.model, here.samples, here.shard, params, plan, 256)
+        job = ClientJob(client_id=3, task=0, round=0, params=params, plan=plan)
+        return local.collect(Work.of(here.model, here.samples, here.shard, CLASSES, job, here.config), params)
 
-    got = moments(RoundPlan(statistics=request, background=past, beside=True), own)
+    got = moments(RoundPlan(statistics=request, context={"background": past}, beside=True), own)
     both = {**own, **stack_modules([past, {n: own[n] for n in adapter}], [1.0, 1.0])}
     want, alone = moments(RoundPlan(statistics=request), both), moments(RoundPlan(statistics=request), own)
     mean = "class_moments.mean/head.weight"

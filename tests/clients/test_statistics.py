@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from clients.objectives.proximal import Objective as Proximal
+from clients.learners.proximal import Learner as Proximal
 from clients.statistics.class_moments import Statistic as ClassMoments
 from clients.statistics.gram import Statistic as Gram
 from fedsim.core import contracts
-from fedsim.core.contracts import TrainStep
+from fedsim.core.contracts import Step
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import from_upper_triangle
 from fedsim.models import model as models
+from tests.clients.works import step_of
 from tests.tiny import tiny
 
 CLASSES, RANK = 5, 3
@@ -360,27 +361,27 @@ def test_moments_of_the_wrong_subject(model: TinyVit, params: Tensors) -> None:
 # ---------------------------------------------------------------- the proximal term
 
 
-def step(params: Tensors, start: Tensors) -> TrainStep:
-    return TrainStep(params, start, torch.zeros(1, 2), torch.zeros(1), (0, 1))
+def step(params: Tensors, start: Tensors) -> Step:
+    return step_of(params=params, start=start)
 
 
 def test_proximal_term_and_its_gradient_by_hand() -> None:
     """μ/2 Σ (w − w_g)² = 0.5 · (4 + 1 + 9) = 7 and μ (w − w_g) with μ = 1."""
     params = {"a": torch.tensor([3.0, 0.0], requires_grad=True), "b": torch.tensor([[5.0]], requires_grad=True)}
     start = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[2.0]])}
-    term = Proximal(mu=1.0).term(step(params, start))
+    term = Proximal(mu=1.0).loss({}, step(params, start))
     term.backward()  # type: ignore[no-untyped-call]
     assert term.item() == 7.0
     assert params["a"].grad is not None
     assert params["a"].grad.tolist() == [2.0, -1.0]
     assert params["b"].grad is not None
     assert params["b"].grad.tolist() == [[3.0]]
-    assert Proximal(mu=0.5).term(step(params, start)).item() == 3.5
+    assert Proximal(mu=0.5).loss({}, step(params, start)).item() == 3.5
 
 
 def test_proximal_term_starts_at_zero_and_takes_no_negative_weight() -> None:
     same = {"a": torch.ones(3)}
-    assert Proximal().term(step(same, same)).item() == 0.0
-    assert Proximal().term(step({}, {})).item() == 0.0
+    assert Proximal().loss({}, step(same, same)).item() == 0.0
+    assert Proximal().loss({}, step({}, {})).item() == 0.0
     with pytest.raises(ConfigError, match="mu must not be negative"):
         Proximal(mu=-1.0)

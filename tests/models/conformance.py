@@ -20,12 +20,13 @@ from torch import Tensor
 
 from clients import local
 from clients.samples import Samples
+from clients.work import Work
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.config import ModelConfig, TransformConfig
+from fedsim.core.config import ModelConfig, RuntimeConfig, SimConfig, TransformConfig
 from fedsim.core.contracts import ArraySplit, Slots
 from fedsim.core.errors import FedsimError, ModelError
-from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import ClientJob, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_B, lora_layers
 from fedsim.matrix import SMALL
 from fedsim.models import backbone as backbones
@@ -185,7 +186,8 @@ def _holds_statistics(built: Model, family: Family, adapter: Tensors) -> None:
         requests.append(StatisticRequest("class_moments", ("head.weight",), {"form": form}))
         shapes |= {f"class_moments.{key}/head.weight": shape for key, shape in {"count": (CLASSES,), **more}.items()}
     plan = RoundPlan(train=(), statistics=tuple(requests))
-    found = local.collect(built, samples, np.arange(3), local_params, plan, batch_size=2)
+    job, config = ClientJob(0, 0, 0, local_params, plan), SimConfig(runtime=RuntimeConfig(eval_batch=2))
+    found = local.collect(Work.of(built, samples, np.arange(3), range(CLASSES), job, config), local_params)
     got = {n: tuple(t.shape) for n, t in found.items()}
     assert {n: got.get(n) for n in shapes} == shapes
     assert all(bool(torch.isfinite(t).all()) for t in found.values())

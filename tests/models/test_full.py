@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clients import local
 from clients.samples import Samples
+from clients.work import Work
 from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core.contracts import ArraySplit
@@ -45,7 +46,7 @@ def built(*overrides: str, **sections: Any) -> tuple[Model, Samples, dict[str, T
 def trained(
     model: Model, samples: Samples, params: dict[str, Tensor], config: configs.SimConfig, plan: RoundPlan
 ) -> ClientUpdate:
-    update = local.train(model, samples, np.arange(COUNT), CLASSES, ClientJob(0, 0, 0, params, plan), config)
+    update = local.train(Work.of(model, samples, np.arange(COUNT), CLASSES, ClientJob(0, 0, 0, params, plan), config))
     assert isinstance(update, ClientUpdate), str(update)
     return update
 
@@ -172,7 +173,7 @@ def test_regmean_of_every_linear_layer(decay: float) -> None:
     model, samples, params, config = built("server.aggregator.name=regmean", f"server.aggregator.decay={decay}", "client.lr=3e-2")
     rule = configs.build_aggregator(config.server.aggregator)
     updates = [
-        local.train(model, samples, shard, CLASSES, ClientJob(k, 0, 0, params, rule.plan({}, 0)), config)
+        local.train(Work.of(model, samples, shard, CLASSES, ClientJob(k, 0, 0, params, rule.plan({}, 0)), config))
         for k, shard in enumerate((np.arange(5), np.arange(5, COUNT)))
     ]
     merged = rule.combine({}, params, updates, torch.Generator())[1]  # type: ignore[arg-type]

@@ -588,7 +588,7 @@ def test_a_step_beside_past_modules_is_a_step_of_the_stack() -> None:
     """One SGD step on the whole shard, against the gradient of the past's and the client's LoRA as one of twice the rank."""
     one = client(EVERYWHERE, "client.optimizer=sgd", "client.lr=0.5", "client.epochs=1", "client.batch_size=64")
     past = {n: t.flip(0) for n, t in one.params.items() if n.startswith("adapter.")}
-    plan = RoundPlan(train=("*.lora_B", "head.*"), background=past, beside=True)
+    plan = RoundPlan(train=("*.lora_B", "head.*"), context={"background": past}, beside=True)
     update = one.train(plan)
     leaves = {n: one.params[n].clone().requires_grad_() for n in update.params}
     own = {n: leaves.get(n, t) for n, t in one.params.items()}

@@ -20,8 +20,8 @@ from torch import Tensor
 from clients.pools._bundles import MANY, PER_WORKER, bundles
 from fedsim.core.contracts import lift_statistics
 from fedsim.core.errors import AggregationError, ClientFailed
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan, bytes_up
-from fedsim.core.sums import BLOCK, BlockSum
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, Reply, RoundPlan, bytes_up
+from fedsim.core.sums import BLOCK, BlockSum, PartSums
 from server import gather, sampling
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.gather import Gathering, merge
@@ -98,34 +98,35 @@ def test_terms_with_other_names_are_refused() -> None:
 
 # ---------------------------------------------------------------- rounds
 
+SUMMED = Reply(("rule",))
+
 
 def update(client: int) -> ClientUpdate:
     draw = torch.Generator().manual_seed(client)
     return ClientUpdate(client, 3 + client, {n: torch.randn(t.shape, generator=draw) for n, t in PARAMS.items()})
 
 
-def jobs_of(count: int, plan: RoundPlan) -> list[ClientJob]:
-    return [ClientJob(k, 0, 0, PARAMS, plan) for k in range(count)]
+def jobs_of(count: int) -> list[ClientJob]:
+    return [ClientJob(k, 0, 0, PARAMS, RoundPlan()) for k in range(count)]
 
 
 def as_worker(start: int, updates: Sequence[ClientUpdate | ClientFailed], observed: Sequence[int] = ()) -> Bundle:
     """What a worker makes of a bundle under FedAvg."""
-    total = BlockSum()
+    sums = PartSums({"rule": FedAvg().lift})
     lean: list[ClientUpdate | ClientFailed] = []
     for place, one in enumerate(updates):
-        total.add(place, 1, FedAvg().lift(one) if isinstance(one, ClientUpdate) else None)
+        sums.add(place, one if isinstance(one, ClientUpdate) else None)
         lean.append(one.summed(one.client_id in observed) if isinstance(one, ClientUpdate) else one)
-    return Bundle(start, tuple(lean), total.result())
+    return Bundle(start, tuple(lean), sums.result())
 
 
 @pytest.mark.parametrize("count", [1, 7, 10, 33, 60])
 def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
     """FedAvg of whole updates, of bundles of any size in any order, and of a mix: the same bits."""
-    plan = RoundPlan(lift="rule")
     outcomes = []
     for workers, here in ((1, True), (1, False), (2, False), (7, False)):
-        jobs = jobs_of(count, plan)
-        gathering = Gathering(jobs, plan, FedAvg().lift)
+        jobs = jobs_of(count)
+        gathering = Gathering(SUMMED, {"rule": FedAvg().lift})
         cut = list(bundles(jobs, workers, fused=False))
         random.Random(workers).shuffle(cut)
         for start, some in cut:
@@ -144,9 +145,8 @@ def test_summed_on_workers_of_any_number_is_summed_here(count: int) -> None:
 
 
 def test_a_failed_client_leaves_an_empty_place() -> None:
-    plan = RoundPlan(lift="rule")
     last = 2 * BLOCK
-    gathering = Gathering(jobs_of(last + 2, plan), plan, FedAvg().lift)
+    gathering = Gathering(SUMMED, {"rule": FedAvg().lift})
     failed = {k: ClientFailed(k, 0, 0, "training", "no luck") for k in (1, *range(BLOCK, last), last + 1)}
     list(gathering.add(as_worker(BLOCK, [failed[k] for k in range(BLOCK, last)])))  # a block in which all failed
     list(gathering.add(Bundle(last, (update(last),))))
@@ -160,7 +160,7 @@ def test_a_failed_client_leaves_an_empty_place() -> None:
 
 
 def test_nobody_is_left() -> None:
-    gathering = Gathering(jobs_of(1, RoundPlan()), RoundPlan(), None)
+    gathering = Gathering(Reply(), {})
     list(gathering.add(Bundle(0, (ClientFailed(0, 0, 0, "training", "no luck"),))))
     with pytest.raises(
         AggregationError,
@@ -170,29 +170,26 @@ def test_nobody_is_left() -> None:
 
 
 def test_clients_without_samples_are_nothing_to_sum() -> None:
-    plan = RoundPlan(lift="statistics")
-    gathering = Gathering(jobs_of(1, plan), plan, lift_statistics)
+    gathering = Gathering(Reply(("statistics",)), {"statistics": lift_statistics})
     list(gathering.add(Bundle(0, (replace(update(0), num_samples=0),))))
     with pytest.raises(AggregationError, match="hold no samples"):
         gathering.result()
 
 
 def test_statistics_are_summed_with_the_samples() -> None:
-    plan = RoundPlan(train=(), lift="statistics")
-    gathering = Gathering(jobs_of(3, plan), plan, lift_statistics)
+    gathering = Gathering(Reply(("statistics",)), {"statistics": lift_statistics})
     for k in range(3):
         list(gathering.add(Bundle(k, (ClientUpdate(k, 2, {}, {"s": torch.tensor([0.1 * k])}),))))
-    total = gathering.result().total
-    assert total is not None
+    total = gathering.result().totals["statistics"]
     assert total["num_samples"] == 6 and total["s"].dtype == torch.float64
     assert float(total["s"]) == sum(float(np.float32(0.1 * k)) for k in range(3))
 
 
 def test_a_rule_that_is_not_additive_gets_whole_updates() -> None:
-    gathering = Gathering(jobs_of(2, RoundPlan()), RoundPlan(), None)
+    gathering = Gathering(Reply(), {})
     list(gathering.add(Bundle(0, (update(0), update(1)))))
     round = gathering.result()
-    assert round.total is None and all(u.params and u.sent is None for u in round.updates)
+    assert not round.totals and all(u.params and u.sent is None for u in round.updates)
 
 
 # ---------------------------------------------------------------- who is watched, and in which order
@@ -229,12 +226,12 @@ def test_longest_first(sizes: list[int]) -> None:
     [(10, 2, 1), (39, 2, 1), (50, 2, BLOCK), (1000, 2, BLOCK), (3, 1, 1), (20, 1, BLOCK), (999, 50, 1), (1000, 512, BLOCK)],
 )
 def test_bundles_are_blocks_with_enough_for_every_worker(jobs: int, workers: int, size: int) -> None:
-    cut = list(bundles(jobs_of(jobs, RoundPlan()), workers, fused=False))
+    cut = list(bundles(jobs_of(jobs), workers, fused=False))
     assert [job.client_id for _, some in cut for job in some] == list(range(jobs))
     assert {len(some) for _, some in cut[:-1]} <= {size} and all(start % size == 0 for start, _ in cut)
     assert size == 1 or len(cut) >= min(PER_WORKER * workers, MANY // BLOCK)
 
 
 def test_who_is_fused_with_whom_knows_nothing_of_workers() -> None:
-    cuts = [[len(some) for _, some in bundles(jobs_of(23, RoundPlan()), workers, fused=True)] for workers in (1, 2, 9)]
+    cuts = [[len(some) for _, some in bundles(jobs_of(23), workers, fused=True)] for workers in (1, 2, 9)]
     assert cuts == [[BLOCK, BLOCK, 3]] * 3

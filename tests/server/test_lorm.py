@@ -492,7 +492,7 @@ def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
         state = rule.init(params)
         background, share = consolidator.background(kept)
         for r in range(ROUNDS):
-            plan = replace(rule.plan(state, r), background=background, share=share)
+            plan = replace(rule.plan(state, r), context={"background": background}, share=share)
             updates = []
             for k in range(K):
                 x = torch.from_numpy(shard(t, k))

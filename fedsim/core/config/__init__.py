@@ -9,6 +9,7 @@ from fedsim.core.config.layers import merge, nested, parse_overrides, read_layer
 from fedsim.core.config.resolve import (
     build,
     build_aggregator,
+    build_learners,
     compose,
     expand,
     from_dict,
@@ -52,6 +53,7 @@ __all__ = [
     "TransformConfig",
     "build",
     "build_aggregator",
+    "build_learners",
     "compose",
     "expand",
     "from_dict",

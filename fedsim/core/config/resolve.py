@@ -71,8 +71,7 @@ def from_dict(values: Mapping[str, Any]) -> SimConfig:
         calibrator=None if server.calibrator is None else expand("calibrators", server.calibrator, "server.calibrator"),
         channel=_expand_each("channels", server.channel, "server.channel"),
     )
-    objectives = [expand("objectives", o, f"client.objectives.{i}") for i, o in enumerate(config.client.objectives)]
-    client = dataclasses.replace(config.client, objectives=objectives)
+    client = dataclasses.replace(config.client, learners=_expand_each("learners", config.client.learners, "client.learners"))
     trackers = _expand_each("trackers", config.trackers, "trackers")
     pool = _known_pool(config.runtime.pool)
     device = resolve_device(config.runtime.device)
@@ -138,8 +137,9 @@ def _expand_each(kind: str, sections: Sequence[Any], where: str) -> list[dict[st
     found: list[dict[str, Any]] = []
     for i, section in enumerate(sections):
         found.append(expand(kind, section, f"{where}.{i}"))
-        if found[i]["name"] in [f["name"] for f in found[:i]]:
-            raise ConfigError(f"{where}.{i}: '{found[i]['name']}' is there already: name a {kind[:-1]} once")
+        name = plugins.short_name(found[i]["name"])
+        if name in [plugins.short_name(f["name"]) for f in found[:i]]:
+            raise ConfigError(f"{where}.{i}: '{name}' is there already: name a {kind[:-1]} once")
     return found
 
 
@@ -155,6 +155,11 @@ def build_aggregator(section: Any) -> Any:
         return build("aggregators", section)
     rules = [(str(s["match"]), build("aggregators", {k: v for k, v in s.items() if k != "match"})) for s in section]
     return plugins.load("aggregators", "_grouped")(tuple(rules))
+
+
+def build_learners(sections: Sequence[Section]) -> dict[str, Any]:
+    """The learners of `client.learners` by the names that their statistics, memory and context go by."""
+    return {plugins.short_name(s["name"]): build("learners", s) for s in sections}
 
 
 def is_python_object(section: Any) -> bool:

@@ -127,7 +127,8 @@ class ClientConfig:
     optimizer: any class of torch.optim, in any case; schedule: any class of torch.optim.lr_scheduler, stepped per batch.
     In their options, the number of steps of this client's round may be written as the word "steps".
     groups: tensors with a learning rate or weight decay of their own: a list of {match: "head.*", lr: ..., weight_decay: ...}.
-    clip_norm: maximum gradient norm; objectives: extra loss terms.
+    clip_norm: maximum gradient norm; learners: what a client does beyond that (extra loss terms, replay, control variates, …),
+    added up in this order.
     """
 
     epochs: int = 1
@@ -140,7 +141,7 @@ class ClientConfig:
     schedule: str | None = None
     schedule_options: dict[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
-    objectives: list[Any] = field(default_factory=list)
+    learners: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "must be at least 1", self.epochs)
@@ -314,7 +315,7 @@ def plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
         value = getattr(config.server, key)
         many = value if isinstance(value, list) else [] if value is None else [value]
         found += [(kind, f"server.{key}", v) for v in many]
-    found += [("objectives", "client.objectives", o) for o in config.client.objectives]
+    found += [("learners", "client.learners", o) for o in config.client.learners]
     return found + [("trackers", "trackers", t) for t in config.trackers]
 
 

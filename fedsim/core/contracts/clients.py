@@ -1,56 +1,204 @@
-"""What clients do with their samples."""
+"""What clients do with their samples: learners (the client's algorithm) and statistics."""
+
+# b rows of a step's batch, C classes (head rows), D features
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fedsim.core.contracts.models import ModelLike
 from fedsim.core.contracts.plugin import Plugin
-from fedsim.core.contracts.traits import Part, Traits
+from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError, PluginError
-from fedsim.core.messages import Tensors
+from fedsim.core.messages import RoundPlan, State, Tensors
+from fedsim.core.numbers import IntArray
+
+if TYPE_CHECKING:
+    from fedsim.core.config import SimConfig
+
+CROSS_ENTROPY, ONE_CLASS = "the cross-entropy", "learns one class"  # words of `Traits`
+TEACHER = "teacher"  # the context that the server gives to whoever needs it: the model that the last task's end deployed
+OWN = "own"  # the context that a learner's own server half gives it
+
+LocalState: TypeAlias = dict[str, Any]  # of one learner and one client's round; the learner may write into it
+Context: TypeAlias = Mapping[str, Tensors]
 
 
-@dataclass(frozen=True)
-class TrainStep:
-    """What an objective sees of a training step.
+class Outputs(NamedTuple):
+    """What a model makes of samples: features (b, D) and logits (b, C) over all classes, unmasked."""
 
-    params: tensors being trained; start: the same, as received; logits (b, C) over all classes, unmasked; labels (b,), head rows;
-    classes: head rows of the current task.
-    """
-
-    params: Tensors
-    start: Tensors
+    features: Tensor
     logits: Tensor
-    labels: Tensor
-    classes: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Objective(Part, ABC):
-    """An extra loss term of local training.
+class ClientWork(Protocol):
+    """What a learner sees of a client's round: before its first step, and after the last.
 
-    replaces_cross_entropy: it stands in the place of the cross-entropy, which is left out.
-    learns_one_class: it teaches something even where a task has a single class, of which the cross-entropy is 0.
+    shard: positions of this round's samples in the training split; params: all tensors, as received, on the device; trained:
+    names of those that are trained; steps: optimizer steps of the round; classes: head rows of the current task; seen: of all
+    tasks so far, the current one included.
     """
-
-    replaces_cross_entropy: ClassVar[bool] = False
-    learns_one_class: ClassVar[bool] = False
 
     @property
-    def traits(self) -> Traits:
-        gives = {"learns one class"} if self.learns_one_class else set()
-        return Traits(gives=gives, takes={"the cross-entropy"} if self.replaces_cross_entropy else set())
+    def client_id(self) -> int: ...
+    @property
+    def task(self) -> int: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def config(self) -> SimConfig: ...
+    @property
+    def shard(self) -> IntArray: ...
+    @property
+    def params(self) -> Tensors: ...
+    @property
+    def trained(self) -> Sequence[str]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def classes(self) -> Sequence[int]: ...
+    @property
+    def seen(self) -> Sequence[int]: ...
+    def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
+        """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient."""
+        ...
 
-    @abstractmethod
-    def term(self, step: TrainStep) -> Tensor:
-        """A scalar that is added to the loss."""
+    def labels(self, positions: IntArray) -> Tensor:
+        """Head rows, on the device."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a learner sees of a training step.
+
+    The batch is the client's own part, then the samples that learners replay, each learner's together. `own` and `replayed` are
+    the rows of the one and of those that this learner added. inputs: the raw batch; positions: of its samples in the training
+    split; labels: head rows; features and logits as in `Outputs`, with gradients. params: the tensors being trained; start: the
+    same, as received. classes, seen: head rows of the current task, and of all tasks so far.
+    draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
+    gradient; once per batch for one mapping, however many learners ask.
+    """
+
+    inputs: Tensors
+    positions: IntArray
+    labels: Tensor
+    features: Tensor
+    logits: Tensor
+    params: Tensors
+    start: Tensors
+    classes: Sequence[int]
+    seen: Sequence[int]
+    own: slice
+    replayed: slice
+    draw: torch.Generator
+    model: Callable[[Tensors], Outputs]
+
+
+class Ending(NamedTuple):
+    """What is left of a client's round. memory: what this client is handed when it trains next, and nobody else ever sees;
+    statistics: what travels to the server. Tensors by name."""
+
+    memory: Tensors = MappingProxyType({})
+    statistics: Tensors = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Learner(Part):
+    """What a client does that is not plain SGD on the cross-entropy: one method, both of its halves. Several add up.
+
+    **The client's half** is asked in this order in every round of a client with samples. Where nothing is overridden, nothing is
+    computed, and no bit of the run moves.
+
+        state = begin(work, memory, context, draw)
+        every step:  replay -> loss (added to the others') -> gradients -> corrected -> clipping, optimizer -> stepped
+        memory, statistics = end(state, work, params)
+
+    It is a function of what it is handed: a state lives for one round of one client and may be written into, all that outlasts
+    the round is memory (the client's own) or statistics (which travel). Clients that train together (`runtime.fused`) call the
+    same methods, each with its own state. alone: why this learner's clients cannot train together; empty: they can.
+
+    **The server's half** keeps a `State` over the whole run and is pure. What `context` gives travels to the clients of a round,
+    which find it as `context["own"]`; what clients sent as statistics comes back as the sum of what `lift` makes of it.
+
+        opened (task's start) -> every round: context -> clients -> heard -> task's end: closing -> pass over clients -> closed
+
+    `traits`: `takes` CROSS_ENTROPY if `loss` stands in its place, needs "context teacher" if the last task's model is to be sent.
+    """
+
+    alone: ClassVar[str] = ""
+
+    def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
+        """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
+
+        sizes_TK: training samples of every task and client."""
+        return ()
+
+    # ------------------------------------------------ on the client
+
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        """What this round needs: teacher, importance, buffer, prototypes.
+
+        memory: what `end` gave when this client last trained, on the device; empty at first. context: what the server tells
+        clients in this round, by name, on the device; a name that is not there is a ConfigError of one line."""
+        return {}
+
+    def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        """Positions of samples that join the batch at these positions: of samples that this client has held."""
+        return positions[:0]
+
+    def loss(self, state: LocalState, step: Step) -> Tensor | None:
+        """A scalar that is added to the loss; None for nothing."""
+        return None
+
+    def corrected(self, state: LocalState, gradients: Tensors, params: Tensors) -> Tensors:
+        """Gradients in the place of these, of the same names and shapes, before they are clipped. `params` are trained in
+        place."""
+        return gradients
+
+    def stepped(self, state: LocalState, params: Tensors) -> None:
+        """The optimizer has changed the tensors."""
+        return
+
+    def end(self, state: LocalState, work: ClientWork, params: Tensors) -> Ending:
+        """Memory and statistics, from all tensors as they are after the last step."""
+        return Ending()
+
+    # ------------------------------------------------ on the server
+
+    def opened(self, state: State, params: Tensors, task: int) -> State:
+        """State at a task's start; None before the first. `params`: what the task begins with."""
+        return state
+
+    def context(self, state: State) -> Tensors:
+        """What the clients of the next round are told."""
+        return {}
+
+    def lift(self, statistics: Tensors, num_samples: int) -> Tensors:
+        """One client's contribution to the sum, from what its `end` (or, at a task's end, the pass of `closing`) sent; every
+        client gives the same names and shapes. Runs next to the client. By default the statistics as they are, in float64."""
+        return {name: t.double() for name, t in statistics.items()}
+
+    def heard(self, state: State, total: Tensors, clients: int) -> State:
+        """State after a round. total: the sum over those that took part; clients: how many there are in all."""
+        return state
+
+    def closing(self, state: State, params: Tensors) -> RoundPlan | None:
+        """A statistics pass at the task's end, through the tensors that are deployed then; None if none is needed. What it is
+        sent is named as in `RoundPlan`: `<statistic>.<form>/<subject>`."""
+        return None
+
+    def closed(self, state: State, params: Tensors, total: Tensors) -> State:
+        """State after the task. `params`: what is deployed; total: the sum over the pass of what `lift` made of it."""
+        return state
 
 
 @dataclass(frozen=True)
@@ -92,31 +240,17 @@ class Statistic(Plugin, ABC):
 
 @dataclass(frozen=True)
 class TrainingStatistic(Statistic):
-    """A statistic of the training itself: it sees every step, and no pass over the samples is made for it."""
+    """A statistic of the training itself: a learner that a rule asks for. No pass over the samples is made for it."""
 
     @abstractmethod
-    def follow(self, params: Tensors, subjects: Sequence[str]) -> Follower:
-        """Before the first step. `params` are the client's own tensors, which training changes in place. `subjects` that are not
-        trained in this round have no gradient."""
+    def learner(self, subjects: Sequence[str]) -> Learner:
+        """What follows the training. Its `end` names statistics `<form>/<subject>`, zeros for a client that took no step and for
+        subjects that are not trained in this round."""
 
     def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
         raise ConfigError(
             f"statistic {type(self).__module__} follows the training: there is none to follow in a pass over samples"
         )
-
-
-class Follower(Protocol):
-    """Sees every step of a client's training."""
-
-    def before_step(self) -> None:
-        """The gradients are there (`.grad` of the tensors), not clipped yet."""
-
-    def after_step(self) -> None:
-        """The optimizer has changed the tensors."""
-
-    def result(self) -> dict[str, Tensor]:
-        """Named `<form>/<subject>`; float32 on the CPU. Also asked for where a client holds nothing and took no step."""
-        ...
 
 
 class Accumulator(Protocol):

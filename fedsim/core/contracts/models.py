@@ -126,7 +126,7 @@ class Head(Part, ABC):
 
 
 class ModelLike(Protocol):
-    """What objectives and statistics see of a client's model. `adapter.*` and `head.*` are in the tensors they are given."""
+    """What learners and statistics see of a client's model. `adapter.*` and `head.*` are in the tensors they are given."""
 
     num_classes: int
 

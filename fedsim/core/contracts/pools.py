@@ -21,7 +21,7 @@ class Pool(Plugin, ABC):
     @abstractmethod
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         """Every job's result, each job alone or in blocks of `sums.BLOCK` that lie side by side; in any order. Jobs come longest
-        first. A client's own failure is a result, a pool's is raised (PoolError). A pool may leave `RoundPlan.lift` alone: the
+        first. A client's own failure is a result, a pool's is raised (PoolError). A pool may leave `Reply.sums` alone: the
         server then sums the updates, to the same bits."""
 
     @abstractmethod

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, TypeGuard
+from functools import partial
+from typing import ClassVar, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.core.contracts.clients import Learner
 from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.numbers import IntArray
-from fedsim.core.sums import BlockSum
+from fedsim.core.sums import BlockSum, Lift
 
-Lift: TypeAlias = Callable[[ClientUpdate], Tensors]
+# Parts of a run for which updates are summed (`Reply.sums`): the aggregator, the calibrator, a pass as it is; `learner.<name>`
+# for what its `end` sent in a round, `closing.<name>` for the pass at a task's end
+RULE, CALIBRATOR, STATISTICS, LEARNER, CLOSING = "rule", "calibrator", "statistics", "learner", "closing"
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,32 @@ def sent(update: ClientUpdate, key: str) -> Tensor:
     return update.statistics[key]
 
 
-def lift_of(plan: RoundPlan, rule: Aggregator | None, calibrator: Calibrator | None) -> Lift | None:
-    """What is summed of an update, as the plan says it; None for nothing, and for a part that is not at hand or not additive."""
-    if plan.lift == "rule":
-        return rule.lift if rule is not None and is_additive(rule) else None
-    if plan.lift == "calibrator":
-        return None if calibrator is None else calibrator.lift
-    return lift_statistics if plan.lift == "statistics" else None
+def lifts_of(
+    parts: Sequence[str], rule: Aggregator | None, calibrator: Calibrator | None, learners: Mapping[str, Learner]
+) -> dict[str, Lift] | None:
+    """What is summed of an update for each of these parts (`Reply.sums`); None if one of them is not at hand or not additive."""
+    found: dict[str, Lift] = {}
+    for part in parts:
+        kind, _, name = part.partition(".")
+        if kind == RULE and rule is not None and is_additive(rule):
+            found[part] = rule.lift
+        elif kind == CALIBRATOR and calibrator is not None:
+            found[part] = calibrator.lift
+        elif kind == STATISTICS:
+            found[part] = lift_statistics
+        elif kind in (LEARNER, CLOSING) and name in learners:
+            found[part] = partial(_lifted, learners[name], f"{name}." if kind == LEARNER else "")
+        else:
+            return None
+    return found
+
+
+def _lifted(learner: Learner, prefix: str, update: ClientUpdate) -> Tensors | None:
+    """A learner's part of an update that is based on data."""
+    if not update.num_samples:
+        return None
+    own = {n.removeprefix(prefix): t for n, t in update.statistics.items() if n.startswith(prefix)}
+    return learner.lift(own, update.num_samples)
 
 
 @dataclass(frozen=True)

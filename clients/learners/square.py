@@ -6,12 +6,12 @@ arXiv:2307.08114)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.models.logits import masked
 
@@ -19,7 +19,7 @@ TASK, ALL = "task", "all"
 
 
 @dataclass(frozen=True)
-class Objective(contracts.Objective):
+class Learner(contracts.Learner):
     """The mean over samples and classes of `(z − κ·onehot(y))²`, in place of the cross-entropy.
 
     On a model that is linear in its weights this is least squares, and a sum of such models is again of that kind: averaging
@@ -31,8 +31,6 @@ class Objective(contracts.Objective):
     forgets its old rows that way.
     """
 
-    replaces_cross_entropy: ClassVar[bool] = True
-    learns_one_class: ClassVar[bool] = True
     kappa: float = 15.0
     classes: str = TASK
 
@@ -42,9 +40,13 @@ class Objective(contracts.Objective):
         if self.classes not in (TASK, ALL):
             raise ConfigError(f"classes must be '{TASK}' or '{ALL}', got '{self.classes}'")
 
-    def term(self, step: contracts.TrainStep) -> Tensor:
-        """A scalar. A label that is none of the task's classes is an error of torch."""
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives=frozenset({contracts.ONE_CLASS}), takes=frozenset({contracts.CROSS_ENTROPY}))
+
+    def loss(self, state: LocalState, step: Step) -> Tensor:
+        """Over the client's own part of the batch. A label that is none of the task's classes is an error of torch."""
         chosen = range(step.logits.shape[1]) if self.classes == ALL else step.classes
-        logits_bS, places_b = masked(step.logits, step.labels, chosen)
+        logits_bS, places_b = masked(step.logits[step.own], step.labels[step.own], chosen)
         wanted_bS = F.one_hot(places_b, logits_bS.shape[1]).to(logits_bS.dtype)
         return F.mse_loss(logits_bS, self.kappa * wanted_bS)

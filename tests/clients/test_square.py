@@ -12,26 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clients.objectives import square
+from clients.learners import square
 from fedsim.core import config as configs
-from fedsim.core.contracts import TrainStep
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import run
 from tests.clients.test_fused import require_same, require_trained, work
+from tests.clients.works import step_of
 from tests.tiny import final_state, tiny
 
 
-def step(logits: Tensor, labels: Sequence[int], classes: Sequence[int]) -> TrainStep:
-    return TrainStep({}, {}, logits, torch.tensor(labels), classes)
+def loss(of: square.Learner, logits: Tensor, labels: Sequence[int], classes: Sequence[int]) -> Tensor:
+    return of.loss({}, step_of(logits=logits, labels=torch.tensor(labels), classes=classes))
 
 
 def test_square_of_a_worked_example() -> None:
     """κ = 5, classes 1 and 3, labels 3 and 1: ((1−0)² + (4−5)² + (−2−5)² + (3−0)²) / 4 = (1 + 1 + 49 + 9) / 4."""
     logits = torch.tensor([[9.0, 1.0, 9.0, 4.0], [9.0, -2.0, 9.0, 3.0]], dtype=torch.float64)
-    told = step(logits, [3, 1], (1, 3))
-    assert float(square.Objective(kappa=5.0).term(told)) == 15.0
+    told = logits, [3, 1], (1, 3)
+    assert float(loss(square.Learner(kappa=5.0), *told)) == 15.0
     everything = (1 + 1 + 49 + 9 + 4 * 81) / 8
-    assert float(square.Objective(kappa=5.0, classes="all").term(told)) == everything
+    assert float(loss(square.Learner(kappa=5.0, classes="all"), *told)) == everything
 
 
 @settings(deadline=None, max_examples=30)
@@ -52,26 +52,26 @@ def test_square_is_the_sum_over_entries_and_its_gradient_is_the_residual(
     for i, label in enumerate(labels):
         for c in rows:
             residual[i, c] = z.detach()[i, c] - (kappa if c == label else 0.0)
-    loss = square.Objective(kappa=kappa, classes="all" if everything else "task").term(step(z, labels, classes))
-    (gradient,) = torch.autograd.grad(loss, z)
-    torch.testing.assert_close(loss.detach(), residual.square().sum() / (4 * len(rows)))
+    value = loss(square.Learner(kappa=kappa, classes="all" if everything else "task"), z, labels, classes)
+    (gradient,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(value.detach(), residual.square().sum() / (4 * len(rows)))
     torch.testing.assert_close(gradient, 2 * residual / (4 * len(rows)))
 
 
 def test_square_refuses_a_label_of_another_task() -> None:
     with pytest.raises((RuntimeError, IndexError)):
-        square.Objective().term(step(torch.zeros(1, 4), [0], (1, 3)))
+        loss(square.Learner(), torch.zeros(1, 4), [0], (1, 3))
 
 
 @pytest.mark.parametrize("options", [{"kappa": 0.0}, {"kappa": float("inf")}, {"kappa": float("nan")}, {"classes": "old"}])
 def test_options_that_can_never_work(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        configs.build("objectives", {"name": "square", **options})
+        configs.build("learners", {"name": "square", **options})
 
 
 @pytest.mark.parametrize("classes", ["task", "all"])
 def test_square_of_clients_together_is_as_one_by_one(classes: str) -> None:
-    here = work(f"client.objectives=[{{name: square, kappa: 5.0, classes: {classes}}}]")
+    here = work(f"client.learners=[{{name: square, kappa: 5.0, classes: {classes}}}]")
     got = here.together()
     require_same(got, here.one_by_one())
     require_trained(got, here.jobs)
@@ -82,7 +82,7 @@ def test_square_alone_is_the_loss_of_a_run(tmp_path: Path) -> None:
     config = tiny(
         "adapter=none", "stream.tasks=1", "partition.clients=1", "server.rounds=1", "server.aggregator=fedavg",
         "server.consolidator=none", "client.optimizer=sgd", "client.lr=0.5", "client.batch_size=1000",
-        "client.objectives=[{name: square, kappa: 4.0}]", output=tmp_path,
+        "client.learners=[{name: square, kappa: 4.0}]", output=tmp_path,
     )  # fmt: skip
     bias = final_state(run(config).path, config).params["head.bias"]
     # ∂/∂b_c = 2 (0 − κ n_c / n) / S with n_c / n = 1 / 6 and S = 6

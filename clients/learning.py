@@ -1,0 +1,192 @@
+"""The learners of one client's round: what they add to its steps, and what is left of them. `local` and `fused` share it, so that
+a learner is written once."""
+
+# b rows of a batch: the client's own, then those that learners replay
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.work import Work, moved
+from fedsim.core import config as configs
+from fedsim.core import contracts, plugins
+from fedsim.core.contracts import CROSS_ENTROPY, OWN, Ending, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
+from fedsim.core.errors import ConfigError, ModelError
+from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
+from fedsim.core.tensors import matching, require_finite
+from fedsim.models.logits import masked_cross_entropy
+
+PREFIX = "learner."  # of what is a learner's in a client's memory: `learner.<name>/<tensor>`
+
+
+def statistic_of(request: StatisticRequest) -> contracts.Statistic:
+    """The plug-in that a request names."""
+    statistic: contracts.Statistic = configs.build("statistics", {"name": request.name, **request.options})
+    return statistic
+
+
+def follows(request: StatisticRequest) -> bool:
+    """Whether it asks for a statistic of the training itself."""
+    return issubclass(plugins.load("statistics", request.name), TrainingStatistic)
+
+
+def asked_for(plan: RoundPlan, names: Sequence[str]) -> dict[str, Learner]:
+    """The learners that a plan's statistics of the training are made by. names: of all tensors."""
+    found: dict[str, Learner] = {}
+    for request in plan.statistics:
+        statistic = statistic_of(request) if follows(request) else None
+        if isinstance(statistic, TrainingStatistic):
+            found[request.name] = statistic.learner(matching(names, request.match))
+    return found
+
+
+class Told(dict[str, Tensors]):
+    """The context of a round, as a learner sees it."""
+
+    def __init__(self, name: str, work: Work) -> None:
+        told = work.received.context
+        super().__init__({n: tensors for n, tensors in told.items() if n != f"{PREFIX}{name}"})
+        self[OWN] = told.get(f"{PREFIX}{name}", {})
+        self._who, self._when = name, f"task {work.task}, round {work.round}"
+
+    def __missing__(self, name: str) -> Tensors:
+        there = ", ".join(sorted(n for n in self if n != OWN)) or "nothing"
+        raise ConfigError(
+            f"learner {self._who} looks for the context '{name}', which nobody sends in {self._when} (there is {there}): it must "
+            f"do without it, as in a first task, or need the word 'context {name}' in its traits"
+        )
+
+
+@dataclass
+class _Part:
+    """A learner at work. `rows`: those that it added to the current batch."""
+
+    name: str
+    learner: Learner
+    draw: torch.Generator
+    keeps: bool  # a memory of its own; not where a rule asked for it
+    state: LocalState = field(default_factory=dict)
+    rows: slice = field(default_factory=lambda: slice(0, 0))
+
+    def does(self, method: str) -> bool:
+        """Whether the learner has this method of its own."""
+        return getattr(type(self.learner), method) is not getattr(Learner, method)
+
+
+class Learning:
+    """Learners of a client's round: those of the config, and those that the plan's statistics need.
+
+    A client that takes no step asks only the latter, which send zeros.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        asked = asked_for(work.plan, list(work.job.params))
+        listed = work.learners if work.steps else {}
+        self._parts = [self._begun(n, learner, n in listed) for n, learner in {**listed, **asked}.items()]
+        self._start = {n: work.params[n] for n in work.trained}
+        self._replay, self._loss, self._correct, self._step = (
+            [p for p in self._parts if p.does(method)] for method in ("replay", "loss", "corrected", "stepped")
+        )
+        self.replaces = any(CROSS_ENTROPY in p.learner.traits.takes for p in self._parts)
+        self.corrects = bool(self._correct)
+        self.looks = bool(self._loss)
+        self.follows = bool(self._correct or self._step)
+        self._own = slice(0, 0)
+
+    def _begun(self, name: str, learner: Learner, keeps: bool) -> _Part:
+        work, prefix = self.work, f"{PREFIX}{name}/"
+        part = _Part(name, learner, work.draw(f"learner {name}"), keeps)
+        memory = {n.removeprefix(prefix): t for n, t in work.job.memory.items() if n.startswith(prefix)} if keeps else {}
+        part.state = learner.begin(work, moved(memory, work.model.device), Told(name, work), part.draw)
+        return part
+
+    def joined(self, own: IntArray) -> IntArray:
+        """A batch's positions with those that learners replay."""
+        self._own, parts, end = slice(0, len(own)), [own], len(own)
+        for part in self._replay:
+            added = part.learner.replay(part.state, own, part.draw)
+            part.rows = slice(end, end + len(added))
+            parts.append(added)
+            end += len(added)
+        return np.concatenate(parts) if end > len(own) else own
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of the current batch that are the client's own."""
+        return self._own.stop
+
+    def cross_entropy(self, logits_bC: Tensor, labels_b: Tensor) -> Tensor:
+        """Over the client's own rows and the task's classes."""
+        if len(labels_b) > self._own.stop:
+            logits_bC, labels_b = logits_bC[self._own], labels_b[self._own]
+        return masked_cross_entropy(logits_bC, labels_b, self.work.classes)
+
+    def terms(
+        self,
+        inputs: Tensors,
+        positions: IntArray,
+        labels: Tensor,
+        outputs: Outputs,
+        params: Tensors,
+        run: Callable[[Tensors], Outputs],
+    ) -> list[Tensor]:
+        """What learners add to the loss of a batch. run: other tensors on the same inputs."""
+        work, once = self.work, _Once(run)
+        terms = []
+        for part in self._loss:
+            step = Step(
+                inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
+                part.draw, once,
+            )  # fmt: skip
+            term = part.learner.loss(part.state, step)
+            if term is not None:
+                terms.append(term)
+        return terms
+
+    def corrected(self, gradients: Tensors, params: Tensors) -> Tensors:
+        """Gradients after all learners."""
+        for part in self._correct:
+            names = gradients.keys()
+            gradients = part.learner.corrected(part.state, gradients, params)
+            if gradients.keys() != names:
+                odd = sorted(gradients.keys() ^ names)[0]
+                raise ModelError(
+                    f"learner {part.name}: 'corrected' must give gradients of the same names, '{odd}' is not in both"
+                )
+        return gradients
+
+    def stepped(self, params: Tensors) -> None:
+        """The optimizer has changed the tensors."""
+        for part in self._step:
+            part.learner.stepped(part.state, params)
+
+    def end(self, params: Tensors) -> Ending:
+        """Memory and statistics of all of them, on the CPU, under their names. params: all tensors after the last step."""
+        memory: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
+        for part in self._parts:
+            ending = part.learner.end(part.state, self.work, params)
+            if part.keeps:
+                memory |= {f"{PREFIX}{part.name}/{n}": t.detach().cpu() for n, t in ending.memory.items()}
+            statistics |= {f"{part.name}.{n}": t.detach().cpu() for n, t in ending.statistics.items()}
+        require_finite(memory, "memory")
+        return Ending(memory, statistics)
+
+
+class _Once:
+    """Other tensors through the model, once for each mapping."""
+
+    def __init__(self, run: Callable[[Tensors], Outputs]) -> None:
+        self._run = run
+        self._known: dict[int, tuple[Mapping[str, Tensor], Outputs]] = {}  # the mapping is held, so that its id stays its own
+
+    def __call__(self, params: Tensors) -> Outputs:
+        if id(params) not in self._known:
+            self._known[id(params)] = params, self._run(params)
+        return self._known[id(params)][1]

@@ -1,0 +1,156 @@
+"""One client's round as a value: what `local.train` and `fused.train` are handed, and what learners see of it."""
+
+# b samples, D features, C classes
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.samples import Samples
+from fedsim.core import rng
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import IntArray, Learner, Outputs
+from fedsim.core.messages import BACKGROUND, ClientJob, RoundPlan, Tensors
+from fedsim.core.tensors import matching
+from fedsim.models.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """What all clients of a round are sent, on the device: parameters, and the context by who tells it."""
+
+    params: Tensors
+    context: Mapping[str, Tensors]
+
+    @classmethod
+    def on(cls, device: torch.device, params: Tensors, plan: RoundPlan) -> Received:
+        """As a job holds it."""
+        context = {name: moved(tensors, device) for name, tensors in plan.context.items()}
+        return cls(moved(params, device), context)
+
+    @property
+    def background(self) -> Tensors:
+        """Modules of past tasks as one, see `RoundPlan`."""
+        return self.context.get(BACKGROUND, {})
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Model, samples and one client's job.
+
+    shard: positions of the round's samples; classes, seen: head rows of the task, and of all tasks so far; learners: by name;
+    received: `job.params` and the plan's context on the model's device, common to all clients of the round.
+    """
+
+    model: Model
+    samples: Samples
+    shard: IntArray
+    classes: Sequence[int]
+    seen: Sequence[int]
+    job: ClientJob
+    config: SimConfig
+    received: Received
+    learners: Mapping[str, Learner] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        samples: Samples,
+        shard: IntArray,
+        classes: Sequence[int],
+        job: ClientJob,
+        config: SimConfig,
+        learners: Mapping[str, Learner] | None = None,
+    ) -> Work:
+        """A job by itself, of a first task: no other classes were seen."""
+        received = Received.on(model.device, job.params, job.plan)
+        return cls(model, samples, shard, classes, classes, job, config, received, learners or {})
+
+    @property
+    def client_id(self) -> int:
+        return self.job.client_id
+
+    @property
+    def task(self) -> int:
+        return self.job.task
+
+    @property
+    def round(self) -> int:
+        return self.job.round
+
+    @property
+    def plan(self) -> RoundPlan:
+        return self.job.plan
+
+    @property
+    def params(self) -> Tensors:
+        """All tensors, as received, on the device."""
+        return self.received.params
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the tensors that are trained."""
+        return tuple(matching(self.job.params, self.plan.train))
+
+    @property
+    def epochs(self) -> int:
+        return self.config.client.epochs * self.plan.repeat
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the round."""
+        return self.epochs * math.ceil(len(self.shard) / self.config.client.batch_size) if self.trained else 0
+
+    def draw(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """The generator of this client's round for one purpose."""
+        return rng.torch_stream(self.config.seed, purpose, self.client_id, self.task, self.round, device=device)
+
+    def batches(self) -> Iterator[IntArray]:
+        """Positions of the client's own samples, step by step."""
+        order = rng.stream(self.config.seed, "batches", self.client_id, self.task, self.round)
+        for _ in range(self.epochs):
+            yield from batches(order.permutation(self.shard), self.config.client.batch_size)
+
+    def labels(self, positions: IntArray) -> Tensor:
+        """Head rows, on the device."""
+        return self.samples.batch(positions)[1]
+
+    @torch.no_grad()
+    def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
+        """What these tensors make of samples, in evaluation: no augmentation, no dropout, no gradient."""
+        found: list[Outputs] = []
+        with self.model.merged(params):
+            for some in batches(positions, self.config.runtime.eval_batch):
+                features_bD = self.model.features(self.samples.batch(some)[0], lean=True)
+                found.append(Outputs(features_bD, self.model.logits(features_bD, params)))
+        return Outputs(torch.cat([o.features for o in found]), torch.cat([o.logits for o in found]))
+
+
+def batches(positions: IntArray, size: int) -> Iterator[IntArray]:
+    """Consecutive batches; the last one may be smaller."""
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size]
+
+
+def round_shard(shard: IntArray, config: SimConfig, job: ClientJob) -> IntArray:
+    """The samples of this round: all of the task's shard, or with `stream.online` its own part of a single pass.
+
+    The statistics pass at a task's end (round = number of rounds) sees the last part again: nothing older is kept.
+    """
+    if not config.stream.online:
+        return shard
+    once = rng.stream(config.seed, "online", job.client_id, job.task).permutation(shard)
+    return np.array_split(once, config.server.rounds)[min(job.round, config.server.rounds - 1)]
+
+
+def moved(tensors: Tensors, device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device."""
+    return {name: t.to(device) for name, t in tensors.items()}
