@@ -1,0 +1,105 @@
+"""Ridge regression as the head that is deployed, in closed form from sums over clients (RanPAC, McDonnell et al. 2023,
+arXiv:2307.02251; analytic federated learning).
+
+Shapes: C classes of the stream, K of the task, M inputs of the head's last map, T = M(M+1)/2, L penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.contracts import Traits, sent
+from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_WEIGHT
+from fedsim.core.numbers import IntArray
+from fedsim.core.tensors import from_upper_triangle
+from server.calibrators._class_sums import asking, lifted, with_rows
+from server.linalg import solve_gram
+
+HELD_OUT = 5  # samples, of which a client holds out one
+GRAM, SQUARES = f"gram.full/{HEAD_WEIGHT}", f"ridge_errors.squares/{HEAD_WEIGHT}"
+
+
+@dataclass(frozen=True)
+class Calibrator(contracts.Calibrator):
+    """At a task's end: W = Q (G + λ I)⁻¹ and b = 0, with G = Σ h hᵀ (M, M) and Q = Σ onehot(y) hᵀ (C, M) over all samples of all
+    tasks, h what the head's last map is given under the model that is deployed.
+
+    Both are sums: the head is that of all data in one place, and depends neither on the split nor on the order of tasks; who
+    takes part is said by `server.pass_participation`, by default all. A class that comes again adds to its own. Sums of old tasks
+    stay as they were measured, so features should not move: with `aggregator: frozen` and `adapter: none` nothing is trained, and
+    with `head: random_features` this is RanPAC, without its adaptation to the first task. `head: linear` is ridge regression on
+    the features. The head that clients train, if they do, is not touched.
+
+    penalties: λ, or several, of which the one with the smallest error is taken: clients fit 80 % of their own samples of the task
+    and send the squared errors on the rest (`ridge_errors`); the sum over clients and over tasks so far decides. The reference
+    chooses so on one machine, from 10⁻⁸ to 10⁸, by the current task alone; a client's share of one is too little [ours].
+
+    Asks for `class_moments` (count and mean) and `gram` (upper triangle, T numbers a client) in a pass at the task's end, both
+    seen in one go. The solution is Cholesky's in float64, the pseudo-inverse's where G + λI is singular up to the float32 in
+    which Grams travel. State: `count` (C,), `sum` Q (C, M), `gram` (T,), `squares` (L,), float64; T is 16 MB for M = 2000. Raises
+    AggregationError when several penalties are given and no client could hold out a sample yet.
+    """
+
+    penalties: list[float] = field(default_factory=lambda: [10.0**power for power in range(-8, 9)])
+
+    def __post_init__(self) -> None:
+        if not self.penalties or not all(p > 0 for p in self.penalties):
+            raise ConfigError(f"penalties must be positive numbers, one at least, got {self.penalties}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            needs={"an affine head": "solves for the head's linear map, which {head} has not: use head: random_features"}
+        )
+
+    def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
+        told: NDArray[np.bool_] = held_KC.sum(axis=0) >= 1
+        return told & (len(self.penalties) == 1 or bool(held_KC.sum(axis=1).max(initial=0) >= HELD_OUT))
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
+        moments = asking("mean", classes[-1]).statistics
+        gram = StatisticRequest("gram", (HEAD_WEIGHT,), {"form": "full", "decay": 1.0})
+        errors = StatisticRequest("ridge_errors", (HEAD_WEIGHT,), {"penalties": self.penalties})
+        return RoundPlan(train=(), statistics=(*moments, gram, *([errors] if len(self.penalties) > 1 else [])))
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        """`count` (K,), `sum` (K, M), `gram` (T,) and `squares` (L,), zero where there is nothing to choose."""
+        squares_L = sent(update, SQUARES).double() if len(self.penalties) > 1 else torch.zeros(1, dtype=torch.float64)
+        return lifted(update) | {"gram": sent(update, GRAM).double(), "squares": squares_L}
+
+    def end_task(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
+    ) -> State:
+        like_CM = params[HEAD_WEIGHT].double()
+        before = state or {"count": like_CM.new_zeros(len(like_CM)), "sum": torch.zeros_like(like_CM)}
+        at_K = torch.tensor(classes[-1], dtype=torch.long)
+        sums = {name: before[name].index_add(0, at_K, total[name]) for name in ("count", "sum")}
+        return sums | {name: before.get(name, 0.0) + total[name] for name in ("gram", "squares")}
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        if not state:
+            return params
+        known = (state["count"] > 0).nonzero()[:, 0]
+        weight_RM = solved(state["sum"][known], state["gram"], self._penalty(state["squares"]))
+        return with_rows(params, known.tolist(), weight_RM, weight_RM.new_zeros(len(weight_RM)))
+
+    def _penalty(self, squares_L: Tensor) -> float:
+        if len(self.penalties) > 1 and not bool(squares_L.any()):
+            raise AggregationError("no client of the pass holds the five samples of which one is held out: give a single penalty")
+        return self.penalties[int(squares_L.argmin())]
+
+
+def solved(sum_CM: Tensor, triangle: Tensor, penalty: float) -> Tensor:
+    """Q (G + λ I)⁻¹, (C, M), float64, from Q and G's upper triangle."""
+    gram_MM = from_upper_triangle(triangle)
+    gram_MM.diagonal().add_(penalty)
+    return solve_gram(sum_CM, gram_MM, precision=torch.float32)
