@@ -24,7 +24,7 @@ from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 
 KINDS = ("adapters", "learners", "aggregators", "consolidators", "calibrators")  # what is mixed
-SHOWN = ("adapters", "heads", "learners", "statistics", *KINDS[2:])  # what the page describes
+SHOWN = ("adapters", "heads", "learners", "statistics", *KINDS[2:4], "merging", *KINDS[4:])  # what the page describes
 PRESETS = Path(fedsim.__file__).parent.parent / "configs"
 NONE = "–"  # no learner beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {
@@ -49,6 +49,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("adapters", "vpt"): {"length": 2},
     ("heads", "random_features"): {"size": 12},
     ("aggregators", "flower"): {"strategy": "FedMedian"},
+    ("aggregators", "merged"): {"rule": "ties"},
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.core import config as configs
-from fedsim.core import contracts
+from fedsim.core import contracts, plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Consolidator, Part, Traits
 from fedsim.core.errors import ConfigError, PluginError, one_line
@@ -78,7 +78,7 @@ def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
             continue
         name, is_rule = section[configs.name_key(kind)], kind == "aggregators" and not isinstance(config.server.aggregator, list)
         part: Part = rule if is_rule else configs.build(kind, {k: v for k, v in section.items() if k != "match"})
-        found.append(Chosen(kind[:-1], name, _traits(f"{kind[:-1]} {name}", part)))
+        found.append(Chosen(plugins.singular(kind), name, _traits(f"{plugins.singular(kind)} {name}", part)))
     return found
 
 

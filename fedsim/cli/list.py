@@ -82,6 +82,7 @@ def _where(kind: str) -> str:
     }
     keys |= {
         "learners": "client.learners",
+        "merging": "server.aggregator.rule, server.consolidator.rule",
         "pools": "runtime.pool",
         "statistics": "asked for by rules",
         "trackers": "trackers",

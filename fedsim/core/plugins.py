@@ -39,6 +39,7 @@ KINDS = {
     "aggregators": Kind("server.aggregators", "Aggregator"),
     "consolidators": Kind("server.consolidators", "Consolidator"),
     "calibrators": Kind("server.calibrators", "Calibrator"),
+    "merging": Kind("server.merging", "Merging"),
     "adapters": Kind("fedsim.models.adapters", "Adapter"),
     "heads": Kind("fedsim.models.heads", "Head"),
     "sources": Kind("fedsim.data.sources", "Source"),
@@ -49,6 +50,11 @@ KINDS = {
     "pools": Kind("clients.pools", "Pool"),
     "trackers": Kind("fedsim.watch.trackers", "Tracker"),
 }
+
+
+def singular(kind: str) -> str:
+    """What one plug-in of a kind is called: aggregator, merging rule."""
+    return "merging rule" if kind == "merging" else kind.removesuffix("s")
 
 
 def names(kind: str) -> list[str]:
@@ -63,7 +69,7 @@ def load(kind: str, name: str) -> type[Any]:
     module = _module(kind, name)
     found = getattr(module, what.class_name, None)
     if found is None or found is what.contract:
-        raise PluginError(f"{name} defines no class named {what.class_name}: {kind[:-1]} plug-ins are found by that name")
+        raise PluginError(f"{name} defines no class named {what.class_name}: {singular(kind)} plug-ins are found by that name")
     if not (isinstance(found, type) and issubclass(found, what.contract)):
         raise PluginError(f"{name}: class {what.class_name} must derive from fedsim.core.contracts.{what.class_name}")
     if is_dataclass(what.contract) and not ("__dataclass_params__" in vars(found) and vars(found)["__dataclass_params__"].frozen):
@@ -136,17 +142,17 @@ def _module(kind: str, name: str) -> ModuleType:
     dotted = name if "." in name else f"{package}.{name}"
     if not all(part.isidentifier() for part in dotted.split(".")):
         hint = did_you_mean(name, names(kind))
-        raise PluginError(f"'{name}' names no {kind[:-1]}, no file that ends in .py, and no dotted module.{hint}")
+        raise PluginError(f"'{name}' names no {singular(kind)}, no file that ends in .py, and no dotted module.{hint}")
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError as e:
         if e.name is None or not (dotted == e.name or dotted.startswith(e.name + ".")):
-            raise PluginError(f"{kind[:-1]} '{name}' needs the package '{e.name}', which is not installed") from e
+            raise PluginError(f"{singular(kind)} '{name}' needs the package '{e.name}', which is not installed") from e
         if "." in name:
             raise PluginError(f"no module '{name}' for {KINDS[kind].class_name}: is it on PYTHONPATH?") from e
-        raise PluginError(f"unknown {kind[:-1]} '{name}'.{did_you_mean(name, names(kind))}") from e
+        raise PluginError(f"unknown {singular(kind)} '{name}'.{did_you_mean(name, names(kind))}") from e
     except Exception as e:
-        raise PluginError(f"{kind[:-1]} '{name}' does not load: {one_line(e)}") from e
+        raise PluginError(f"{singular(kind)} '{name}' does not load: {one_line(e)}") from e
 
 
 def _module_from_file(path: Path) -> ModuleType:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.contracts import Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
+from server.merging import mean
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class Aggregator(contracts.AdditiveAggregator):
         return Traits(gives=frozenset({"uniform sum"}))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
-        one = torch.tensor(float(update.num_samples > 0), dtype=torch.float64)
-        return {name: one * t.double() for name, t in update.params.items()} | {"num_clients": one}
+        return mean.lift(update.params, float(update.num_samples > 0))
 
     def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
-        n = total["num_clients"]
-        return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}
+        return state, mean.finish(params, total)

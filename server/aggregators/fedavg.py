@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.messages import ClientUpdate, State, Tensors
-from fedsim.core.tensors import weighted
+from server.merging import mean
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Aggregator(contracts.AdditiveAggregator):
     """
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
-        n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-        return {name: weighted(t, n) for name, t in update.params.items()} | {"num_samples": n}
+        return mean.lift(update.params, float(update.num_samples))
 
     def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
-        n = total["num_samples"]
-        return state, {name: (total[name] / n).to(t.dtype) if name in total else t for name, t in params.items()}
+        return state, mean.finish(params, total)

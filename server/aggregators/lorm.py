@@ -7,17 +7,18 @@ Shapes: O outputs, I inputs, R rank (A_RI, B_OR, gram_II).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers
-from server.aggregators.regmean import (
+from server.merging.regmean import (
     HEAD,
     finish_linear,
     gram_request,
@@ -107,10 +108,10 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         if self.gram == "projected":
-            return lift_linear(update, self.ridge)
+            return lift_linear(Member.client(update), self.ridge)
         wide = [n for n in update.params if n.endswith(LORA_B)]
         rest = {n: t for n, t in update.params.items() if n not in wide}
-        out = lift_linear(ClientUpdate(update.client_id, update.num_samples, rest, update.statistics))
+        out = lift_linear(Member.client(replace(update, params=rest)))
         for name in wide:
             cross_RI, triangle = _wide_grams(update, name)
             out[f"wide_product/{name}"] = update.params[name].double() @ cross_RI

@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.errors import AggregationError, ConfigError, require_choice
-from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
-from server.linalg import ridged, solve_energies, solve_gram
-
-HEAD = "head.weight"
-MAPS = ("*" + LORA_A, "*" + LORA_B, "adapter.*.weight")
+from fedsim.core.contracts import Member
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from server.merging.regmean import Merging
 
 
 @dataclass(frozen=True)
@@ -46,94 +41,16 @@ class Aggregator(contracts.AdditiveAggregator):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"decay": 0.0}, {"decay": 1.0, "ridge": 1e-3})
 
     def __post_init__(self) -> None:
-        resolve_form(self.form, self.decay)
-        require_in_unit("decay", self.decay)
-        require_ridge(self.ridge)
+        self._merging()  # checks the options
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        form = resolve_form(self.form, self.decay)
-        head = gram_request((HEAD,), form, self.decay, blended=True)
-        return RoundPlan(statistics=(gram_request(MAPS, form, self.decay), head))
+        return RoundPlan(statistics=self._merging().asks())
 
-    def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
-        return lift_linear(update, self.ridge)
+    def lift(self, update: ClientUpdate) -> Tensors:
+        return self._merging().lift(Member.client(update))
 
     def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
-        return state, finish_linear(params, total)
+        return state, self._merging().finish(params, total, draw)
 
-
-def gram_request(match: tuple[str, ...], form: str, decay: float, blended: bool = False) -> StatisticRequest:
-    """A request for `gram`, with every option written out."""
-    return StatisticRequest("gram", match, {"form": form, "decay": decay}, blended)
-
-
-def lift_linear(update: ClientUpdate, ridge: float = 0.0) -> dict[str, Tensor]:
-    """One client's share of a RegMean, closed under +, in float64.
-
-    `product/<name>` W_i Ĝ_i and `gram/<name>` Ĝ_i (energies (I,) in the diagonal form) for maps that come with a Gram;
-    `sum/<name>` n_i w_i for the others; `num_samples`.
-    """
-    n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-    out = {"num_samples": n}
-    for name, weight in update.params.items():
-        gram = received_gram(update, name)
-        if gram is None:
-            out[f"sum/{name}"] = weighted(weight, n)
-            continue
-        gram = ridged(gram, ridge)
-        out[f"gram/{name}"] = gram
-        out[f"product/{name}"] = weight.double() * gram if gram.dim() == 1 else weight.double() @ gram
-    return out
-
-
-def finish_linear(params: Tensors, total: Tensors, keep_unseen: bool = False) -> dict[str, Tensor]:
-    """All parameters from the sum of `lift_linear`; those that are not in it stay as they are."""
-    out: dict[str, Tensor] = {}
-    for name, old in params.items():
-        new = old
-        if f"sum/{name}" in total:
-            new = total[f"sum/{name}"] / total["num_samples"]
-        elif f"gram/{name}" in total:
-            product, gram = total[f"product/{name}"], total[f"gram/{name}"]
-            if gram.dim() == 1:
-                new = solve_energies(product, gram, old)
-            else:
-                new = solve_gram(product, gram, old if keep_unseen else None, precision=old.dtype)
-        out[name] = new.to(old.dtype)
-    return out
-
-
-def received_gram(update: ClientUpdate, name: str) -> Tensor | None:
-    """The Gram that a client sent for a map, float64: (I, I), or its diagonal (I,). None if it sent none.
-
-    Raises AggregationError when a map that needs one came without.
-    """
-    for form in ("projected", "full", "diagonal"):
-        sent = update.statistics.get(f"gram.{form}/{name}")
-        if sent is not None:
-            return from_upper_triangle(sent.double()) if form == "full" else sent.double()
-    if name == HEAD or name.endswith((LORA_A, LORA_B)):
-        raise AggregationError(
-            f"client {update.client_id} sent '{name}' without its gram statistic: the plan of this rule must reach the clients"
-        )
-    return None
-
-
-def resolve_form(form: str, decay: float) -> str:
-    """diagonal or full; `auto` is diagonal when nothing but the diagonal is left."""
-    require_choice("form", form, ("auto", "diagonal", "full"))
-    if form == "diagonal" and decay != 0:
-        raise ConfigError(f"decay must be 0 with form: diagonal (it keeps no off-diagonals), got {decay}")
-    return form if form != "auto" else "diagonal" if decay == 0 else "full"
-
-
-def require_in_unit(key: str, value: float) -> None:
-    """Raise ConfigError unless the value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{key} must be in [0, 1], got {value}")
-
-
-def require_ridge(ridge: float) -> None:
-    """Raise ConfigError unless the ridge is 0 or more."""
-    if not ridge >= 0:
-        raise ConfigError(f"ridge must not be negative, got {ridge}")
+    def _merging(self) -> Merging:
+        return Merging(self.decay, self.form, self.ridge)

@@ -15,9 +15,9 @@ from fedsim.core import contracts
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import BACKGROUND, RoundPlan, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
-from server.aggregators.regmean import gram_request, require_in_unit, resolve_form
 from server.consolidators.mean import mean_background, mean_module
 from server.linalg import solve_energies, solve_gram
+from server.merging.regmean import gram_request, require_in_unit, resolve_form
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,9 @@ def expand(kind: str, section: Any, where: str) -> dict[str, Any]:
     if section[key].startswith("python:"):
         raise ConfigError(f"{where}: '{section[key]}' was a Python object: resume from Python with aggregator=the same object")
     if section[key].startswith("_"):  # modules that plug-ins share
-        raise PluginError(f"{where}: unknown {kind[:-1]} '{section[key]}'.{did_you_mean(section[key], plugins.names(kind))}")
+        raise PluginError(
+            f"{where}: unknown {plugins.singular(kind)} '{section[key]}'.{did_you_mean(section[key], plugins.names(kind))}"
+        )
     options = {k: v for k, v in section.items() if k != key}
     instance = _build(kind, section[key], options, where)
     name = str(Path(section[key]).resolve()) if plugins.is_path(section[key]) else section[key]
@@ -139,14 +141,14 @@ def _expand_each(kind: str, sections: Sequence[Any], where: str) -> list[dict[st
         found.append(expand(kind, section, f"{where}.{i}"))
         name = plugins.short_name(found[i]["name"])
         if name in [plugins.short_name(f["name"]) for f in found[:i]]:
-            raise ConfigError(f"{where}.{i}: '{name}' is there already: name a {kind[:-1]} once")
+            raise ConfigError(f"{where}.{i}: '{name}' is there already: name a {plugins.singular(kind)} once")
     return found
 
 
 def build(kind: str, section: Section) -> Any:
     """A new plug-in object of a section."""
     key = name_key(kind)
-    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, kind[:-1])
+    return _build(kind, section[key], {k: v for k, v in section.items() if k != key}, plugins.singular(kind))
 
 
 def build_aggregator(section: Any) -> Any:

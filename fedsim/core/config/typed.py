@@ -46,11 +46,17 @@ def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     try:
         made = cls(**arguments)
     except (ConfigError, PluginError) as e:
-        raise type(e)(join(where, str(e))) from e
+        raise type(e)(_below(where, str(e))) from e
     except Exception as e:  # a class of the user's own may check its options with what it likes
         raise ConfigError(f"{where}: {one_line(e)}") from e
     require_finite(made, where)  # its defaults too
     return made
+
+
+def _below(where: str, told: str) -> str:
+    """What a class said of its own options, with the key that they lie under."""
+    unknown = "unknown key '"  # of a section within it
+    return unknown + join(where, told.removeprefix(unknown)) if told.startswith(unknown) else join(where, told)
 
 
 @lru_cache(maxsize=512)

@@ -23,6 +23,7 @@ from fedsim.core.contracts.clients import (
     TrainingStatistic,
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
+from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging
 from fedsim.core.contracts.models import Adapter, BackboneLike, Head, ModelLike, Slots
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
@@ -63,6 +64,7 @@ __all__ = [
     "Accumulator",
     "Adapter",
     "AdditiveAggregator",
+    "AdditiveMerging",
     "Aggregator",
     "ArraySplit",
     "BackboneLike",
@@ -78,6 +80,8 @@ __all__ = [
     "IntArray",
     "Learner",
     "LocalState",
+    "Member",
+    "Merging",
     "ModelLike",
     "Outcome",
     "Outputs",

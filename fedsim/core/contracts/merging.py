@@ -1,0 +1,75 @@
+"""Merging: several models as one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedsim.core.contracts.traits import Part
+from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
+from fedsim.core.sums import BlockSum
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the models that are merged: a client's, a task's or a run's.
+
+    who: as messages call it, "client 3". weight: what it counts for where a rule weighs: a client's samples, 1 for a task.
+    statistics: what the rule asked for, named as in an update.
+    """
+
+    who: str
+    params: Tensors
+    weight: float = 1.0
+    statistics: Tensors = field(default_factory=dict)
+
+    @classmethod
+    def client(cls, update: ClientUpdate) -> Member:
+        """What a client sent."""
+        return cls(f"client {update.client_id}", update.params, float(update.num_samples), update.statistics)
+
+
+@dataclass(frozen=True)
+class Merging(Part, ABC):
+    """Several models as one: pure maths, the same whatever the models are of. It keeps no state and touches no device.
+
+    It merges the clients of a round as `server.aggregator: {name: merged, rule: ...}`, and the tasks of a stream as
+    `server.consolidator: {name: merged, rule: ...}`. `base` holds the tensors that all members started from: θ_i − θ_0 is what
+    is called a task vector. Over clients θ_0 are the server's parameters of the round. Over tasks a LoRA pair comes as its
+    product B A (m, d), named `<layer>.weight`, with θ_0 = 0, since neither factor means anything without the other.
+    """
+
+    def asks(self) -> tuple[StatisticRequest, ...]:
+        """Statistics that it needs of every member; none by default. The Gram of a linear map's inputs is asked for, and comes,
+        under the name of the map's weight, whatever the members are of."""
+        return ()
+
+    @abstractmethod
+    def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        """One model with the names and shapes of `base`, in any floating type: from one member or more, all with these names and
+        positive weights.
+
+        draw: what a rule that draws draws from, on the CPU.
+        """
+
+
+@dataclass(frozen=True)
+class AdditiveMerging(Merging):
+    """A rule that merges from a sum over members: over clients it is summed where the clients run."""
+
+    @abstractmethod
+    def lift(self, member: Member) -> Tensors:
+        """One member's contribution, float64; every member gives the same names and shapes."""
+
+    @abstractmethod
+    def finish(self, base: Tensors, total: Tensors, draw: torch.Generator) -> Tensors:
+        """What `merge` gives, from the sum of what `lift` gave."""
+
+    def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        total = BlockSum()
+        for place, member in enumerate(members):
+            total.add(place, 1, self.lift(member))
+        return self.finish(base, total.result() or {}, draw)

@@ -1,0 +1,1 @@
+"""Plug-ins: one per file, the file name is the name. Pure maths: they know no clients and no tasks."""

@@ -1,0 +1,240 @@
+"""Merging rules by themselves: TIES against loops in numpy, and the rules as aggregators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.config import build, expand
+from fedsim.core.contracts import Member
+from fedsim.core.errors import AggregationError, ConfigError, PluginError
+from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.rng import torch_stream
+from fedsim.laws import aggregators as rules
+from server.aggregators.fedavg import Aggregator as FedAvg
+from server.aggregators.merged import Aggregator as Merged
+from server.aggregators.regmean import Aggregator as RegMean
+from server.merging.mean import Merging as Mean
+from server.merging.ties import Merging as Ties
+
+SHAPES = {"adapter.x.lora_A": (2, 5), "adapter.x.lora_B": (3, 2), "head.bias": (4,)}
+
+
+def tensors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    return {n: scale * torch.randn(s, dtype=torch.float64, generator=torch_stream(seed, "merging", n)) for n, s in SHAPES.items()}
+
+
+def members(*seeds: int) -> list[Member]:
+    """Each a step away from `tensors(0)`."""
+    return [Member(f"model {k}", {n: t + tensors(k)[n] for n, t in tensors(0).items()}) for k in seeds]
+
+
+def vectors(*rows: Sequence[float]) -> list[Member]:
+    """Task vectors of models of one tensor, from a base of zeros."""
+    return [Member(f"model {k}", {"x": torch.tensor(row, dtype=torch.float64)}) for k, row in enumerate(rows)]
+
+
+def merged(rule: Ties, rows: Sequence[Member], base: Tensors | None = None) -> Tensors:
+    base = base or {n: torch.zeros_like(t) for n, t in rows[0].params.items()}
+    return rule.merge(rows, base, torch.Generator())
+
+
+def close(got: Tensors, want: Tensors, tolerance: float = 1e-12) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------- TIES
+
+
+def test_ties_by_hand() -> None:
+    """Signs of (3, -1, 0.1) + (-2, -2, 0.2) are (+, -, +): 3 alone, the mean of -1 and -2, the mean of 0.1 and 0.2."""
+    out = merged(Ties(density=1.0), vectors((3, -1, 0.1), (-2, -2, 0.2)))["x"]
+    torch.testing.assert_close(out, torch.tensor([3.0, -1.5, 0.15], dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_ties_by_hand_with_trimming() -> None:
+    """Of three numbers one is kept: 3 of the first, -2.5 of the second; nobody has a third number, and half of it is added."""
+    out = merged(Ties(density=0.4, scale=0.5), vectors((3, -1, 0.1), (-2, -2.5, 0.2)))["x"]
+    assert out.tolist() == [1.5, -1.25, 0.0]
+
+
+def test_what_cancels_takes_the_sign_that_most_numbers_have() -> None:
+    """The first number sums to 0; of the elected signs of the others two are negative and one is positive."""
+    out = merged(Ties(density=1.0), vectors((2, -1, -1, 1), (-2, -1, -1, 1)))["x"]
+    assert out.tolist() == [-2.0, -1.0, -1.0, 1.0]
+    assert merged(Ties(density=1.0), vectors((2, 1, -1), (-2, 1, -1)))["x"].tolist() == [0.0, 1.0, -1.0], "nor has any a majority"
+
+
+def brute_force(rows: Sequence[Sequence[float]], density: float, scale: float) -> list[float]:
+    """The three steps number by number, in numpy's float64."""
+    kept = []
+    for row in rows:
+        count = max(1, round(density * len(row)))
+        smallest = sorted((abs(v) for v in row), reverse=True)[count - 1]
+        kept.append([v if abs(v) >= smallest else 0.0 for v in row])
+    signs = [float(np.sign(sum(column))) for column in zip(*kept, strict=True)]
+    most = float(np.sign(sum(signs)))
+    out = []
+    for column, sign in zip(zip(*kept, strict=True), signs, strict=True):
+        agreeing = [v for v in column if v != 0 and np.sign(v) == (sign or most)]
+        out.append(scale * float(np.mean(agreeing)) if agreeing else 0.0)
+    return out
+
+
+@settings(deadline=None, max_examples=120)
+@given(data=st.data(), count=st.integers(1, 5), size=st.integers(1, 12))
+def test_ties_is_what_loops_give(data: st.DataObject, count: int, size: int) -> None:
+    """Whole numbers, so that ties and cancellations are frequent and sums are exact."""
+    rows = data.draw(st.lists(st.lists(st.integers(-4, 4), min_size=size, max_size=size), min_size=count, max_size=count))
+    density, scale = data.draw(st.sampled_from([0.01, 0.2, 0.3, 0.5, 0.9, 1.0])), data.draw(st.sampled_from([1.0, 0.4]))
+    out = merged(Ties(density=density, scale=scale), vectors(*rows))["x"]
+    np.testing.assert_allclose(out.numpy(), brute_force(rows, density, scale), rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(order=st.permutations(range(1, 6)), density=st.sampled_from([0.1, 0.5, 1.0]))
+def test_ties_does_not_hang_on_the_order(order: list[int], density: float) -> None:
+    base = tensors(0)
+    close(merged(Ties(density=density), members(*order), base), merged(Ties(density=density), members(*range(1, 6)), base))
+
+
+@pytest.mark.parametrize("density", [0.02, 0.2, 0.5, 1.0])
+def test_of_one_model_the_largest_numbers_are_kept(density: float) -> None:
+    """Exactly round(density · 20) of 20 numbers move from the base, and those are the model's own."""
+    base, (model,) = tensors(0), members(1)
+    out = merged(Ties(density=density), [model], base)
+    moved = torch.cat([(out[n] != t).flatten() for n, t in base.items()])
+    assert int(moved.sum()) == max(1, round(density * 20))
+    way = torch.cat([(model.params[n] - t).flatten() for n, t in base.items()])
+    assert float(way[moved].abs().min()) >= float(way.abs().sort(descending=True).values[int(moved.sum()) - 1])
+    got, own = (torch.cat([x[n].flatten() for n in base]) for x in (out, model.params))
+    torch.testing.assert_close(got[moved], own[moved], rtol=0, atol=1e-15)
+
+
+def test_every_number_goes_where_its_elected_sign_says() -> None:
+    base, several = tensors(0), members(1, 2, 3, 4)
+    out = merged(Ties(density=1.0), several, base)
+    for name, start in base.items():
+        total = sum((m.params[name] - start for m in several), torch.zeros_like(start))
+        assert torch.equal((out[name] - start).sign(), total.sign())
+
+
+def test_each_tensor_by_itself_is_a_merge_of_that_tensor() -> None:
+    """And not what all numbers together give: the head's are a hundred times larger."""
+    base = tensors(0)
+    several = [replace(m, params={**m.params, "head.bias": 100 * m.params["head.bias"]}) for m in members(1, 2, 3)]
+    apart = merged(Ties(trim="tensor"), several, base)
+    for name, start in base.items():
+        alone = [replace(m, params={name: m.params[name]}) for m in several]
+        close({name: apart[name]}, merged(Ties(), alone, {name: start}))
+    together = merged(Ties(), several, base)
+    assert torch.equal(together["adapter.x.lora_A"], base["adapter.x.lora_A"])
+    assert not torch.equal(apart["adapter.x.lora_A"], base["adapter.x.lora_A"])
+
+
+def test_the_scale_is_linear_and_the_start_moves_along() -> None:
+    base, several = tensors(0), members(1, 2, 3)
+    one, part = (merged(Ties(scale=scale), several, base) for scale in (1.0, 0.3))
+    close(part, {n: t + 0.3 * (one[n] - t) for n, t in base.items()})
+    away = [replace(m, params={n: t + 7 for n, t in m.params.items()}) for m in several]
+    close(merged(Ties(), away, {n: t + 7 for n, t in base.items()}), {n: t + 7 for n, t in one.items()}, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.0}, r"density must be in \(0, 1\], got 0\.0"),
+        ({"density": 1.5}, r"density must be in \(0, 1\], got 1\.5"),
+        ({"scale": 0.0}, "scale must be above 0"),
+        ({"trim": "layer"}, "trim 'layer' is unknown"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("merging", {"name": "ties", **options})
+
+
+# ---------------------------------------------------------------- as an aggregator
+
+
+@pytest.mark.parametrize(
+    ("rule", "alone"),
+    [("mean", FedAvg()), ("regmean", RegMean()), ({"name": "regmean", "decay": 0.0}, RegMean(decay=0.0))],
+)
+def test_a_rule_over_clients_is_the_aggregator_of_its_name(rule: object, alone: contracts.AdditiveAggregator) -> None:
+    """The same plans, the same bits, whole or in sums."""
+    over = build("aggregators", expand("aggregators", {"name": "merged", "rule": rule}, "server.aggregator"))
+    assert over.additive
+    for scene in rules.scenes(over):
+        assert over.plan(scene.state, scene.round).statistics == alone.plan(scene.state, scene.round).statistics
+        first = scene.updates[0]
+        outs = [
+            [r.combine({}, scene.params, scene.updates, scene.draw()), r.finish({}, scene.params, r.lift(first), scene.draw())]
+            for r in (over, alone)
+        ]
+        for (_, got), (_, want) in zip(*outs, strict=True):
+            assert all(torch.equal(got[n], want[n]) for n in scene.params)
+
+
+def test_clients_are_merged_from_the_rounds_start_and_their_tensors_only() -> None:
+    """A client without samples has no vote, what nobody trained stays, types stay."""
+    start = {**{n: t.float() for n, t in tensors(0).items()}, "adapter.frozen": torch.ones(3)}
+    several = [{n: t.float() for n, t in m.params.items()} for m in members(1, 2, 3)]
+    updates = [ClientUpdate(k, 5 * (k < 2), own) for k, own in enumerate(several)]
+    state, out = Merged("ties").combine({}, start, updates, torch.Generator())
+    assert state == {} and torch.equal(out["adapter.frozen"], start["adapter.frozen"])
+    base = {n: start[n] for n in SHAPES}
+    want = merged(Ties(), [Member("a", several[0]), Member("b", several[1])], base)
+    for name in SHAPES:
+        assert out[name].dtype == torch.float32 and torch.equal(out[name], want[name].float())
+
+
+def test_a_rule_that_draws_draws_from_the_rounds_generator() -> None:
+    start, updates = tensors(0), [ClientUpdate(0, 1, tensors(1))]
+    out = Merged(Noisy()).combine({}, start, updates, torch_stream(4, "draw"))[1]
+    assert torch.equal(out["head.bias"], tensors(1)["head.bias"] + torch.randn(4, generator=torch_stream(4, "draw")))
+
+
+@dataclass(frozen=True)
+class Noisy(Mean):
+    """An additive rule with a merge of its own, which a sum would pass by."""
+
+    def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        mean = super().merge(members, base, draw)
+        return {n: t + torch.randn(4, generator=draw) if n == "head.bias" else t for n, t in mean.items()}
+
+
+def test_which_rules_are_summed_where_clients_run() -> None:
+    assert Merged("mean").additive and Merged("regmean").additive
+    assert not Merged("ties").additive and not Merged(Noisy()).additive
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        ("tie", PluginError, r"server\.aggregator\.rule: unknown merging rule 'tie'\. Did you mean 'ties'"),
+        ({"name": "ties", "density": 3}, ConfigError, r"server\.aggregator\.rule\.density must be in \(0, 1\], got 3\.0"),
+        ({"name": "ties", "dens": 1}, ConfigError, r"^unknown key 'server\.aggregator\.rule\.dens'\. Did you mean 'density'"),
+        ({"density": 1}, ConfigError, r"rule must be the name of one of the merging"),
+    ],
+)
+def test_rules_that_there_are_not(rule: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        expand("aggregators", {"name": "merged", "rule": rule}, "server.aggregator")
+    with pytest.raises(ConfigError, match=r"server\.aggregator\.rule must be given"):
+        expand("aggregators", "merged", "server.aggregator")
+
+
+def test_nobody_sent_anything() -> None:
+    with pytest.raises(AggregationError, match="no client sent an update"):
+        Merged("ties").combine({}, tensors(0), [], torch.Generator())
