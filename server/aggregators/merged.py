@@ -28,13 +28,7 @@ class Aggregator(contracts.AdditiveAggregator):
     Raises AggregationError when nobody sent an update or nobody holds samples.
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"rule": "mean"},
-        {"rule": "regmean"},
-        {"rule": "ties"},
-        {"rule": {"name": "ties", "density": 1.0}},
-    )
-
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rule": "mean"}, {"rule": {"name": "ties", "density": 0.5}})
     rule: str | dict[str, Any] | contracts.Merging
 
     def __post_init__(self) -> None:

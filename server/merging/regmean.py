@@ -40,7 +40,7 @@ class Merging(contracts.AdditiveMerging):
     decay: float = 0.5
     form: str = "auto"
     ridge: float = 0.0
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"decay": 0.0}, {"decay": 1.0, "ridge": 1e-3})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"decay": 0.0}, {"ridge": 1e-3})
 
     def __post_init__(self) -> None:
         resolve_form(self.form, self.decay)

@@ -36,7 +36,7 @@ class Merging(contracts.Merging):
     kept are kept too. All is computed in float64, one member after the other.
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"density": 1.0}, {"trim": "tensor", "scale": 0.4})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"density": 1.0}, {"trim": "tensor", "scale": 0.4})
     density: float = 0.2
     scale: float = 1.0
     trim: str = "model"

@@ -96,7 +96,7 @@ def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_name_of_several_kinds() -> None:
-    assert plugins.kinds_of("regmean") == ["aggregators", "consolidators"]
+    assert plugins.kinds_of("regmean") == ["aggregators", "consolidators", "merging"]
     assert plugins.kinds_of("server.aggregators.regmean") == ["aggregators"]
 
 
@@ -109,8 +109,8 @@ def test_broken_with_one_of_its_examples_says_which(tmp_path: Path, capsys: pyte
         "class Aggregator(FedAvg):\n"
         "    tilt: float = 0.0\n"
         "    examples = ({}, {'tilt': 0.5})\n"
-        "    def finish(self, state, params, total):\n"
-        "        state, out = super().finish(state, params, total)\n"
+        "    def finish(self, state, params, total, draw):\n"
+        "        state, out = super().finish(state, params, total, draw)\n"
         "        return state, {n: t + self.tilt for n, t in out.items()}\n"
     )
     code, out = check(capsys, str(path))

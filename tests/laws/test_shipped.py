@@ -8,7 +8,7 @@ from fedsim import laws
 from fedsim.core import plugins
 
 ELSEWHERE = ("aggregators",)  # tests/server/test_aggregators.py
-LAWFUL = ("statistics",)
+LAWFUL = ("merging", "statistics")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in LAWFUL for name in plugins.names(kind)])
