@@ -85,10 +85,8 @@ def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
 def run_words(config: SimConfig) -> dict[str, str]:
     """Words that the run itself gives -> the key and value that give them."""
     stream, server = config.stream, config.server
-    several_tasks = stream.tasks != 1 and not stream.joint
     found = [
-        ("several tasks", "stream.tasks", several_tasks),
-        ("context teacher", "stream.tasks", several_tasks),  # the model of the last task, which the first has not
+        ("several tasks", "stream.tasks", stream.tasks != 1 and not stream.joint),
         ("online", "stream.online", stream.online),
         ("augmentation", "transform.augment", config.transform.augment != "none"),
         (f"optimizer {config.client.optimizer.lower()}", "client.optimizer", True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +16,7 @@ from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.contracts import WORDS, Part, Traits
 from fedsim.core.errors import ConfigError, FedsimError, PluginError
-from fedsim.simulation import prepare
+from fedsim.simulation import prepare, rehearse
 from fedsim.suitable import Chosen, obstacle
 from tests.tiny import tiny
 
@@ -25,6 +24,23 @@ KINDS = ("adapter", "aggregator", "calibrator", "learner")
 FREE = ("red", "green", "blue")  # words that parts and the run may give
 PLACES = ("the loss", "the buffer")
 REASONS = ("cannot do it", "does not suit {adapter}", "cannot go with {other}")
+
+RUN_WORDS = [  # an override, and the word that it makes the run give
+    ("server.rounds=4", "several rounds", "server.rounds: 4"),
+    ("stream.tasks=3", "several tasks", "stream.tasks: 3"),
+    ("stream.tasks=null", "several tasks", "stream.tasks: null"),
+    ("server.participation=0.5", "drawn clients", "server.participation: 0.5"),
+    ("server.pass_participation=drawn", "drawn passes", "server.pass_participation: drawn"),
+    ("server.on_client_failure=skip", "clients may fail", "server.on_client_failure: skip"),
+    ("server.unlearning=true", "unlearning", "server.unlearning: true"),
+    ("stream.online=true", "online", "stream.online: true"),
+    ("transform.augment=flip", "augmentation", "transform.augment: flip"),
+    ("client.clip_norm=1.0", "clipped gradients", "client.clip_norm: 1.0"),
+    ("client.optimizer=SGD", "optimizer sgd", "client.optimizer: SGD"),
+    ("runtime.precision=bf16", "half precision", "runtime.precision: bf16"),
+    ("runtime.fused=true", "fused", "runtime.fused: true"),
+    ("server.aggregator=[{match: '*', name: fedavg}]", "several rules", "server.aggregator: a list"),
+]
 
 words = st.frozensets(st.sampled_from(FREE), max_size=2)
 needs, refuses = (
@@ -98,25 +114,7 @@ def test_a_part_may_need_or_refuse_a_kind_or_a_plugin_and_give_what_it_refuses()
     assert line == "learner a is there already as learner b: name it once"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "word", "said"),
-    [
-        ("server.rounds=4", "several rounds", "server.rounds: 4"),
-        ("stream.tasks=3", "several tasks", "stream.tasks: 3"),
-        ("stream.tasks=null", "several tasks", "stream.tasks: null"),
-        ("server.participation=0.5", "drawn clients", "server.participation: 0.5"),
-        ("server.pass_participation=drawn", "drawn passes", "server.pass_participation: drawn"),
-        ("server.on_client_failure=skip", "clients may fail", "server.on_client_failure: skip"),
-        ("server.unlearning=true", "unlearning", "server.unlearning: true"),
-        ("stream.online=true", "online", "stream.online: true"),
-        ("transform.augment=flip", "augmentation", "transform.augment: flip"),
-        ("client.clip_norm=1.0", "clipped gradients", "client.clip_norm: 1.0"),
-        ("client.optimizer=SGD", "optimizer sgd", "client.optimizer: SGD"),
-        ("runtime.precision=bf16", "half precision", "runtime.precision: bf16"),
-        ("runtime.fused=true", "fused", "runtime.fused: true"),
-        ("server.aggregator=[{match: '*', name: fedavg}]", "several rules", "server.aggregator: a list"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "word", "said"), RUN_WORDS)
 def test_the_run_gives_words_of_its_own(overrides: str, word: str, said: str) -> None:
     plain = ("stream.tasks=1", "server.rounds=1", "server.aggregator=fedavg")
     assert word not in suitable.run_words(tiny(*plain))
@@ -151,12 +149,8 @@ def traits_of(kind: str, name: str) -> list[Traits]:
 
 
 def words_of_runs() -> set[str]:
-    """All words that `run_words` may give, from its source."""
-    lines = [
-        line.strip() for line in inspect.getsource(suitable.run_words).splitlines() if line.strip().startswith(('("', '(f"'))
-    ]
-    assert len(lines) > 10
-    return {line.split('"')[1] for line in lines}
+    """All words that a run may give, those of other optimizers and pools left out."""
+    return {word for overrides, _, _ in RUN_WORDS for word in suitable.run_words(tiny(overrides))}
 
 
 MINE = """
@@ -217,3 +211,48 @@ def test_a_plugin_of_the_users_own_gives_what_ours_need(tmp_path: Path) -> None:
     prepare(tiny(*collect, f"server.consolidator={tmp_path / 'keeper.py'}"))
     with pytest.raises(ConfigError, match=r"collect hands on .* which consolidator \S+other\.py cannot keep"):
         prepare(tiny(*collect, f"server.consolidator={tmp_path / 'other.py'}"))
+
+
+READER = """
+from dataclasses import dataclass
+from fedsim.core import contracts
+
+@dataclass(frozen=True)
+class Learner(contracts.Learner):
+    reads: str = "control"
+
+    @property
+    def traits(self):
+        return contracts.Traits(needs={f"context {self.reads}": "reads what {aggregator} does not tell clients"})
+
+    def begin(self, work, memory, context, draw):
+        if self.reads == "control":
+            assert context["control"]["head.weight"].shape == work.params["head.weight"].shape
+        return {}
+"""
+SENDER = """
+from dataclasses import dataclass, replace
+from fedsim.core.contracts import Traits
+from server.aggregators import fedavg
+
+@dataclass(frozen=True)
+class Aggregator(fedavg.Aggregator):
+    @property
+    def traits(self):
+        return Traits(gives={"context control"})
+
+    def init(self, params, task=0):
+        return {"control": {"head.weight": params["head.weight"]}}
+
+    def plan(self, state, round):
+        return replace(super().plan(state, round), context=state)
+"""
+
+
+def test_context_that_nobody_sends_is_refused_before_training(tmp_path: Path) -> None:
+    for name, text in (("reader", READER), ("sender", SENDER)):
+        (tmp_path / f"{name}.py").write_text(text)
+    reader = ("server.consolidator=none", "server.rounds=1", f"client.learners=[{tmp_path / 'reader.py'}]")
+    with pytest.raises(ConfigError, match=r"learner \S+reader\.py reads what aggregator fedavg does not tell clients"):
+        prepare(tiny(*reader, "server.aggregator=fedavg"))
+    rehearse(tiny(*reader, f"server.aggregator={tmp_path / 'sender.py'}"), rounds=1)
