@@ -17,9 +17,9 @@ from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, require_finite
+from fedsim.core.contracts import Aggregator, Consolidator, TaskStart, require_finite
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, one_line
+from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
 from fedsim.core.events import Event, Kept, Note, RunDirOpened
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.core.wire import Chain
@@ -271,13 +271,16 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     """Where every run starts, a fresh adapter and a fresh head; and the tensors that clients train in some round of a task."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
-    begun = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
-    state = rule.init(begun)
+    start: Any = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
+    if not isinstance(start, TaskStart):
+        wrong = f"start_task must give a fedsim.core.contracts.TaskStart, got {type(start).__name__}"
+        raise PluginError(f"consolidator {config.server.consolidator['name']}: {wrong}")
+    state = rule.init(start.params)
     plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
-    suitable.require_trained(config, consolidator, begun, plans)
-    suitable.require_linear_map(config, begun, plans[0])
+    suitable.require_trained(config, start, plans)
+    suitable.require_linear_map(config, start.params, plans[0])
     check_statistics(plans[0].statistics)
-    trained = {n for plan in plans for n in planning.trained(consolidator, params, plan)}
+    trained = {n for plan in plans for n in planning.trained(start.frozen, params, plan)}
     first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
     return first, [n for n in params if n in trained]
 

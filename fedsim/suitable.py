@@ -17,7 +17,7 @@ import numpy as np
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, Part, Traits
+from fedsim.core.contracts import Aggregator, Part, TaskStart, Traits
 from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -105,15 +105,15 @@ def run_words(config: SimConfig) -> dict[str, str]:
     return {f"context {contracts.TEACHER}": "the server", **told}  # it is kept where somebody needs it
 
 
-def require_trained(config: SimConfig, consolidator: Consolidator, params: Tensors, plans: Sequence[RoundPlan]) -> None:
+def require_trained(config: SimConfig, start: TaskStart, plans: Sequence[RoundPlan]) -> None:
     """Raise ConfigError if a round's plan trains nothing of the adapter but what the consolidator freezes."""
-    frozen = set(matching(params, consolidator.frozen))
+    frozen = set(matching(start.params, start.frozen))
     for number, plan in enumerate(plans):
-        wanted = [n for n in matching(params, plan.train) if n.startswith("adapter.")]
+        wanted = [n for n in matching(start.params, plan.train) if n.startswith("adapter.")]
         if wanted and frozen.issuperset(wanted):
             raise ConfigError(
                 f"aggregator {rule_name(config)} trains {', '.join(plan.train)} in round {number} of a task, but consolidator "
-                f"{config.server.consolidator['name']} freezes {', '.join(consolidator.frozen)}: nothing of the adapter is left"
+                f"{config.server.consolidator['name']} freezes {', '.join(start.frozen)}: nothing of the adapter is left"
             )
 
 

@@ -48,10 +48,10 @@ def _draw(sim: Simulation, state: ServerState) -> torch.Generator:
 
 def old_rows_restored(sim: Simulation, state: ServerState, params: Tensors) -> Tensors:
     """The parameters with the head's rows of old tasks' classes as they were before the round, bit for bit: weight decay and
-    rounding move them, even if nobody trains them. As they are, unless the consolidator freezes heads."""
+    rounding move them, even if nobody trains them. As they are, unless the task's start says so."""
     current = set(sim.task_classes[state.task])
     rows = [c for c in seen_classes(sim.task_classes, state.task) if c not in current]
-    if not sim.consolidator.freezes_heads or not rows:
+    if not state.start.keeps_old_rows or not rows:
         return params
     place = torch.tensor(rows)
     old = with_prefix(state.params, HEAD)

@@ -40,9 +40,7 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     """The state with one round's messages in its ledger. Every client of a round receives the same job."""
     total = {direction: dict(kinds) for direction, kinds in state.bytes.items()}
     plan, delivered = jobs[0].plan, state.delivered
-    past: Sequence[Tensors] = ()
-    if plan.background:  # it travels as it is if the consolidator does not say what it is made of
-        past = sim.consolidator.modules(state.consolidator) or (plan.background,)
+    past: Sequence[Tensors] = state.start.past.modules if plan.background else ()
     told = {name: tensors for name, tensors in plan.context.items() if name != BACKGROUND}
     blended = any(r.blended for r in plan.statistics)
     with_past = bool(past or told) or plan.beside or blended  # in the first task there are none yet

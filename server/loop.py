@@ -51,11 +51,12 @@ def run(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]:
 
 def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Parameters and rule states that a task starts with."""
-    opening = sim.consolidator.opening(state.consolidator, state.params)
+    opening, state = planning.opening(sim, state)
     total, state = yield from statistics_pass(sim, state, opening, state.params)
-    params = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
+    start = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
-    state = replace(state, params=params, aggregator=sim.aggregator.init(params, state.task), calibrator=calibrator)
+    aggregator = sim.aggregator.init(start.params, state.task)
+    state = replace(state.beginning(start), aggregator=aggregator, calibrator=calibrator)
     state = learners.opened(sim, state)
     return (yield from isolated_clients(sim, state)) if sim.config.server.unlearning else state
 
@@ -92,7 +93,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
 def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, ServerState]:
     """Merge what was learned with what was known, and fill in the task's row of the accuracy matrix."""
     start = time.perf_counter()
-    total, state = yield from statistics_pass(sim, state, sim.consolidator.plan(state.consolidator, state.params), state.params)
+    total, state = yield from statistics_pass(sim, state, planning.closing(sim, state), state.params)
     clock = time.perf_counter()
     module = sim.aggregator.deployed(state.aggregator, state.params)
     consolidator = sim.consolidator.end_task(state.consolidator, module, total)

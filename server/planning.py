@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import LEARNER, RULE, Aggregator, Calibrator, Consolidator
+from fedsim.core.contracts import LEARNER, RULE, Aggregator, Calibrator, Consolidator, TaskStart
 from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
 from server import learners
@@ -44,10 +44,25 @@ def isolated_plan(sim: Simulation, state: ServerState) -> RoundPlan:
     return _in_context(sim, state, RoundPlan(repeat=sim.config.server.rounds))
 
 
-def trained(consolidator: Consolidator, params: Tensors, plan: RoundPlan) -> list[str]:
-    """Names of the tensors that a plan trains."""
-    frozen = set(matching(params, consolidator.frozen))
-    return [n for n in matching(params, plan.train) if n not in frozen]
+def opening(sim: Simulation, state: ServerState) -> tuple[RoundPlan | None, ServerState]:
+    """The consolidator's pass at a task's start, and the state with the modules that it looks through."""
+    asked = sim.consolidator.opening(state.consolidator, state.params)
+    if asked is None:
+        return None, state
+    state = replace(state, start=TaskStart({}, past=asked.past))
+    return _on_past_modules(state, asked.plan), state
+
+
+def closing(sim: Simulation, state: ServerState) -> RoundPlan | None:
+    """The consolidator's pass at a task's end."""
+    plan = sim.consolidator.plan(state.consolidator, state.params)
+    return None if plan is None else _on_past_modules(state, plan)
+
+
+def trained(frozen: Sequence[str], params: Tensors, plan: RoundPlan) -> list[str]:
+    """Names of the tensors that a plan trains. frozen: globs of those that stay as they are."""
+    fixed = set(matching(params, frozen))
+    return [n for n in matching(params, plan.train) if n not in fixed]
 
 
 def asked(
@@ -59,10 +74,11 @@ def asked(
     classes: Sequence[Sequence[int]],
 ) -> list[StatisticRequest]:
     """All statistics that clients are asked for in the first task: at its start, in its rounds, and at its end."""
-    begun = consolidator.start_task(consolidator.init(), params, {}, {})
-    state, kept = rule.init(begun), consolidator.init()
+    kept = consolidator.init()
+    begun = consolidator.start_task(kept, params, {}, {}).params
+    state, opening = rule.init(begun), consolidator.opening(kept, begun)
     plans = [rule.plan(state, r) for r in range(rounds)]
-    plans += filter(None, (consolidator.opening(kept, begun), consolidator.plan(kept, begun)))
+    plans += filter(None, (opening and opening.plan, consolidator.plan(kept, begun)))
     if calibrator is not None:
         repairs = [calibrator.plan(calibrator.init(), r, last=r == rounds - 1) for r in range(rounds)]
         plans += filter(None, (*repairs, calibrator.closing(calibrator.init(), classes)))
@@ -70,13 +86,17 @@ def asked(
 
 
 def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:
-    """With what clients are told, modules of past tasks among it if clients train beside them or look through them, and without
-    what is frozen."""
-    plan = replace(plan, context={**plan.context, **learners.context(sim, state)})
-    rule, kept = sim.consolidator, state.consolidator
-    if rule.frozen:
-        plan = replace(plan, train=tuple(trained(rule, state.params, plan)))
-    if rule.beside or any(request.blended for request in plan.statistics):
-        background, share = rule.background(kept)
-        plan = replace(plan, context={**plan.context, BACKGROUND: background}, share=share, beside=rule.beside)
-    return plan
+    """With what clients are told, and without what is frozen."""
+    start = state.start
+    plan = replace(plan, context={**plan.context, **learners.context(sim, state)}, beside=start.trains_beside)
+    if start.frozen:
+        plan = replace(plan, train=tuple(trained(start.frozen, state.params, plan)))
+    return _on_past_modules(state, plan)
+
+
+def _on_past_modules(state: ServerState, plan: RoundPlan) -> RoundPlan:
+    """With the modules of past tasks, if clients train beside them or look through them."""
+    if not plan.beside and not any(request.blended for request in plan.statistics):
+        return plan
+    past = state.start.past
+    return replace(plan, context={**plan.context, BACKGROUND: past.together()}, share=past.share)

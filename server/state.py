@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Learner, Pool
+from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray, Learner, Past, Pool, TaskStart
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
@@ -73,6 +73,7 @@ class ServerState:
     round: int
     params: Tensors
     consolidator: State
+    start: TaskStart = field(default_factory=lambda: TaskStart({}))  # of the current task; its parameters have moved on
     calibrator: State = None
     aggregator: State = None
     stored: Stored = field(default_factory=Stored)
@@ -88,6 +89,10 @@ class ServerState:
     seconds: Mapping[str, float] = field(default_factory=dict)
     client_rounds: int = 0
 
+    def beginning(self, start: TaskStart) -> ServerState:
+        """The state in which a task begins."""
+        return replace(self, params=start.params, start=replace(start, params={}))
+
     def spent(self, phase: str, seconds: float) -> Mapping[str, float]:
         """The clock with some seconds more in one phase."""
         return {**self.seconds, phase: self.seconds.get(phase, 0.0) + seconds}
@@ -101,6 +106,8 @@ class ServerState:
         plain = dict(vars(self))
         for name in ROWS:
             plain[name] = [list(vars(r).values()) for r in getattr(self, name)]
+        past = {**vars(self.start.past), "modules": [dict(m) for m in self.start.past.modules]}
+        plain["start"] = {**vars(self.start), "past": past}
         plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
         plain["params"], plain["teacher"] = dict(self.params), dict(self.teacher)
         plain["stored"] = dict(vars(self.stored))
@@ -114,5 +121,6 @@ class ServerState:
         """The inverse of `to_plain`."""
         rows = {name: tuple(kind(*r) for r in plain[name]) for name, kind in ROWS.items()}
         failures = tuple(ClientFailed(*f) for f in plain["failures"])
+        start = TaskStart(**{**plain["start"], "past": Past(**plain["start"]["past"])})
         delivered, stored = Delivered(**plain["delivered"]), Stored(**plain["stored"])
-        return cls(**{**plain, **rows, "failures": failures, "delivered": delivered, "stored": stored})
+        return cls(**{**plain, **rows, "start": start, "failures": failures, "delivered": delivered, "stored": stored})

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 from fedsim import cli
-from fedsim.cli import results as cli_results
 from fedsim.runs import compare
 from fedsim.runs.collection import collect
 from tests import run_dirs
@@ -299,9 +298,3 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_file_that_cannot_be_written(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["results", str(small), "--csv", str(tmp_path / "no" / "x.csv")]) == 1
     assert "x.csv could not be written: No such file or directory" in capsys.readouterr().err
-
-
-def test_aliases_are_metrics() -> None:
-    known = {*compare.DIRECTIONS}
-    assert set(cli_results.ALIASES.values()) <= known
-    assert set(cli_results.DEFAULT) | set(cli_results.OF_JOINT) <= known

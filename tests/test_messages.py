@@ -21,13 +21,13 @@ from torch import Tensor
 from clients import optim
 from clients.pools.serial import Pool
 from fedsim.core.config import ClientConfig, ParameterGroup, build_aggregator
+from fedsim.core.contracts import Past, TaskStart
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors, bytes_up
 from fedsim.core.tensors import stack_modules
 from fedsim.models import model as models
 from fedsim.simulation import first_state, prepare, prepare_data, run
 from server import sampling
-from server.consolidators.mean import Consolidator as Mean
 from server.ledger import charged, mean_loss
 from server.state import ServerState
 from server.store import ClientStore
@@ -73,7 +73,7 @@ def sim() -> Iterator[Any]:
 def parts() -> Iterator[Any]:
     """What the ledger looks at."""
     with ClientStore(10**6 + 1) as store:
-        yield SimpleNamespace(consolidator=Mean(), store=store)
+        yield SimpleNamespace(store=store)
 
 
 def charge(
@@ -82,13 +82,12 @@ def charge(
     """One message to these clients in the ledger."""
     request = StatisticRequest("gram", blended=looks)
     plan = RoundPlan(statistics=(request,), context={"background": stack_modules(past, [1.0] * len(past))} if past else {})
-    state = replace(state, consolidator={"past": list(past)})
-    jobs = [ClientJob(c, 0, 0, params, plan) for c in clients]
-    return charged(sim, state, jobs, [])
+    state = replace(state, start=TaskStart({}, past=Past(past, [1.0] * len(past))))
+    return charged(sim, state, [ClientJob(c, 0, 0, params, plan) for c in clients], [])
 
 
 def empty() -> ServerState:
-    return ServerState(0, 0, {}, {"past": []})
+    return ServerState(0, 0, {}, None)
 
 
 def test_the_ledger_adds_up(sim: Any) -> None:

@@ -18,18 +18,31 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from fedsim.runs import metrics
+from fedsim.runs.metrics import Counts, computed
 
 SIZES = np.array([100, 100, 200])
 ORACLE = np.array([[90, 0, 0], [80, 70, 0], [60, 75, 50]])
 TOTAL = np.tril(np.ones((3, 3), dtype=int)) * SIZES
 CORRECT = ORACLE * TOTAL // 100
+OF_TASKS = [m.name for m in metrics.METRICS.values() if m.told is not None]
+
+
+def of_tasks(correct: ArrayLike, total: ArrayLike) -> dict[str, float | None]:
+    """What is computed from the matrix alone."""
+    found = computed(Counts(np.asarray(correct), np.asarray(correct), np.asarray(total)))
+    return {name: value for name, value in found.items() if name in OF_TASKS}
+
+
+def of_clients(acc_K: np.ndarray) -> dict[str, float | None]:
+    return {name: value for name, value in computed(Counts(clients=acc_K)).items() if name.startswith("client_")}
 
 
 def test_oracle_matrix() -> None:
-    got = metrics.summary(CORRECT, TOTAL)
+    got = of_tasks(CORRECT, TOTAL)
     assert got == pytest.approx(
         {
             "final_average_accuracy": 185 / 3,
@@ -55,18 +68,22 @@ def test_learning_curve() -> None:
 
 
 def test_one_task_has_no_forgetting() -> None:
-    got = metrics.summary([[45]], [[60]])
+    got = of_tasks([[45]], [[60]])
     assert got["final_average_accuracy"] == got["final_average_accuracy_micro"] == got["plasticity"] == 75.0
     assert got["forgetting"] is got["forgetting_diagonal"] is got["backward_transfer"] is None
 
 
 @pytest.mark.parametrize("total", [np.zeros((0, 0)), [[10, 0], [0, 10]]])
 def test_undefined_when_a_task_was_not_tested(total: object) -> None:
-    assert set(metrics.summary(np.zeros_like(total), total).values()) == {None}
+    assert set(of_tasks(np.zeros_like(total), total).values()) == {None}
 
 
-def test_suffix_is_on_every_name() -> None:
-    assert set(metrics.summary(CORRECT, TOTAL, "_told")) == {f"{name}_told" for name in metrics.summary(CORRECT, TOTAL)}
+def test_every_metric_of_tasks_has_a_variant_with_the_task_told() -> None:
+    """Of the counts inside the task's own classes, whatever the others are."""
+    found = computed(Counts(np.zeros_like(CORRECT), CORRECT, TOTAL))
+    told = of_tasks(CORRECT, TOTAL)
+    assert {name: found[name + metrics.TOLD] for name in told} == told
+    assert found["final_average_accuracy"] == 0
 
 
 @st.composite
@@ -83,11 +100,11 @@ def test_relations(counts: tuple[np.ndarray, np.ndarray]) -> None:
     """max-drop ≥ 0 and ≥ −BWT; BWT = −T/(T−1) · diagonal; macro = micro where all tasks have the same size."""
     correct, total = counts
     tasks = len(correct)
-    m = metrics.summary(correct, total)
+    m = of_tasks(correct, total)
     assert m["forgetting"] >= 0
     assert m["forgetting"] >= -m["backward_transfer"] - 1e-9
     assert m["backward_transfer"] == pytest.approx(-tasks / (tasks - 1) * m["forgetting_diagonal"], abs=1e-9)
-    even = metrics.summary(np.minimum(correct, 1), np.sign(total))
+    even = of_tasks(np.minimum(correct, 1), np.sign(total))
     assert even["final_average_accuracy"] == pytest.approx(even["final_average_accuracy_micro"], abs=1e-9)
 
 
@@ -138,7 +155,7 @@ def test_client_accuracy_is_the_expected_accuracy(clients: int, classes: int, se
 
 
 def test_even_accuracies_are_fair() -> None:
-    got = metrics.fairness(np.full(10, 60.0))
+    got = of_clients(np.full(10, 60.0))
     assert got == pytest.approx(
         {
             "client_accuracy_mean": 60, "client_accuracy_std": 0, "client_accuracy_min": 60,
@@ -150,7 +167,7 @@ def test_even_accuracies_are_fair() -> None:
 
 def test_fairness_by_hand() -> None:
     """10, 30, 50 and a client without accuracy: mean 30, std √(800/3), Jain 90² / (3 · 3500), shares 1/9, 3/9, 5/9."""
-    got = metrics.fairness(np.array([30.0, np.nan, 50.0, 10.0]))
+    got = of_clients(np.array([30.0, np.nan, 50.0, 10.0]))
     assert got["client_accuracy_std"] == pytest.approx(np.sqrt(800 / 3))
     assert (got["client_accuracy_mean"], got["client_accuracy_min"]) == (30, 10)
     assert (got["client_accuracy_worst_decile"], got["client_accuracy_best_decile"]) == (10, 50)
@@ -160,7 +177,7 @@ def test_fairness_by_hand() -> None:
 
 @pytest.mark.parametrize(("clients", "tenth"), [(1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
 def test_a_decile_is_rounded_up(clients: int, tenth: int) -> None:
-    got = metrics.fairness(np.arange(1.0, clients + 1)[::-1])
+    got = of_clients(np.arange(1.0, clients + 1)[::-1])
     assert got["client_accuracy_worst_decile"] == np.arange(1, tenth + 1).mean()
     assert got["client_accuracy_best_decile"] == np.arange(clients - tenth + 1, clients + 1).mean()
 
@@ -169,7 +186,7 @@ def test_a_decile_is_rounded_up(clients: int, tenth: int) -> None:
 @given(st.lists(st.integers(0, 997).map(lambda right: 100 * right / 997), min_size=1, max_size=30))
 def test_fairness_of_any_accuracies(values: list[float]) -> None:
     """min ≤ worst decile ≤ mean ≤ best decile; 1/K ≤ Jain ≤ 1; entropy as scipy has it; std is the population's."""
-    got = metrics.fairness(np.array(values))
+    got = of_clients(np.array(values))
     order = [got[f"client_accuracy_{n}"] for n in ("min", "worst_decile", "mean", "best_decile")]
     assert all(a <= b + 1e-9 for a, b in pairwise(order))  # type: ignore[operator]
     assert got["client_accuracy_std"] == pytest.approx(np.std(values), abs=1e-9)
@@ -180,6 +197,6 @@ def test_fairness_of_any_accuracies(values: list[float]) -> None:
 
 
 def test_fairness_of_nobody_and_of_zeros() -> None:
-    assert set(metrics.fairness(np.array([np.nan])).values()) == {None}
-    zeros = metrics.fairness(np.zeros(3))
+    assert set(of_clients(np.array([np.nan])).values()) == {None}
+    zeros = of_clients(np.zeros(3))
     assert (zeros["client_accuracy_mean"], zeros["client_jain"], zeros["client_entropy"]) == (0, None, None)

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 
 from fedsim.core.errors import ConfigError
-from fedsim.runs import compare, tables
+from fedsim.runs import compare, metrics, tables
 from fedsim.runs.collection import collect
 from tests import run_dirs
 
-FAA = compare.FAA
+FAA = metrics.HEADLINE
 
 
 def long(*rows: tuple[object, ...], by: tuple[str, ...] = ("method", "alpha")) -> pd.DataFrame:

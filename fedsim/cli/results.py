@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
     from fedsim.runs.collection import Collection
 
-ALIASES = {
-    "faa": "final_average_accuracy",
-    "aia": "average_incremental_accuracy",
-    "bwt": "backward_transfer",
-    "gap": "gap_to_joint",
-}
-DEFAULT = ("final_average_accuracy", "average_incremental_accuracy", "forgetting")
-OF_JOINT = ("gap_to_joint", "intransigence")
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim results` takes."""
@@ -33,7 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sweep", metavar="NAME", help="the runs of this sweep, where a folder holds several")
     command.add_argument("--all", action="store_true", help="every run that lies there, whatever sweep it belongs to")
     command.add_argument(
-        "--metrics", metavar="A,B,…", help=f"columns of the CSV, or {', '.join(ALIASES)} (default: faa, aia, forgetting)"
+        "--metrics", metavar="A,B,…", help="columns of the CSV, or short names such as faa, aia, bwt (default: the usual ones)"
     )
     command.add_argument(
         "--baseline", action="append", default=[], metavar="FACTOR=LEVEL", help="compare with it, run by run, e.g. method=fedavg"
@@ -98,19 +89,21 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_metrics(wanted: str | None, collection: Collection, frame: pd.DataFrame) -> list[str]:
     """Names of columns from "faa,forgetting"; the default ones that some run has. Raises ConfigError for an unknown name."""
+    from fedsim.runs import metrics
     from fedsim.runs.collection import NAMED
 
     words = {*NAMED, *collection.factors, *collection.varying}
     known = [str(c) for c in frame.columns if c not in words]
     if wanted is None:
-        return [name for name in (*DEFAULT, *OF_JOINT) if name in known and frame[name].notna().any()] or [DEFAULT[0]]
-    names = []
+        usual = [m.name for m in metrics.shown("results") if m.name in known and frame[m.name].notna().any()]
+        return usual or [metrics.HEADLINE]
+    names, aliases = list[str](), metrics.aliases()
     for word in filter(None, (part.strip() for part in wanted.split(","))):
-        name = ALIASES.get(word.lower(), word)
-        if name in OF_JOINT and name not in known:
+        name = aliases.get(word.lower(), word)
+        if metrics.of(name).needs == "a joint run" and name not in known:
             raise ConfigError(f"metric '{word}' needs a joint run: give --joint PATH")
         if name not in known:
-            raise ConfigError(f"unknown metric '{word}'.{did_you_mean(word, [*known, *ALIASES])}")
+            raise ConfigError(f"unknown metric '{word}'.{did_you_mean(word, [*known, *aliases])}")
         names.append(name)
     if not names:
         raise ConfigError("--metrics names none: leave it out, or give names such as faa,forgetting")
@@ -132,7 +125,7 @@ def parse_baseline(words: Sequence[str]) -> dict[str, str]:
 
 def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
     """What is not in the numbers, and what makes them hard to compare, one line each."""
-    from fedsim.runs import compare
+    from fedsim.runs import compare, metrics
     from fedsim.runs.collection import sweeps
 
     for note in collection.sweep.notes if collection.sweep else ():
@@ -144,7 +137,7 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
         seeds = frame["seed"].iloc[places]
         if seeds.duplicated().any():
             yield f"{compare.describe(by, setting)} holds runs of the same seed, and their mean counts every one."
-    if args.joint and (without := int(frame["gap_to_joint"].isna().sum())):
+    if args.joint and (without := int(frame[metrics.GAP].isna().sum())):
         yield f"{without} of {len(frame)} runs have no gap to joint: no joint run was tested on the same samples."
     lacking = compare.unequal_seeds(frame, by)
     if lacking:
@@ -164,11 +157,11 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
     from fedsim.runs.tables import number, title
 
     found = compare.settings(long, by)
-    metrics = list(dict.fromkeys(long["metric"]))
+    names = list(dict.fromkeys(long["metric"]))
     most = [max(int(long["n"].iloc[i]) for i in places) for places in found.values()]
     heads, labels = _settings_columns(by, list(found), width)
     columns: dict[str, list[list[str]]] = {"n": [[str(n)] for n in most]}
-    for k, metric in enumerate(metrics):
+    for k, metric in enumerate(names):
         cells = []
         for places, n_most in zip(found.values(), most, strict=True):
             n, mean, std, low, high = (long[c].iloc[places[k]] for c in ("n", "mean", "std", "low", "high"))
@@ -186,7 +179,7 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
 
 def paired_tables(table: pd.DataFrame, by: Sequence[str], baseline: Sequence[str], digits: int, width: int) -> Iterator[Table]:
     """Per metric one row per setting: pairs, mean difference with its interval, and what the tests say."""
-    from fedsim.runs import compare
+    from fedsim.runs import compare, metrics
     from fedsim.runs.tables import number, title
 
     for metric in dict.fromkeys(table["metric"]):
@@ -209,7 +202,7 @@ def paired_tables(table: pd.DataFrame, by: Sequence[str], baseline: Sequence[str
         columns["difference"] = cells
         for head, name in (("p\nt-test", "p"), ("p\nHolm", "p_holm"), ("p sign-\nflip", "p_sign_flip")):
             columns[head] = [[_p(r[name])] for r in records]
-        if compare.direction(metric):
+        if metrics.of(metric).sign:
             columns["wins"] = [[f"{r['wins']:.0f}/{r['n']}"] for r in records]
         yield from _fitted(f"{title(metric)}: difference from {', '.join(baseline)}", heads, labels, columns, width)
 

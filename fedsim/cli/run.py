@@ -16,13 +16,6 @@ if TYPE_CHECKING:
 
     from fedsim.runs.results import FloatArray, Results
 
-HEADLINES = {
-    "final_average_accuracy": "final average accuracy",
-    "average_incremental_accuracy": "average incremental accuracy",
-    "forgetting": "forgetting",
-    "backward_transfer": "backward transfer",
-}
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim run` takes."""
@@ -63,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 def show_results(results: Results, console: Console) -> None:
     """What a researcher wants to know: accuracies, forgetting, bytes, seconds."""
-    blocks = [*accuracy_tables(results.accuracy, console.width), metricsnew_table(results.metrics, results.config.stream.name)]
+    blocks = [*accuracy_tables(results.accuracy, console.width), metrics_table(results.metrics, results.config.stream.name)]
     if results.costs.get("client_rounds"):
-        blocks.append(bytesnew_table(results.costs))
+        blocks.append(bytes_table(results.costs))
     for block in blocks:
         console.print()
         console.print(block)
@@ -102,20 +95,23 @@ def accuracy_tables(accuracy_TT: FloatArray, width: int) -> Iterator[Table]:
         yield table
 
 
-def metricsnew_table(metrics: Mapping[str, float | None], stream: str) -> Table:
+def metrics_table(values: Mapping[str, float | None], stream: str) -> Table:
     """The headline metrics, as the stream has it (e.g. class-incremental) and with the task known at test time."""
+    from fedsim.runs import metrics
+
     table = new_table("Summary in %")
     table.add_column("")
-    suffixes = [""] if stream == "task_incremental" else ["", "_task_incremental"]
+    suffixes = [""] if stream == "task_incremental" else ["", metrics.TOLD]
     for name in [stream, "task_incremental"][: len(suffixes)]:
         table.add_column(name.replace("_", "-\n"), justify="right")
-    for key, label in HEADLINES.items():
-        values = [metrics[f"{key}{suffix}"] for suffix in suffixes]
-        table.add_row(label, *("–" if v is None else f"{v:.2f}" for v in values))
+    for metric in metrics.shown("run"):
+        cells = [values.get(metric.name + suffix) for suffix in suffixes]
+        label = metric.title.lower() if metric.unit == "%" else metric.axis.lower()
+        table.add_row(label, *("–" if v is None else f"{v:.2f}" for v in cells))
     return table
 
 
-def bytesnew_table(costs: Mapping[str, Any]) -> Table:
+def bytes_table(costs: Mapping[str, Any]) -> Table:
     """Traffic by kind of object: of the whole run, and of one client in one round."""
     down, up, turns = costs["bytes"]["down"], costs["bytes"]["up"], costs["client_rounds"]
     table = new_table("Bytes")

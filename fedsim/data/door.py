@@ -21,10 +21,14 @@ from fedsim.data.sources import _common
 def load(config: SimConfig, tokenizer_of: str | None = None) -> Dataset:
     """The data of a config, checked. Raises PluginError for a source that breaks its contract, DataError for data that do."""
     source: Source = configs.build("sources", config.data)
-    name = f"data source '{config.data['source']}'"
+    return taken(source, f"data source '{config.data['source']}'", tokenizer_of, config.stream.name == "domain_incremental")
+
+
+def taken(source: Source, name: str, tokenizer_of: str | None, by_domain: bool) -> Dataset:
+    """What a source loads, checked. name: how errors call it."""
     if "by_domain" not in inspect.signature(source.load).parameters:
         raise PluginError(f"{name}: its load must take (tokenizer_of, by_domain), see fedsim.core.contracts.Source")
-    dataset = source.load(tokenizer_of, by_domain=config.stream.name == "domain_incremental")
+    dataset = source.load(tokenizer_of, by_domain=by_domain)
     if not isinstance(dataset, Dataset):
         raise PluginError(f"{name}: its load gave a {type(dataset).__name__}, it must give a Dataset")
     return checked(dataset, name)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.runs import compare
+from fedsim.runs import compare, metrics
 from fedsim.runs.collection import Collection, Label, Run, cost_figures, dirichlet_alpha
-from fedsim.runs.metrics import forgetting
+from fedsim.runs.metrics import HEADLINE, Metric
 from fedsim.runs.results import DRIFT_MEASURES, Results
 
 if TYPE_CHECKING:
@@ -28,53 +28,7 @@ if TYPE_CHECKING:
 FEW = 3  # seeds: up to so many are shown one by one, their interval would be far wider than what is known of them
 SEEDS = tuple(f"seed_{i}" for i in range(FEW))
 SHOWN_CLIENTS = 50  # one by one; of more, the sizes are shown as a histogram
-HEADLINE = "final_average_accuracy"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a number of a run is called and read. sign: 1 where more is better, -1 where less is, 0 where neither; least, most: of
-    what it can be."""
-
-    name: str
-    title: str
-    sign: int
-    unit: str = "%"
-    least: float = 0.0
-    most: float = 100.0
-
-    @property
-    def axis(self) -> str:
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
-
-METRICS = (
-    Metric(HEADLINE, "Final average accuracy", 1),
-    Metric("average_incremental_accuracy", "Average incremental accuracy", 1),
-    Metric("forgetting", "Forgetting", -1, least=-100.0),
-    Metric("plasticity", "Plasticity", 1),
-    Metric("backward_transfer", "Backward transfer", 1, least=-100.0),
-    Metric("final_average_accuracy_task_incremental", "Final average accuracy, task told", 1),
-    Metric("newest_share", "Predictions on the newest task's classes", 0),
-    Metric("client_accuracy_worst_decile", "Accuracy of the worst tenth of clients", 1),
-    Metric("client_accuracy_std", "Standard deviation of accuracy over clients", -1),
-)
-LIMITS = {"accuracy": (0.0, 100.0)} | {m.name: (m.least, m.most) for m in METRICS}
-DRIFT = {
-    "relative_norm": "Length of a client's change / length of the weights",
-    "cosine": "Mean cosine between two clients' changes",
-    "cosine_min": "Least cosine between two clients' changes",
-    "cosine_to_mean": "Mean cosine of a client's change to the mean change",
-    "diversity": "Gradient diversity",
-    "effective_rank": "Effective rank of the clients' changes",
-    "product_error": "Relative error of averaging LoRA's factors",
-}
-COSTS = {
-    "bytes": "Bytes up and down (MB)",
-    "bytes_up": "Bytes up (MB)",
-    "bytes_down": "Bytes down (MB)",
-    "seconds": "Seconds",
-}
+COSTS = ("bytes", "bytes_up", "bytes_down", "seconds")
 METHOD_NAMES = ("method", "methods", "rule", "algorithm", "preset", "server.aggregator.name", "aggregator", "server.aggregator")
 SPLIT_WORDS = ("alpha", "partition", "heterogen", "dirichlet", "split", "non_iid", "noniid", "skew")
 
@@ -159,14 +113,14 @@ class Study:
 
     @cached_property
     def settings(self) -> pd.DataFrame:
-        """Every metric of every series on every split."""
-        return self.summary([m.name for m in METRICS])
+        """Every metric of the report of every series on every split."""
+        return self.summary([m.name for m in metrics.shown("report")])
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
         """Those that some run has."""
         have = set(self.settings["metric"])
-        return tuple(m for m in METRICS if m.name in have)
+        return tuple(m for m in metrics.shown("report") if m.name in have)
 
     @cached_property
     def tasks(self) -> int:
@@ -224,7 +178,7 @@ def forgetting_by_task(study: Study) -> pd.DataFrame:
 
     def rows(results: Results) -> Iterable[Mapping[str, Any]]:
         for i in range(1, len(results.accuracy)):
-            yield {"task": i, "forgetting": forgetting(results.accuracy[: i + 1, : i + 1])}
+            yield {"task": i, "forgetting": metrics.forgetting(results.accuracy[: i + 1, : i + 1])}
 
     gathered = study._gather(rows)
     if gathered.empty:
@@ -526,8 +480,8 @@ def _drawn(values: Sequence[float], metric: str, low: float, high: float) -> tup
     if len(values) <= FEW:
         ends = (min(values), max(values)) if len(values) > 1 else (math.nan, math.nan)
         return (*ends, *values, *[math.nan] * (FEW - len(values)))
-    least, most = LIMITS.get(metric, (-math.inf, math.inf))
-    return (max(low, least), min(high, most), *[math.nan] * FEW)
+    record = metrics.of(metric)
+    return (max(low, record.least), min(high, record.most), *[math.nan] * FEW)
 
 
 def _title(collection: Collection) -> str:

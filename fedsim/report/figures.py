@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim.report import charts, data, theme
 from fedsim.report.data import Study
+from fedsim.runs import metrics
+from fedsim.runs.results import DRIFT_MEASURES
 
 if TYPE_CHECKING:
     import altair as alt
@@ -111,7 +113,7 @@ def _comparing(study: Study) -> Iterator[Figure]:
     forgetting = data.forgetting_by_task(study)
     if len(forgetting):
         note = f"How far the accuracy on earlier tasks lies below its best so far, mean over these tasks.{intervals}"
-        chart = charts.by_task(study.series, known, "Forgetting (%)")
+        chart = charts.by_task(study.series, known, metrics.METRICS["forgetting"].axis)
         yield Figure("forgetting", "forgetting", "Forgetting by task learned", note, [forgetting], [chart], on)
     if several and study.tasks > 1:
         note = "Mean over seeds. Row: after which task; column: on which task."
@@ -124,7 +126,7 @@ def _comparing(study: Study) -> Iterator[Figure]:
     drift = data.drift(study)
     if len(drift):
         present = set(drift["measure"])
-        which = Select("measure", "Measure", tuple((k, v) for k, v in data.DRIFT.items() if k in present))
+        which = Select("measure", "Measure", tuple((k, metrics.of(f"drift_{k}").axis) for k in DRIFT_MEASURES if k in present))
         of = Select("group", "Tensors", tuple((g, g) for g in dict.fromkeys(drift["group"])))
         note = f"Of the clients of a round, before they are merged.{intervals}"
         chart = charts.drift(study.series, study.tasks, known)
@@ -135,7 +137,7 @@ def _cost(study: Study, on: tuple[Select, ...], bars: str) -> Iterator[Figure]:
     against = data.cost_accuracy(study)
     if len(against) and len(study.series) > 1:
         present = set(against["cost"])
-        which = Select("cost", "Cost", tuple((k, v) for k, v in data.COSTS.items() if k in present))
+        which = Select("cost", "Cost", tuple((k, metrics.METRICS[k].axis) for k in data.COSTS if k in present))
         note = f"Of a whole run. The best corner is at the upper left.{bars}"
         chart: Any = charts.cost_accuracy(study.series, bool(bars))
         yield Figure("cost_accuracy", "cost", "Accuracy against cost", note, [against], [chart], (*on, which), wide=True)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import fedsim
 from fedsim.report import charts, theme
-from fedsim.report.data import HEADLINE, Metric, Study
+from fedsim.report.data import Study
 from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option, vega_lite
+from fedsim.runs.metrics import HEADLINE, Metric
+from fedsim.runs.metrics import of as metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +35,6 @@ SECTIONS = {
     "clients": "Clients",
     "run": "One run",
 }
-TABLE = (HEADLINE, "average_incremental_accuracy", "forgetting", "plasticity", "final_average_accuracy_task_incremental")
 SHOWN_REASONS = 200
 FORMATS = (("svg", "SVG"), ("png", "PNG"), ("csv", "CSV"), ("json", "Source"))
 
@@ -101,7 +102,7 @@ def _figures_of(study: Study) -> list[tuple[str, str]]:
         splits = [("splits", str(len(study.splits)))] if len(study.splits) > 1 else []
         return [*of, *splits, ("seeds per setting", _span(_seeds(study).values())), *size]
     row = study.frame.iloc[0]
-    metrics = [(m.title.lower(), f"{row[m.name]:.1f} %") for m in study.metrics[:4]]
+    metrics = [(m.title.lower(), f"{row[m.name] / m.scale:.1f} {m.unit}".rstrip()) for m in study.metrics[:4]]
     moved = [("MB up and down", f"{(row['bytes_up'] + row['bytes_down']) / 1e6:,.3g}")] if "bytes_up" in row else []
     return [*metrics, *moved, ("seconds", f"{row['seconds']:,.0f}"), *size]
 
@@ -336,17 +337,16 @@ def _number(value: float) -> float | int | None:
 
 def _table(study: Study) -> str:
     """Every setting: mean ± standard deviation, the 95 % interval below; per split the best mean in bold."""
-    metrics = [m for m in study.metrics if m.name in TABLE]
+    metrics = [m for m in study.metrics if "page" in m.shown]
     costs = [c for c in ("bytes_up", "bytes_down", "seconds") if c in study.frame and study.frame[c].max() > 0]
-    titles = {"bytes_up": "MB up", "bytes_down": "MB down", "seconds": "Seconds"}
     cells = _cells(study.settings)
     cost_cells = _cells(study.summary(costs))
     factors = [*study.factors] or ["run"]
     heads = [_head(f, "ascending", "text") for f in factors]
     heads += [_head("split", "ascending", "text")] if len(study.splits) > 1 else []
     heads += [_head("seeds", "descending")]
-    heads += [_head(m.title, "ascending" if m.sign < 0 else "descending") for m in metrics]
-    heads += [_head(titles[c], "ascending") for c in costs]
+    heads += [_head(m.title if m.unit == "%" else m.axis, "ascending" if m.sign < 0 else "descending") for m in metrics]
+    heads += [_head(metric_of(c).axis, "ascending") for c in costs]
     seeds = _seeds(study)
     bodies = []
     for split in study.splits:
@@ -361,13 +361,13 @@ def _table(study: Study) -> str:
                 row.append(f'<td class="text" data-value="{_split_value(split)}">{_esc(split_option(split))}</td>')
             row.append(f'<td data-value="{seeds[s.text, split]}">{seeds[s.text, split]}</td>')
             for m in metrics:
-                row.append(_cell(cells.get((s.text, split, m.name)), seeds[s.text, split], 1.0, best[m.name]))
+                row.append(_cell(cells.get((s.text, split, m.name)), seeds[s.text, split], 1 / m.scale, best[m.name]))
             for c in costs:
                 row.append(
                     _cell(
                         cost_cells.get((s.text, split, c)),
                         seeds[s.text, split],
-                        1.0 if c == "seconds" else 1e-6,
+                        1 / metric_of(c).scale,
                         None,
                         plain=True,
                     )
@@ -398,7 +398,7 @@ def _head(title: str, first: str, kind: str = "") -> str:
 def _best(metric: Metric, cells: Sequence[Mapping[str, Any] | None]) -> str | None:
     """The best mean as it is shown: what looks the same is equally good."""
     means = [c["mean"] for c in cells if c is not None]
-    return f"{metric.sign * max(metric.sign * m for m in means):.1f}" if metric.sign and len(means) > 1 else None
+    return f"{metric.sign * max(metric.sign * m for m in means) / metric.scale:.1f}" if metric.sign and len(means) > 1 else None
 
 
 def _cell(cell: Mapping[str, Any] | None, seeds: int, scale: float, best: str | None, plain: bool = False) -> str:

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.runs.collection import Collection, Label
-from fedsim.runs.metrics import accuracy
+from fedsim.runs.metrics import GAP, HEADLINE, INTRANSIGENCE, accuracy
+from fedsim.runs.metrics import of as metric_of
 from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
@@ -49,37 +50,6 @@ PAIRED = (
     *("metric", "n", "unpaired", "difference", "std", "low", "high"),
     *("p", "p_holm", "p_sign_flip", "p_sign_flip_floor", "wins", "ties", "d_z"),
 )
-FAA = "final_average_accuracy"
-GAP, INTRANSIGENCE = "gap_to_joint", "intransigence"
-
-# 1: more is better, -1: less is better; what is not here (drift, shares, sizes) describes and is not judged
-DIRECTIONS: Mapping[str, int] = {
-    FAA: 1,
-    "final_average_accuracy_micro": 1,
-    "average_incremental_accuracy": 1,
-    "forgetting": -1,
-    "forgetting_diagonal": -1,
-    "backward_transfer": 1,
-    "plasticity": 1,
-    "client_accuracy_mean": 1,
-    "client_accuracy_std": -1,
-    "client_accuracy_min": 1,
-    "client_accuracy_worst_decile": 1,
-    "client_accuracy_best_decile": 1,
-    "client_jain": 1,
-    "client_entropy": 1,
-    GAP: -1,
-    INTRANSIGENCE: -1,
-    "bytes": -1,
-    "seconds": -1,
-    "skipped_clients": -1,
-}
-
-
-def direction(metric: str) -> int:
-    """1 where more is better, -1 where less is, 0 where neither can be said. Bytes and seconds of all kinds go by that word."""
-    name = metric.removesuffix("_task_incremental")
-    return DIRECTIONS.get(name, DIRECTIONS.get(name.partition("_")[0], 0))
 
 
 def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
@@ -128,7 +98,7 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
     p: paired t-test, two-sided; p_holm: Holm's over all p of the metric in this table;
     p_sign_flip: exact, two-sided: share of the 2^n choices of signs for which |Σ ± d_i| is at least |Σ d_i|, NaN beyond 16 pairs;
     p_sign_flip_floor: 2/2^n, which it cannot go below;
-    wins, ties: pairs in which the setting is better (see `direction`), and equal; NaN where neither side is better;
+    wins, ties: pairs in which the setting is better (see `fedsim.runs.metrics`), and equal; NaN where neither side is better;
     d_z: Cohen's, difference / std.
     Where all d_i are equal, up to rounding, nothing estimates their spread: p, p_holm and d_z are NaN. So they are for n < 2.
 
@@ -145,7 +115,7 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
         reference = _reference(setting, by, baseline, found)
         for metric in metrics:
             a, b, unpaired = _pairs(frame, by, metric, places, [] if reference is None else found[reference])
-            rows.append((*setting, metric, len(a), unpaired, *_differences(a, b, direction(metric))))
+            rows.append((*setting, metric, len(a), unpaired, *_differences(a, b, metric_of(metric).sign)))
     table = pd.DataFrame(rows, columns=[*by, *(c for c in PAIRED if c != "p_holm")])
     adjusted = np.full(len(table), np.nan)
     for metric in metrics:
@@ -215,7 +185,7 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
     for name in frame["run"].tolist():
         run = runs[name]
         fit = _of_seed(run, [one.results for one in joint.runs if _same_tests(run, one.results)])
-        gaps.append(_mean([_number(one.metrics[FAA]) - _number(run.metrics[FAA]) for one in fit]))
+        gaps.append(_mean([_number(one.metrics[HEADLINE]) - _number(run.metrics[HEADLINE]) for one in fit]))
         missed.append(_mean([intransigence(run, one) for one in fit]))
     return frame.assign(**{GAP: gaps, INTRANSIGENCE: missed})
 

@@ -1,4 +1,7 @@
-"""Continual-learning metrics as pure functions of count matrices, in percent, float64.
+"""ONE table of metrics: what a number of a run is called, how it is read, and how it is computed.
+
+`METRICS` is read by results, comparisons, tables, the report, the trackers and the commands: a record that is added to it,
+here or by a script, is computed and shown by all of them. Everything is float64, accuracies are percent.
 
 Counts stay raw until here: a percentage that was rounded first moves the forgetting. All matrices are (T, T): row i is
 the model after the end of task i, column j the test samples of task j; `total` 0 means that it was not tested.
@@ -6,16 +9,122 @@ Definitions of forgetting follow Chaudhry et al. 2018 ("Riemannian walk for incr
 maximum, and fed-mammoth's diagonal form; backward transfer follows Lopez-Paz & Ranzato 2017 ("Gradient episodic memory").
 """
 
+# T tasks; i task trained, j task tested; K clients, C classes, H holdings
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# T tasks; i task trained, j task tested
 FloatArray = NDArray[np.float64]
+CountArray = NDArray[np.int64]
+Place = Literal["run", "results", "report", "page"]
+Need = Literal["a task", "two tasks", "clients", "a joint run", "costs", "nothing"]
+Value: TypeAlias = float | Mapping[str, float] | None
+
+TOLD = "_task_incremental"  # ends the name of a metric that is computed with the task told at test time
+HEADLINE = "final_average_accuracy"  # orders methods, stands in progress lines
+GAP, INTRANSIGENCE = "gap_to_joint", "intransigence"
+EVERYWHERE: tuple[Place, ...] = ("run", "results", "report", "page")
+
+
+def _no_matrix() -> CountArray:
+    return np.zeros((0, 0), dtype=np.int64)
+
+
+def _nobody() -> FloatArray:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What the metrics of a run are computed from.
+
+    correct, in_task, total: (T, T) counts at the tasks' ends; correct is the argmax over the classes seen, in_task the one inside
+    the tested task's own classes. predicted: after the last task, per class (predictions that fall on it, whether that task
+    brought it). clients: (K,) percent of the final model at every client, NaN where there is none. drifts: measure of
+    `server.drift` -> group of tensors -> its values, one a round.
+    """
+
+    correct: CountArray = field(default_factory=_no_matrix)
+    in_task: CountArray = field(default_factory=_no_matrix)
+    total: CountArray = field(default_factory=_no_matrix)
+    predicted: Sequence[tuple[int, bool]] = ()
+    clients: FloatArray = field(default_factory=_nobody)
+    drifts: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+
+    @cached_property
+    def accuracy(self) -> FloatArray:
+        """(T, T) percent, NaN where nothing was tested."""
+        return accuracy(self.correct, self.total)
+
+    @cached_property
+    def known_clients(self) -> FloatArray:
+        """The clients' accuracies, from the lowest to the highest, of those that have one."""
+        return np.sort(self.clients[~np.isnan(self.clients)])
+
+    @cached_property
+    def told(self) -> Counts:
+        """The same with the task told at test time."""
+        return replace(self, correct=self.in_task)
+
+    def meet(self, need: Need) -> bool:
+        """Whether a metric with this need is defined. Of tasks: that many were learned, and each was tested when it should."""
+        tasks = len(self.total)
+        tested = tasks > 0 and bool((self.total[np.tril_indices(tasks)] > 0).all())
+        return {"a task": tested, "two tasks": tested and tasks > 1, "clients": len(self.known_clients) > 0}.get(need, True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run, and how it is called and read.
+
+    name: its column and key. title: its head in charts and on pages. short: the field's abbreviation, which tables use.
+    alias: another name that commands take. unit: "%", "MB" or none; scale: how much of the number one unit is.
+    better: "higher", "lower", or "none" where it describes and is not judged. least, most: of what it can be; intervals are cut.
+    needs: what must be there, else it is None. compute: its value from the counts, None where it is undefined, or part -> value,
+    which become `<name>_<part>`; None: it comes from elsewhere (costs; a joint run, see `compare.gap_to_joint`).
+    parts: whether columns `<name>_<part>` belong to it. shown: "run": in what `fedsim run` prints, and trackers compare runs by
+    it; "results": in `fedsim results` unless others are asked for; "report": in the report's charts; "page": in its table.
+    told: where its variant with the task told at test time is shown; None: there is no such variant. variant_of: the metric of
+    which this is that variant.
+    """
+
+    name: str
+    title: str
+    compute: Callable[[Counts], Value] | None = None
+    better: Literal["higher", "lower", "none"] = "none"
+    needs: Need = "nothing"
+    short: str = ""
+    alias: str = ""
+    unit: str = "%"
+    scale: float = 1.0
+    least: float = 0.0
+    most: float = 100.0
+    parts: bool = False
+    shown: tuple[Place, ...] = ()
+    told: tuple[Place, ...] | None = None
+    variant_of: str = ""
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is, 0 where neither can be said."""
+        return {"higher": 1, "lower": -1, "none": 0}[self.better]
+
+    @property
+    def axis(self) -> str:
+        """The title with its unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def value(self, counts: Counts) -> Value:
+        """Computed, None where it is undefined."""
+        return self.compute(counts) if self.compute is not None and counts.meet(self.needs) else None
 
 
 def accuracy(correct_TT: ArrayLike, total_TT: ArrayLike) -> FloatArray:
@@ -67,34 +176,6 @@ def plasticity(a_TT: FloatArray) -> float:
     return float(np.diag(a_TT).mean())
 
 
-OF_ACCURACY: dict[str, Callable[[FloatArray], float]] = {
-    "final_average_accuracy": final_average_accuracy,
-    "average_incremental_accuracy": average_incremental_accuracy,
-    "forgetting": forgetting,
-    "forgetting_diagonal": forgetting_diagonal,
-    "backward_transfer": backward_transfer,
-    "plasticity": plasticity,
-}
-NEED_TWO_TASKS = ("forgetting", "forgetting_diagonal", "backward_transfer")
-
-
-def summary(correct_TT: ArrayLike, total_TT: ArrayLike, suffix: str = "") -> dict[str, float | None]:
-    """Every metric by name, each name with `suffix`; None where it is undefined.
-
-    Undefined: forgetting and backward transfer of a single task, and everything if some task was never tested when it
-    should have been (an empty cell with j ≤ i, or no task at all).
-    """
-    a_TT, total = accuracy(correct_TT, total_TT), np.asarray(total_TT)
-    tasks = len(a_TT)
-    complete = tasks > 0 and bool((total[np.tril_indices(tasks)] > 0).all())
-    values: dict[str, float | None] = {
-        name: metric(a_TT) if complete and (tasks > 1 or name not in NEED_TWO_TASKS) else None
-        for name, metric in OF_ACCURACY.items()
-    }
-    values["final_average_accuracy_micro"] = final_average_accuracy_micro(correct_TT, total_TT) if complete else None
-    return {f"{name}{suffix}": value for name, value in values.items()}
-
-
 def newest_share(predicted: Sequence[tuple[int, bool]]) -> float | None:
     """Percent of all predictions after the last task that fall on the classes which it brought; (count, is new) per class.
 
@@ -120,22 +201,179 @@ def client_accuracy(held_H3: ArrayLike, clients: int, correct_C: ArrayLike, tota
     return mean_K
 
 
-def fairness(acc_K: FloatArray) -> dict[str, float | None]:
-    """How evenly a model serves the clients that have an accuracy; percent but for Jain's index and the entropy.
+def worst_decile(sorted_K: FloatArray) -> float:
+    """The mean of the ⌈K/10⌉ lowest accuracies."""
+    return float(sorted_K[: math.ceil(len(sorted_K) / 10)].mean())
 
-    client_accuracy_mean, _std (all clients are there: ddof 0), _min; _worst_decile, _best_decile: mean of the ⌈K/10⌉ lowest,
-    highest; client_jain: (Σ acc)² / (K Σ acc²), 1 when all are equal (Jain et al. 1984); client_entropy: of acc / Σ acc, in nats,
-    ln K when all are equal.
-    None without clients; the last two also where every accuracy is 0.
-    """
-    known = np.sort(acc_K[~np.isnan(acc_K)])
-    names = ("mean", "std", "min", "worst_decile", "best_decile")
-    if not len(known):
-        return dict.fromkeys((*(f"client_accuracy_{n}" for n in names), "client_jain", "client_entropy"))
-    tenth = math.ceil(len(known) / 10)
-    values = (known.mean(), known.std(), known[0], known[:tenth].mean(), known[-tenth:].mean())
-    share = known[known > 0] / known.sum() if known.sum() > 0 else None
-    return {f"client_accuracy_{n}": float(v) for n, v in zip(names, values, strict=True)} | {
-        "client_jain": None if share is None else float(known.sum() ** 2 / (len(known) * np.square(known).sum())),
-        "client_entropy": None if share is None else float(-(share * np.log(share)).sum()),
-    }
+
+def best_decile(sorted_K: FloatArray) -> float:
+    """The mean of the ⌈K/10⌉ highest accuracies."""
+    return float(sorted_K[-math.ceil(len(sorted_K) / 10) :].mean())
+
+
+def jain(acc_K: FloatArray) -> float | None:
+    """(Σ acc)² / (K Σ acc²), 1 when all are equal (Jain et al. 1984); None where every accuracy is 0."""
+    return float(acc_K.sum() ** 2 / (len(acc_K) * np.square(acc_K).sum())) if acc_K.sum() > 0 else None
+
+
+def entropy(acc_K: FloatArray) -> float | None:
+    """Of the shares acc / Σ acc, in nats: ln K when all are equal; None where every accuracy is 0."""
+    if not acc_K.sum() > 0:
+        return None
+    share = acc_K[acc_K > 0] / acc_K.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _variant(metric: Metric) -> Metric:
+    """The metric with the task told at test time."""
+    compute, shown = metric.compute, metric.told
+    assert compute is not None
+    assert shown is not None
+    return replace(
+        metric,
+        name=metric.name + TOLD,
+        title=f"{metric.title}, task told",
+        compute=lambda counts: compute(counts.told),
+        short="",
+        alias="",
+        shown=shown,
+        told=None,
+        variant_of=metric.name,
+    )
+
+
+def _drift(measure: str, title: str) -> Metric:
+    """A measure of `server.drift` by group of tensors: the mean over the rounds in which it is defined."""
+
+    def means(counts: Counts) -> dict[str, float]:
+        return {group: float(np.mean(values)) for group, values in counts.drifts.get(measure, {}).items()}
+
+    return Metric(f"drift_{measure}", title, means, parts=True, unit="", least=-math.inf, most=math.inf)
+
+
+_OF_TASKS = (
+    Metric(
+        HEADLINE, "Final average accuracy", lambda c: final_average_accuracy(c.accuracy), "higher", "a task",
+        short="FAA", alias="faa", shown=EVERYWHERE, told=("report", "page"),
+    ),
+    Metric(
+        "average_incremental_accuracy", "Average incremental accuracy", lambda c: average_incremental_accuracy(c.accuracy),
+        "higher", "a task", short="AIA", alias="aia", shown=EVERYWHERE, told=(),
+    ),
+    Metric(
+        "forgetting", "Forgetting", lambda c: forgetting(c.accuracy), "lower", "two tasks",
+        least=-100.0, shown=EVERYWHERE, told=(),
+    ),
+    Metric(
+        "forgetting_diagonal", "Forgetting, diagonal form", lambda c: forgetting_diagonal(c.accuracy), "lower", "two tasks",
+        least=-100.0, told=(),
+    ),
+    Metric(
+        "plasticity", "Plasticity", lambda c: plasticity(c.accuracy), "higher", "a task",
+        shown=("report", "page"), told=(),
+    ),
+    Metric(
+        "backward_transfer", "Backward transfer", lambda c: backward_transfer(c.accuracy), "higher", "two tasks",
+        short="BWT", alias="bwt", least=-100.0, shown=("run", "report"), told=(),
+    ),
+    Metric(
+        "final_average_accuracy_micro", "Final accuracy over all samples",
+        lambda c: final_average_accuracy_micro(c.correct, c.total), "higher", "a task", told=(),
+    ),
+)  # fmt: skip
+_OF_CLIENTS = (
+    Metric(
+        "client_accuracy_mean", "Mean accuracy over clients", lambda c: float(c.known_clients.mean()), "higher", "clients",
+    ),
+    Metric(
+        "client_accuracy_std", "Standard deviation of accuracy over clients",  # all clients are there: ddof 0
+        lambda c: float(c.known_clients.std()), "lower", "clients", shown=("report",),
+    ),
+    Metric(
+        "client_accuracy_min", "Accuracy of the worst client", lambda c: float(c.known_clients[0]), "higher", "clients",
+    ),
+    Metric(
+        "client_accuracy_worst_decile", "Accuracy of the worst tenth of clients", lambda c: worst_decile(c.known_clients),
+        "higher", "clients", shown=("report",),
+    ),
+    Metric(
+        "client_accuracy_best_decile", "Accuracy of the best tenth of clients", lambda c: best_decile(c.known_clients),
+        "higher", "clients",
+    ),
+    Metric(
+        "client_jain", "Jain's index of the clients' accuracies", lambda c: jain(c.known_clients), "higher", "clients",
+        unit="", most=1.0,
+    ),
+    Metric(
+        "client_entropy", "Entropy of the clients' accuracies", lambda c: entropy(c.known_clients), "higher", "clients",
+        unit="nats", most=math.inf,
+    ),
+)  # fmt: skip
+_OF_COSTS = (
+    Metric("bytes", "Bytes up and down", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf, parts=True),
+    Metric("bytes_up", "Bytes up", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf, parts=True),
+    Metric("bytes_down", "Bytes down", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf, parts=True),
+    Metric("seconds", "Seconds", None, "lower", "costs", unit="", most=math.inf, parts=True),
+    Metric("skipped_clients", "Skipped clients", None, "lower", unit="", most=math.inf),
+)
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", "Accuracy", None, "higher"),  # of one test: a cell of the matrix, a mean over tasks at one moment
+        *_OF_TASKS,
+        *map(_variant, _OF_TASKS),
+        Metric(
+            "newest_share", "Predictions on the newest task's classes", lambda c: newest_share(c.predicted),
+            shown=("report",),
+        ),
+        *_OF_CLIENTS,
+        _drift("relative_norm", "Length of a client's change / length of the weights"),
+        _drift("cosine", "Mean cosine between two clients' changes"),
+        _drift("cosine_min", "Least cosine between two clients' changes"),
+        _drift("cosine_to_mean", "Mean cosine of a client's change to the mean change"),
+        _drift("diversity", "Gradient diversity"),
+        _drift("effective_rank", "Effective rank of the clients' changes"),
+        _drift("product_error", "Relative error of averaging LoRA's factors"),
+        Metric(GAP, "Gap to joint", None, "lower", "a joint run", alias="gap", least=-100.0, shown=("results",)),
+        Metric(INTRANSIGENCE, "Intransigence", None, "lower", "a joint run", least=-100.0, shown=("results",)),
+        *_OF_COSTS,
+    )
+}  # fmt: skip
+
+
+def computed(counts: Counts) -> dict[str, float | None]:
+    """Every metric that is computed from counts, by name; None where it is undefined."""
+    values: dict[str, float | None] = {}
+    for metric in METRICS.values():
+        if metric.compute is None:
+            continue
+        value = metric.value(counts)
+        if isinstance(value, Mapping):
+            values |= {f"{metric.name}_{part}": v for part, v in value.items()}
+        elif not metric.parts:
+            values[metric.name] = value
+    return values
+
+
+def of(column: str) -> Metric:
+    """The record of a column of the tidy frame; one that describes and judges nothing where the table has none."""
+    words = column.split("_")
+    for n in range(len(words), 0, -1):
+        found = METRICS.get("_".join(words[:n]))
+        if found is not None and (n == len(words) or found.parts):
+            return found
+    return Metric(column, column.replace("_", " ").capitalize(), unit="", least=-math.inf, most=math.inf)
+
+
+def shown(place: Place) -> list[Metric]:
+    """The metrics that stand there, in the table's order."""
+    return [metric for metric in METRICS.values() if place in metric.shown]
+
+
+def aliases() -> dict[str, str]:
+    """Alias -> name."""
+    return {metric.alias: metric.name for metric in METRICS.values() if metric.alias}

@@ -18,6 +18,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.runs import metrics
 from fedsim.runs.directory import Holding, RunDir, damage, read_text
+from fedsim.runs.metrics import Counts
 from fedsim.runs.rows import from_csv, table, to_csv
 
 if TYPE_CHECKING:
@@ -118,11 +119,20 @@ class Results:
 
     @cached_property
     def metrics(self) -> dict[str, float | None]:
-        """Metrics of `server.metrics`, in percent unless said otherwise there, the accuracy matrix's also with the suffix
-        `_task_incremental`; None where undefined. `drift_<measure>_<group>` are means over rounds, see `server.drift`."""
-        total = self._counts("total")
-        told = metrics.summary(self._counts("correct_in_task"), total, "_task_incremental")
-        return metrics.summary(self._counts("correct"), total) | told | self._of_classes() | self._of_drift()
+        """Those of the table `fedsim.runs.metrics.METRICS` that are computed from counts, by name; None where undefined."""
+        return metrics.computed(self.counts)
+
+    @property
+    def counts(self) -> Counts:
+        """What metrics are computed from."""
+        return Counts(
+            correct=self._counts("correct"),
+            in_task=self._counts("correct_in_task"),
+            total=self._counts("total"),
+            predicted=self._predicted(),
+            clients=self.client_accuracy,
+            drifts=self._drifts(),
+        )
 
     @property
     def client_accuracy(self) -> FloatArray:
@@ -141,6 +151,8 @@ class Results:
     def _require_metrics(self, written: Mapping[str, float | None]) -> None:
         """Raises ValueError when the counts do not give the metrics that were written at the end: a file was cut or changed."""
         for name in {**self.metrics, **written}:
+            if metrics.of(name).name not in metrics.METRICS:  # of a script that added a metric of its own
+                continue
             value = self.metrics.get(name)
             then = written.get(name, value)  # a metric that came into being later
             same = value is then or (
@@ -154,19 +166,20 @@ class Results:
         last = max((c.task for c in ends), default=0)
         return [c for c in ends if c.task == last]
 
-    def _of_classes(self) -> dict[str, float | None]:
+    def _predicted(self) -> list[tuple[int, bool]]:
+        """Per class after the last task: predictions that fall on it, whether that task brought it. Empty for a single task."""
         final = self._final_classes()
         before = {c.class_row for c in self.classes if c.stage == "task_end" and c.task < final[0].task} if final else set()
-        share = metrics.newest_share([(c.predicted, c.class_row not in before) for c in final]) if before else None
-        return {"newest_share": share} | metrics.fairness(self.client_accuracy)
+        return [(c.predicted, c.class_row not in before) for c in final] if before else []
 
-    def _of_drift(self) -> dict[str, float | None]:
-        values: dict[str, list[float]] = {}
+    def _drifts(self) -> dict[str, dict[str, list[float]]]:
+        """Measure -> group -> values of the rounds in which it is defined."""
+        values: dict[str, dict[str, list[float]]] = {}
         for row in self.drifts:
             for measure in DRIFT_MEASURES:
                 if (value := getattr(row, measure)) is not None:
-                    values.setdefault(f"drift_{measure}_{row.group}", []).append(value)
-        return {name: float(np.mean(of_rounds)) for name, of_rounds in values.items()}
+                    values.setdefault(measure, {}).setdefault(row.group, []).append(value)
+        return values
 
     def frame(self) -> pd.DataFrame:
         """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""

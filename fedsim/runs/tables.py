@@ -3,7 +3,7 @@ Markdown, and in LaTeX for the package booktabs.
 
 One factor goes down, the levels of the others times the metrics go across. A cell is "mean ± std" over runs (the mean alone of a
 single run, – of none). The best mean of a column is bold: the highest or the lowest, as the metric has it
-(`fedsim.runs.compare.direction`, the arrow in its head); means that print alike are alike, so all of them are bold. n is said
+(`fedsim.runs.metrics`, the arrow in its head); means that print alike are alike, so all of them are bold. n is said
 once below the table, and in every cell that has another n.
 """
 
@@ -18,16 +18,15 @@ from itertools import accumulate, groupby, product
 from typing import TYPE_CHECKING, TypeAlias
 
 from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.runs import metrics
 from fedsim.runs.collection import Label
-from fedsim.runs.compare import FAA, direction, label, settings
+from fedsim.runs.compare import label, settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Levels: TypeAlias = Mapping[str, Sequence[Label]]  # factor -> levels in order
 
-TITLES: Mapping[str, str] = {FAA: "FAA", "average_incremental_accuracy": "AIA", "backward_transfer": "BWT"}
-LEGEND = {short: f"{short}: {metric.replace('_', ' ')}" for metric, short in TITLES.items()}
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 LATEX = {
     **{c: f"\\{c}" for c in "#$%&_{}"},
@@ -122,30 +121,32 @@ def grid(long: pd.DataFrame, rows: str | None = None, digits: int = 1, levels: L
     order = {name: (levels or {}).get(name) or [v for (v,) in settings(long, [name])] for name in by}
     there = {key[: len(others)] for key in place}
     down_there = {key[-1] for key in place}
-    metrics = list(dict.fromkeys(long["metric"]))
+    shown = list(dict.fromkeys(long["metric"]))
     across = [s for s in (tuple(map(label, s)) for s in product(*(order[name] for name in others))) if s in there]
     names = [name for name in map(label, order[down]) if name in down_there] if down else ["all runs"]
     counts = [int(n) for n in long["n"] if n]
     usual = max(counts, key=lambda n: (counts.count(n), n), default=0)
     columns = []
-    for setting, metric in product(across, metrics):
+    for setting, metric in product(across, shown):
         found = [place.get((*setting, metric, *([name] if down else []))) for name in names]
         columns.append(_cells(long, metric, found, usual, digits))
     said = {s: ", ".join(f"{n} = {v}" for n, v in zip(others, s, strict=True) if v != label(None)) for s in across}
-    heads = [(said[setting], title(metric)) for setting, metric in product(across, metrics)]
+    heads = [(said[setting], title(metric)) for setting, metric in product(across, shown)]
     return Grid(down or "", heads, [(name, [column[i] for column in columns]) for i, name in enumerate(names)], usual)
 
 
 def title(metric: str) -> str:
     """The head of a metric: its common abbreviation or its name, and where its better values lie."""
-    name = metric.removesuffix("_task_incremental")
-    words = TITLES.get(name, name.replace("_", " ")) + (" (task known)" if name != metric else "")
-    return f"{words}{' in MB' if name.startswith('bytes') else ''} {ARROWS[direction(metric)]}".rstrip()
+    record = metrics.of(metric)
+    base = metrics.METRICS.get(record.variant_of, record)
+    words = base.short or metric.removesuffix(metrics.TOLD).replace("_", " ")
+    told, unit = " (task known)" if record.variant_of else "", f" in {record.unit}" if record.scale != 1 else ""
+    return f"{words}{told}{unit} {ARROWS[record.sign]}".rstrip()
 
 
 def number(value: float, metric: str, digits: int) -> str:
-    """A value as it is printed: bytes in MB, with a minus sign, no minus before a zero."""
-    text = f"{value / 1e6 if metric.startswith('bytes') else value:.{digits}f}"
+    """A value as it is printed: in the metric's unit (bytes in MB), with a minus sign, no minus before a zero."""
+    text = f"{value / metrics.of(metric).scale:.{digits}f}"
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 
@@ -156,7 +157,8 @@ def caption(table: Grid) -> str:
         f"Mean ± standard deviation over {table.n} run{'s' if table.n != 1 else ''}{' unless said otherwise' if differ else ''}"
     ]
     words += ["best in bold"] if any(cell.best for _, cells in table.rows for cell in cells) else []
-    words += [meaning for short, meaning in LEGEND.items() if any(short in metric for _, metric in table.heads)]
+    short = [m for m in metrics.METRICS.values() if m.short]
+    words += [f"{m.short}: {m.title.lower()}" for m in short if any(m.short in metric for _, metric in table.heads)]
     return "; ".join(words) + "."
 
 
@@ -174,7 +176,7 @@ def _cells(long: pd.DataFrame, metric: str, places: Sequence[int | None], usual:
             continue
         mean, std = (number(float(long[what].iloc[i]), metric, digits) for what in ("mean", "std"))
         cells.append(Cell(mean, std if n > 1 else None, n if n != usual else None))
-    sign = direction(metric)
+    sign = metrics.of(metric).sign
     value = [-math.inf if cell.mean is None else sign * float(cell.mean.replace("−", "-")) for cell in cells]
     known = sum(cell.mean is not None for cell in cells)
     if not sign or known < 2:  # nothing to be better than

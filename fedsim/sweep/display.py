@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
 from fedsim.sweep.launch import Begun, Ended, Event
 from fedsim.sweep.plan import PlannedRun, SweepPlan
@@ -39,7 +40,7 @@ class SweepDisplay:
         self._accuracy: dict[str, list[float]] = {}
         for run in plan.runs:
             if run.entry.identity in done:
-                self._note(run, done[run.entry.identity].metrics["final_average_accuracy"])
+                self._note(run, done[run.entry.identity].metrics[HEADLINE])
         self._before = self._finished = len(done)
         self._begin = clock()
         self._going: dict[str, tuple[PlannedRun, float]] = {}

@@ -19,6 +19,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError, InUse, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.runs.collection import Entry, failure_file, verified
+from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
 
 
@@ -49,7 +50,7 @@ def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outc
         with lock_of(folder, entry).acquire(blocking=False):
             results, note = _in_its_folder(config, folder, entry)
             failure_file(folder, entry).unlink(missing_ok=True)
-            return Outcome("finished", time.perf_counter() - start, results.metrics["final_average_accuracy"], note=note)
+            return Outcome("finished", time.perf_counter() - start, results.metrics[HEADLINE], note=note)
     except (Timeout, InUse):  # a sweep that makes the same run, or `fedsim run --resume`
         return Outcome("elsewhere")
     except Exception as e:

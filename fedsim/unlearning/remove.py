@@ -32,9 +32,8 @@ from fedsim.core import rng
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, require_finite, stack_modules
+from fedsim.core.tensors import LORA_A, LORA_B, matching, require_finite, stack_modules
 from fedsim.unlearning.finished import FinishedRun, same
-from server import planning
 
 WAYS = ("drop", "recompose", "subtract")
 Terms = list[tuple[Tensors, float]]  # a weighted sum of modules
@@ -184,12 +183,12 @@ def _merged(run: FinishedRun, task: int, start: Tensors, gone: set[int]) -> dict
     """What the rule makes of the vectors of those who remain."""
     rule, sizes = run.parts.rule, run.parts.manifest.sizes[task]
     state = rule.init(start, task)
-    names = planning.trained(run.consolidator, start, rule.plan(state, 0))
+    asked = matching(start, rule.plan(state, 0).train)
     updates = []
     for client in run.participants(task):
         if client not in gone:
             own = run.vectors(task, f"client-{client}")
-            updates.append(ClientUpdate(client, int(sizes[client]), {n: own[n] for n in names}))
+            updates.append(ClientUpdate(client, int(sizes[client]), {n: own[n] for n in asked if n in own}))
     state, params = rule.combine(state, start, updates, rng.torch_stream(run.config.seed, "aggregate", task, 0))
     return dict(rule.deployed(state, params))
 

@@ -27,7 +27,6 @@ from fedsim.core.contracts import Outcome, Recording, TrackedRun, Tracker
 from fedsim.core.errors import PluginError, RunDirError
 from fedsim.core.events import Event, RoundDone, Row, TaskDone
 from fedsim.core.files import write_atomic
-from fedsim.runs import metrics
 from fedsim.runs.directory import RunDir
 from fedsim.runs.results import DRIFT_MEASURES, Results
 from server.state import ServerState
@@ -130,10 +129,9 @@ def of_round(event: RoundDone, state: ServerState, config: SimConfig) -> dict[st
 
 def of_task(event: TaskDone, state: ServerState, config: SimConfig) -> dict[str, float | None]:
     """What a task's end showed."""
-    accuracy_TT = Results(config, state.rows, {}).accuracy
     return {
         **_accuracies("task_end/", event.rows, config),
-        "task_end/forgetting": metrics.forgetting(accuracy_TT) if len(accuracy_TT) > 1 else None,
+        "task_end/forgetting": Results(config, state.rows, {}).metrics["forgetting"],
         "task_end/seconds": event.seconds,
         **_traffic("task_end/", state),
     }

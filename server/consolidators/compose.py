@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits
+from fedsim.core.contracts import TaskStart, Traits
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import State, Tensors
 
@@ -38,8 +38,8 @@ class Consolidator(contracts.Consolidator):
     def init(self) -> State:
         return {"tasks": 0, "sources": {}}
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
-        return {**params, **fresh}
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
+        return TaskStart({**params, **fresh})
 
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         return {"tasks": state["tasks"] + 1, "sources": _with_task(state, params)}

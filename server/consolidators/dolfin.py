@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits
+from fedsim.core.contracts import Opening, Past, TaskStart, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
-from fedsim.core.messages import BACKGROUND, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, stack_modules, with_prefix
+from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, with_prefix
 from server import gpm
 from server.consolidators.regmean import require_pairs
 from server.gpm import Memory
@@ -60,10 +60,6 @@ class Consolidator(contracts.Consolidator):
     threshold is met exactly, its `retain` takes one vector more (at ε = 1, all).
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ("adapter.*" + LORA_A,)
-    beside: ClassVar[bool] = True
-    freezes_heads: ClassVar[bool] = True
-
     threshold: float = 0.95
     threshold_end: float = 1.0
     tasks: int = 10
@@ -92,11 +88,11 @@ class Consolidator(contracts.Consolidator):
     def init(self) -> State:
         return {"task": 0, "past": [], "memory": {}}
 
-    def opening(self, state: State, params: Tensors) -> RoundPlan:
+    def opening(self, state: State, params: Tensors) -> Opening:
         # The last task's module is among those of the past already: `params` holds it still, so it gets no weight of its own.
-        return self._asking(state, params, share=0.0)
+        return Opening(self.plan(state, params), _whole(state["past"], share=0.0))
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         started = {**params, **fresh}
         require_pairs(started, "dolfin designs")
         _require_rank(started)
@@ -108,17 +104,12 @@ class Consolidator(contracts.Consolidator):
             for p in layers:
                 started[p + LORA_A] = _first_rows(directions_RD, started[p + LORA_A])
                 started[p + LORA_B] = torch.zeros_like(started[p + LORA_B])
-        return started
-
-    def background(self, state: State) -> tuple[Tensors, float]:
-        return _together(state["past"]), 1.0
-
-    def modules(self, state: State) -> Sequence[Tensors]:
-        past: Sequence[Tensors] = state["past"]
-        return past
+        frozen, past = ("adapter.*" + LORA_A,), _whole(state["past"])
+        return TaskStart(started, frozen, past, trains_beside=True, keeps_old_rows=True)
 
     def plan(self, state: State, params: Tensors) -> RoundPlan:
-        return self._asking(state, params, share=1.0)
+        subjects = tuple(first + LORA_A for first in self._groups(params))
+        return RoundPlan(train=(), statistics=(StatisticRequest("gram", subjects, {"form": "full", "decay": 1.0}, blended=True),))
 
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         task: int = state["task"]
@@ -130,12 +121,8 @@ class Consolidator(contracts.Consolidator):
         return {"task": task + 1, "past": [*state["past"], with_prefix(params, "adapter.")], "memory": memory}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
-        return {**params, **_together(state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")])}
-
-    def _asking(self, state: State, params: Tensors, share: float) -> RoundPlan:
-        subjects = tuple(first + LORA_A for first in self._groups(params))
-        request = StatisticRequest("gram", subjects, {"form": "full", "decay": 1.0}, blended=True)
-        return RoundPlan(train=(), statistics=(request,), context={BACKGROUND: _together(state["past"])}, share=share)
+        modules = state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")]
+        return {**params, **_whole(modules).together()}
 
     def _groups(self, params: Tensors) -> dict[str, list[str]]:
         """Layers that share their inputs, by the first of them."""
@@ -170,9 +157,9 @@ class Consolidator(contracts.Consolidator):
         return directions_DF[:, :rank].T / math.sqrt(3)
 
 
-def _together(modules: Sequence[Tensors]) -> Tensors:
-    """Modules at full weight as one; nothing of none."""
-    return stack_modules(modules, [1.0] * len(modules)) if modules else {}
+def _whole(modules: Sequence[Tensors], share: float = 1.0) -> Past:
+    """Modules at full weight."""
+    return Past(modules, [1.0] * len(modules), share)
 
 
 def _memory(state: State, layer: str, a_RD: Tensor) -> Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedsim.core import contracts
+from fedsim.core.contracts import TaskStart
 from fedsim.core.messages import State, Tensors
 
 
@@ -12,9 +13,9 @@ from fedsim.core.messages import State, Tensors
 class Consolidator(contracts.Consolidator):
     """A task starts from where the last one ended, and what is trained is deployed. Keeps no state, asks for nothing."""
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         missing = {name: t for name, t in fresh.items() if name not in params}
-        return {**params, **missing} if missing else params
+        return TaskStart({**params, **missing} if missing else params)
 
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         return state

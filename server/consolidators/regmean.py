@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Past, TaskStart
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import BACKGROUND, RoundPlan, State, Tensors
+from fedsim.core.messages import RoundPlan, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
-from server.consolidators.mean import mean_background, mean_module
+from server.consolidators.mean import mean_module
 from server.linalg import solve_energies, solve_gram
 from server.merging.regmean import gram_request, require_in_unit, resolve_form
 
@@ -44,22 +45,14 @@ class Consolidator(contracts.Consolidator):
     def init(self) -> State:
         return {"past": [], "grams": []}
 
-    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         merged = {**params, **fresh}
         require_pairs(merged, "regmean merges")
-        return merged
-
-    def background(self, state: State) -> tuple[Tensors, float]:
-        return mean_background(state["past"])
-
-    def modules(self, state: State) -> Sequence[Tensors]:
-        past: Sequence[Tensors] = state["past"]
-        return past
+        return TaskStart(merged, past=Past.mean(state["past"]))
 
     def plan(self, state: State, params: Tensors) -> RoundPlan:
-        past, share = self.background(state)
         request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
-        return RoundPlan(train=(), statistics=(request,), context={BACKGROUND: past}, share=share)
+        return RoundPlan(train=(), statistics=(request,))
 
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         form = resolve_form(self.form, self.decay)

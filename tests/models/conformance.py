@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,30 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clients import local
 from clients.samples import Samples
 from clients.work import Work
 from fedsim.core import config as configs
 from fedsim.core import plugins
-from fedsim.core.config import ModelConfig, RuntimeConfig, SimConfig, TransformConfig
-from fedsim.core.contracts import ArraySplit, Slots
-from fedsim.core.errors import FedsimError, ModelError
+from fedsim.core.config import RuntimeConfig, SimConfig
+from fedsim.core.contracts import ArraySplit
+from fedsim.core.errors import FedsimError
 from fedsim.core.messages import ClientJob, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_B, lora_layers
+from fedsim.laws import adapters as laws
 from fedsim.matrix import SMALL
-from fedsim.models import backbone as backbones
 from fedsim.models import transform
 from fedsim.models.backbone import Backbone
 from fedsim.models.model import Model
-from tests.models.families import FAMILIES, TEXT_LENGTHS, Family, batch
+from tests.models.families import FAMILIES, Family, batch
 
 CLASSES = 4
-CLOSE = 1e-10  # of features of about 1, in float64
-PROMPTS = ("apt", "prefix", "vpt")  # fresh ones take part in the softmax and change the features
-# A layer whose input is the same for all samples, an adapter that is the whole backbone: clients are then trained one by one.
-ONE_BY_ONE = ("cannot be told apart", "cannot train several clients at once")
 
 
 @dataclass(frozen=True)
@@ -53,18 +47,7 @@ class Verdict:
 @cache
 def backbone(name: str) -> tuple[Backbone, transform.Transform | None]:
     """A family's encoder in float64, with weights that are large enough for every part to matter, and its transform."""
-    family = FAMILIES[name]
-    loaded = backbones.load(ModelConfig(backbone="random", config=family.layout))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in loaded.encoder.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    loaded.encoder.double()
-    if family.kind == "text":
-        return loaded, None
-    scales = loaded.image_size, loaded.num_channels, loaded.mean, loaded.std
-    images = transform.build(TransformConfig(), *scales, torch.device("cpu"))
-    return loaded, dataclasses.replace(images, mean=images.mean.double(), std=images.std.double())
+    return laws.random_backbone(FAMILIES[name].layout)
 
 
 def model(name: str, adapter: str, **options: Any) -> Model:
@@ -74,93 +57,24 @@ def model(name: str, adapter: str, **options: Any) -> Model:
     return Model(encoder, configs.build("adapters", section), CLASSES, torch.device("cpu"), images)
 
 
-def moved(tensors: Tensors, seed: int) -> dict[str, Tensor]:
-    """The tensors as after training, nothing being where it began."""
-    generator = torch.Generator().manual_seed(seed)
-    return {n: t + 0.3 * torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in tensors.items()}
-
-
 @cache
 def verdict(name: str, adapter: str) -> Verdict:
-    """Hold a pair against every promise; an AssertionError where one is broken."""
-    built, family = model(name, adapter), FAMILIES[name]
+    """Hold a pair against every promise; LawBroken or an AssertionError where one is broken."""
+    built = model(name, adapter)
+    scene = laws.scene_of(name, built, batch(FAMILIES[name]))
+    if scene.told:
+        assert "\n" not in scene.told, scene.told
+        return Verdict(scene.told)
     weights = {n: t.clone() for n, t in built.backbone.encoder.state_dict().items()}
-    try:
-        fresh = {n: t.double() for n, t in built.init_adapter(torch.Generator().manual_seed(0)).items()}
-    except ModelError as e:
-        told = str(e)
-        assert "\n" not in told, told
-        return Verdict(told)
-    if fresh:
-        _holds_effect_and_gradient(built, family, fresh, adapter)
-        _holds_merged(built, family, fresh)
-    if family.kind == "text":
-        _holds_padding(built, family, moved(fresh, 4))
-    together = _holds_stacked(built, family, fresh)
-    _holds_statistics(built, family, moved(fresh, 4))
+    if "fresh" not in built.adapter.exempt:
+        laws.fresh(scene)
+    for law in (laws.gradients, laws.merged, laws.padding):
+        law(scene)
+    together = laws.stacked(scene)
+    _holds_statistics(built, FAMILIES[name], laws.moved(scene.fresh, 4))
     after = built.backbone.encoder.state_dict()
     assert all(torch.equal(t, after[n]) for n, t in weights.items()), f"{adapter} leaves weights of {name} changed"
     return Verdict(together=together)
-
-
-@torch.no_grad()
-def features(built: Model, inputs: Tensors, params: Tensors | None = None) -> Tensor:
-    """(b, D) with an adapter's tensors, or without an adapter."""
-    if params is None:
-        return built.features(inputs)
-    with built.applied(params):
-        return built.features(inputs)
-
-
-def _holds_effect_and_gradient(built: Model, family: Family, fresh: Tensors, adapter: str) -> None:
-    inputs = batch(family)
-    bare = features(built, inputs)
-    change = float((features(built, inputs, fresh) - bare).abs().max())
-    assert change > CLOSE if adapter in PROMPTS else change < CLOSE, f"a fresh {adapter} changes features by {change}"
-    away = {n: t.requires_grad_() for n, t in moved(fresh, 4).items()}
-    with built.applied(away):
-        out = built.features(inputs)
-    assert float((out.detach() - bare).abs().max()) > 1e-4, f"{adapter} has no effect"
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)).sum().backward()  # type: ignore[no-untyped-call]
-    for n, t in away.items():
-        assert t.grad is not None and bool(t.grad.any()), f"'{n}' gets no gradient"
-        assert bool(torch.isfinite(t.grad).all()), n
-
-
-@torch.no_grad()
-def _holds_merged(built: Model, family: Family, fresh: Tensors) -> None:
-    inputs, params = batch(family), moved(fresh, 4)
-    applied = features(built, inputs, params)
-    with built.merged(params):
-        assert _close(built.features(inputs), applied), "merged is not applied"
-
-
-def _holds_padding(built: Model, family: Family, params: Tensors) -> None:
-    """A text's features do not depend on how long the other texts of its batch are."""
-    inputs = batch(family)
-    together = features(built, inputs, params)
-    for i, length in enumerate(TEXT_LENGTHS):
-        alone = features(built, {n: t[i : i + 1, :length] for n, t in inputs.items()}, params)
-        assert _close(alone[0], together[i]), f"text {i} depends on its padding"
-
-
-@torch.no_grad()
-def _holds_stacked(built: Model, family: Family, fresh: Tensors) -> bool:
-    """Two clients in one batch have the features that each has alone; or the pair says that they cannot be told apart."""
-    inputs = batch(family)
-    own = [moved(fresh, seed) for seed in (4, 6)]
-    stacked = {n: torch.stack([params[n] for params in own]) for n in fresh}
-    count = len(next(iter(inputs.values())))
-    slots = Slots(count, (count, count))
-    try:
-        with built.stacked(stacked, slots):
-            got = built.stacked_features({n: torch.cat([t, t]) for n, t in inputs.items()}, slots, [torch.Generator()] * 2)
-    except ModelError as e:
-        if any(reason in str(e) for reason in ONE_BY_ONE):
-            return False
-        raise
-    assert _close(got, torch.cat([features(built, inputs, params) for params in own])), "stacked is not one by one"
-    return True
 
 
 def _holds_statistics(built: Model, family: Family, adapter: Tensors) -> None:
@@ -191,10 +105,6 @@ def _holds_statistics(built: Model, family: Family, adapter: Tensors) -> None:
     got = {n: tuple(t.shape) for n, t in found.items()}
     assert {n: got.get(n) for n in shapes} == shapes
     assert all(bool(torch.isfinite(t).all()) for t in found.values())
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=CLOSE, atol=CLOSE)
 
 
 # ---------------------------------------------------------------- the page

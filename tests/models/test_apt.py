@@ -14,12 +14,13 @@ from fedsim.core import hardware
 from fedsim.core.config import RuntimeConfig, SimConfig
 from fedsim.core.contracts import Slots
 from fedsim.core.errors import ConfigError, ModelError
+from fedsim.laws.adapters import traces
 from fedsim.models import inject
 from fedsim.models import model as models
 from fedsim.models.adapters import apt
 from fedsim.models.heads import mixture
 from fedsim.models.model import Model
-from tests.models.zoo import BERT, VIT, images, model, trained, untouched
+from tests.models.zoo import BERT, VIT, images, model, trained
 
 DEEP = VIT | {"num_hidden_layers": 4}
 OPTIONS: list[dict[str, Any]] = [{}, {"share": 1.0}, {"memory": 0}, {"blocks": [-1]}, {"blocks": [1, 3], "memory": 2}]
@@ -310,21 +311,21 @@ def test_everything_comes_off(several: bool) -> None:
     built = model(DEEP, {"name": "apt"}, double=False)
     params, before, bare = (
         stacked(built) if several else trained(built),
-        untouched(built.backbone.encoder),
+        traces(built.backbone.encoder),
         built.features(images()),
     )
     for form in (built.applied, built.merged):
         with form(params):
-            assert untouched(built.backbone.encoder) != before
+            assert traces(built.backbone.encoder) != before
             assert built.features(images()).shape == ((3, 6, 16) if several else (3, 16))
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
         with pytest.raises(RuntimeError, match="in the middle"), form(params):
             raise RuntimeError("in the middle")
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
         lost = {n.replace("layers.1", "layers.7"): t for n, t in params.items()}
         with pytest.raises(ModelError, match=r"no module 'layers\.7'"), form(lost):
             pass
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
     assert torch.equal(built.features(images()), bare)
     with built.applied({}):
         assert torch.equal(built.features(images()), bare)

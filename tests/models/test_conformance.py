@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fedsim.core import plugins
+from fedsim.laws.adapters import features
 from tests.models import conformance
-from tests.models.conformance import features, model, suggested, verdict
+from tests.models.conformance import model, suggested, verdict
 from tests.models.families import FAMILIES, batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.tensors import stack_modules
+from fedsim.laws.adapters import traces
 from fedsim.models import inject
 from fedsim.models.adapters import lora
 from fedsim.models.model import Model
-from tests.models.zoo import BERT, VIT, images, model, texts, trained, untouched
+from tests.models.zoo import BERT, VIT, images, model, texts, trained
 
 FAMILIES = [(VIT, images(), "all-linear"), (VIT, images(), ["q_proj", "mlp.fc*"]), (BERT, texts(), ["query", "output.dense"])]
 
@@ -148,21 +149,21 @@ def test_stacked_modules_act_as_their_weighted_sum(weights: list[float], alpha: 
 @pytest.mark.parametrize("form", ["applied", "merged"])
 def test_base_is_untouched_bit_for_bit_whatever_happens(form: str) -> None:
     built = model(VIT, lora_of(), double=False)
-    params, before = trained(built), untouched(built.backbone.encoder)
+    params, before = trained(built), traces(built.backbone.encoder)
     with getattr(built, form)(params):
         built.features(images())
-        assert untouched(built.backbone.encoder) != before
-    assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) != before
+    assert traces(built.backbone.encoder) == before
     with pytest.raises(RuntimeError, match="in the middle"), getattr(built, form)(params):
         raise RuntimeError("in the middle")
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
     wrong = params | {"adapter.layers.1.mlp.fc2.lora_B": torch.zeros(5, 3)}
     with pytest.raises(RuntimeError), getattr(built, form)(wrong):
         built.features(images())
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
     with pytest.raises(ModelError, match=r"no module 'layers\.9\.mlp\.fc1'"):
         getattr(built, form)({f"adapter.layers.9.mlp.fc1.lora_{x}": torch.zeros(3, 3) for x in "AB"}).__enter__()
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:

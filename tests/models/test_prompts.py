@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.core.errors import ConfigError, ModelError
+from fedsim.laws.adapters import traces
 from fedsim.models import inject
 from fedsim.models.adapters import _prompts, prefix, vpt
 from fedsim.models.model import Model
-from tests.models.zoo import BERT, LENGTHS, VIT, images, model, texts, trained, untouched
+from tests.models.zoo import BERT, LENGTHS, VIT, images, model, texts, trained
 
 FAMILIES = [(VIT, images(), "layers"), (BERT, texts(), "encoder.layer")]
 NAMES = {"layers": ("attention", "q_proj", "k_proj", "v_proj"), "encoder.layer": ("attention.self", "query", "key", "value")}
@@ -136,19 +137,19 @@ def test_gradients_are_those_of_finite_differences(
 @pytest.mark.parametrize(("layout", "inputs", "stack"), FAMILIES)
 def test_everything_comes_off(name: str, layout: dict[str, Any], inputs: dict[str, Tensor], stack: str) -> None:
     built = model(layout, {"name": name, "length": 2}, double=False)
-    params, before, bare = trained(built), untouched(built.backbone.encoder), built.features(inputs)
+    params, before, bare = trained(built), traces(built.backbone.encoder), built.features(inputs)
     for form in (built.applied, built.merged):
         with form(params):
-            assert untouched(built.backbone.encoder) != before
+            assert traces(built.backbone.encoder) != before
             assert not torch.allclose(built.features(inputs), bare)
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
         with pytest.raises(RuntimeError, match="in the middle"), form(params):
             raise RuntimeError("in the middle")
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
         lost = {n.replace(f"{stack}.1", f"{stack}.7"): t for n, t in params.items()}
         with pytest.raises(ModelError, match=f"no module '{stack}.7'"), form(lost):
             pass
-        assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) == before
     assert torch.equal(built.features(inputs), bare)
 
 

@@ -21,11 +21,12 @@ from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.contracts import Slots
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.tensors import stack_modules
+from fedsim.laws.adapters import traces
 from fedsim.models import backbone, inject, lower, vit
 from fedsim.models.adapters import tangent
 from fedsim.models.backbone import Backbone
 from fedsim.models.model import Model
-from tests.models.zoo import BERT, VIT, images, model, texts, trained, untouched
+from tests.models.zoo import BERT, VIT, images, model, texts, trained
 
 LAYOUT = vit.Layout(
     hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4, num_channels=1,
@@ -180,7 +181,7 @@ def test_modules_that_are_open_together_add_up() -> None:
     body, adapter = ours(), tangent.Adapter(**KINDS["mixed"])
     past, own = direction(body, adapter, 1), direction(body, adapter, 2)
     x = pixels(body)
-    before = untouched(body.encoder)
+    before = traces(body.encoder)
     leaf = {n: t.clone().requires_grad_() for n, t in own.items()}
     with adapter.merged(body, past), adapter.applied(body, leaf):
         for factor in (1.0, 2.0):  # training changes tensors in place while they are applied
@@ -196,7 +197,7 @@ def test_modules_that_are_open_together_add_up() -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
             want_grad = torch.autograd.grad(want.sum(), list(summed.values()))
             assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(with_grad, want_grad, strict=True))
-    assert untouched(body.encoder) == before
+    assert traces(body.encoder) == before
 
 
 def test_equal_components_compose_to_that_component() -> None:
@@ -293,7 +294,7 @@ def test_lean_is_the_class_token_of_all(kind: str) -> None:
 def test_blocks_below_are_told_and_left_out(options: dict[str, Any], count: int, lean: bool) -> None:
     body, adapter = ours(double=False), tangent.Adapter(**options)
     w, x = direction(body, adapter), pixels(body)
-    assert lower.untouched(body.encoder, list(w)) == count
+    assert lower.traces(body.encoder, list(w)) == count
     with adapter.applied(body, w):
         want = body.image_features(x, lean)
     if not count:
@@ -306,29 +307,29 @@ def test_blocks_below_are_told_and_left_out(options: dict[str, Any], count: int,
 
 def test_untouched_blocks_of_a_final_norm_alone_and_of_other_encoders() -> None:
     """The norm comes after the last block, so that what can be kept ends below that; elsewhere nobody knows."""
-    assert lower.untouched(ours().encoder, ["layernorm.tangent_weight"]) == 2
+    assert lower.traces(ours().encoder, ["layernorm.tangent_weight"]) == 2
     bert = model(BERT, {"name": "none"}, double=False).backbone.encoder
-    assert lower.untouched(bert, ["layernorm.tangent_weight"]) == 0
+    assert lower.traces(bert, ["layernorm.tangent_weight"]) == 0
 
 
 @pytest.mark.parametrize("form", ["applied", "merged"])
 def test_base_is_untouched_bit_for_bit_whatever_happens(form: str) -> None:
     built = model(VIT, {"name": "tangent", "targets": "all-linear", "rank": 2, "full_blocks": 1}, double=False)
-    params, before = trained(built), untouched(built.backbone.encoder)
+    params, before = trained(built), traces(built.backbone.encoder)
     with getattr(built, form)(params):
         built.features(images())
-        assert untouched(built.backbone.encoder) != before
-    assert untouched(built.backbone.encoder) == before
+        assert traces(built.backbone.encoder) != before
+    assert traces(built.backbone.encoder) == before
     with pytest.raises(RuntimeError, match="in the middle"), getattr(built, form)(params):
         raise RuntimeError("in the middle")
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
     wrong = params | {"adapter.layers.0.mlp.fc2.tangent_B": torch.zeros(5, 2)}
     with pytest.raises(RuntimeError), getattr(built, form)(wrong):
         built.features(images())
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
     with pytest.raises(ModelError, match=r"no module 'layers\.9\.mlp\.fc1'"):
         getattr(built, form)({"adapter.layers.9.mlp.fc1.tangent_B": torch.zeros(3, 3)}).__enter__()
-    assert untouched(built.backbone.encoder) == before
+    assert traces(built.backbone.encoder) == before
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.core.config import ModelConfig, SimConfig, TransformConfig
 from fedsim.models import model as models
@@ -56,15 +56,3 @@ def trained(built: Model, seed: int = 4) -> dict[str, Tensor]:
     dtype = next(built.backbone.encoder.parameters()).dtype
     fresh = built.init_adapter(torch.Generator().manual_seed(0))
     return {n: (torch.randn(t.shape, generator=generator) * 0.3).to(dtype) for n, t in fresh.items()}
-
-
-def untouched(encoder: nn.Module) -> dict[str, Any]:
-    """All that an adapter could leave behind: weights with their storage, hooks, attributes, the attention function."""
-    config: Any = encoder.config
-    left: dict[str, Any] = {"attention": config._attn_implementation}
-    for name, module in encoder.named_modules():
-        left[f"{name} hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        left[f"{name} attributes"] = sorted(module.__dict__)
-        for key, p in module._parameters.items():
-            left[f"{name}.{key}"] = None if p is None else (id(p), p.data_ptr(), p.detach().numpy().tobytes())
-    return left

@@ -14,6 +14,7 @@ import pytest
 from fedsim import cli, report
 from fedsim.report import page
 from fedsim.runs.collection import Entry, SweepRecord, collect
+from fedsim.runs.metrics import Metric
 from fedsim.simulation import run
 from tests.report.factory import ENVIRONMENT, METHODS, fake_run, fake_sweep
 from tests.tiny import tiny
@@ -126,10 +127,11 @@ def test_the_table_holds_every_setting_with_the_best_in_bold(text: str, study: A
 
 
 @pytest.mark.parametrize(
-    ("sign", "means", "best"), [(1, [1.0, 3.04], "3.0"), (-1, [-1.0, 3.0], "-1.0"), (0, [1.0, 2.0], None), (1, [2.0], None)]
+    ("better", "means", "best"),
+    [("higher", [1.0, 3.04], "3.0"), ("lower", [-1.0, 3.0], "-1.0"), ("none", [1.0, 2.0], None), ("higher", [2.0], None)],
 )
-def test_best_is_what_looks_best(sign: int, means: list[float], best: str | None) -> None:
-    metric = page.Metric("m", "M", sign)
+def test_best_is_what_looks_best(better: Any, means: list[float], best: str | None) -> None:
+    metric = Metric("m", "M", better=better)
     assert page._best(metric, [{"mean": m} for m in means] + [None]) == best
 
 

@@ -151,7 +151,7 @@ def test_all_sources_of_all_tasks_are_deployed() -> None:
 
 def test_every_task_starts_anew() -> None:
     fresh = {PROMPT: torch.ones(1, D)}
-    begun = Compose().start_task(composed([collected(0)]), params(), fresh, {})
+    begun = Compose().start_task(composed([collected(0)]), params(), fresh, {}).params
     assert torch.equal(begun[PROMPT], fresh[PROMPT])
     assert not begun["head.weight"].any()
 
@@ -251,7 +251,7 @@ def test_averaged_prompts_are_an_ordinary_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("server.rounds=2", "server.rounds is 2, but aggregator collect takes one round per task"),
+        ("server.rounds=2", "aggregator collect takes one round per task, but server.rounds is 2"),
         ("server.consolidator=mean", "use consolidator: compose"),
         ("server.aggregator=fedavg", "use aggregator: collect"),
         ("adapter=lora", "use adapter: apt"),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedsim.core import plugins
 from fedsim.core.config import build
-from fedsim.core.contracts import Consolidator
-from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.contracts import Consolidator, Past
+from fedsim.core.errors import AggregationError, ConfigError, PluginError
 from fedsim.core.messages import State
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import stack_modules, upper_triangle
@@ -77,7 +77,7 @@ def play(rule: Consolidator, tasks: list[int]) -> tuple[State, Module]:
     """State and parameters after these tasks; every task trains its own module."""
     state, params = rule.init(), {"head.weight": draw(4, 3, address="head")}
     for task in tasks:
-        params = {**rule.start_task(state, params, module(99), {}), **module(task)}
+        params = {**rule.start_task(state, params, module(99), {}).params, **module(task)}
         state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task))
     return state, params
 
@@ -125,7 +125,7 @@ def test_equal_modules_stay_whatever_their_grams() -> None:
     rule = RegMean(decay=0.5)
     state, params = rule.init(), {}
     for task in range(T):
-        params = {**rule.start_task(state, params, module(99), {}), **module(0)}
+        params = {**rule.start_task(state, params, module(99), {}).params, **module(0)}
         state = rule.end_task(state, params, total_of(rule, state, params, task))
     torch.testing.assert_close(delta(rule.deployed(state, params, finished=True)), delta(module(0)), rtol=0, atol=1e-10)
 
@@ -144,7 +144,7 @@ def test_inputs_that_no_task_has_get_no_residual() -> None:
 @pytest.mark.parametrize("rule", [Mean(), RegMean()])
 def test_mean_of_modules_during_a_task(rule: Consolidator) -> None:
     state, params = play(rule, [0, 1])
-    params = {**rule.start_task(state, params, module(99), {}), **module(2)}
+    params = {**rule.start_task(state, params, module(99), {}).params, **module(2)}
     got = rule.deployed(state, params, finished=False)
     torch.testing.assert_close(delta(got), sum(delta(module(t)) for t in range(3)) / 3)
     assert torch.equal(got["head.weight"], params["head.weight"])
@@ -169,40 +169,36 @@ def test_mean_of_prompts_is_element_by_element() -> None:
 
 @pytest.mark.parametrize("rule", [Mean(), RegMean()])
 def test_blend_of_past_and_own_module_is_the_uniform_mean(rule: Consolidator) -> None:
-    assert rule.background(rule.init()) == ({}, 1.0)
-    state, _ = play(rule, [0, 1])
-    past, share = rule.background(state)
-    assert share == pytest.approx(1 / 3)
-    blend = stack_modules([past, module(2)], [1.0, share])
+    first = rule.start_task(rule.init(), {}, module(0), {}).past
+    assert (first.together(), first.share) == ({}, 1.0)
+    past = rule.start_task(*play(rule, [0, 1]), module(99), {}).past
+    assert past.share == pytest.approx(1 / 3)
+    blend = stack_modules([past.together(), module(2)], [1.0, past.share])
     torch.testing.assert_close(delta(blend), sum(delta(module(t)) for t in range(3)) / 3)
 
 
-def test_regmean_hands_the_blend_to_its_statistics_pass() -> None:
-    rule = RegMean()
-    state, params = play(rule, [0, 1])
-    plan = rule.plan(state, params)
-    assert plan is not None
-    past, share = rule.background(state)
-    assert plan.share == share
-    assert all(torch.equal(plan.background[n], t) for n, t in past.items())
+def test_past_modules_need_a_weight_each() -> None:
+    with pytest.raises(PluginError, match="Past has 2 modules and 1 weights"):
+        Past([module(0), module(1)], [1.0])
 
 
 def test_tasks_start_from_a_fresh_module_and_the_head_goes_on() -> None:
     params = {"head.weight": torch.ones(2, 2), **module(0)}
     for rule in (Mean(), RegMean()):
-        started = rule.start_task(rule.init(), params, module(1), {})
+        started = rule.start_task(rule.init(), params, module(1), {}).params
         assert torch.equal(started[A], module(1)[A])
         assert torch.equal(started["head.weight"], params["head.weight"])
 
 
 def test_none_goes_on_with_one_module() -> None:
     rule, params = NoMerge(), {"head.weight": torch.ones(2, 2), **module(0)}
-    assert rule.start_task(rule.init(), params, module(1), {}) is params
+    start = rule.start_task(rule.init(), params, module(1), {})
+    assert start.params is params
+    assert start.past == Past()
     assert rule.deployed(rule.init(), params, finished=False) is params
     assert rule.deployed(rule.init(), params, finished=True) is params
     assert rule.plan(rule.init(), params) is None
-    assert rule.background(rule.init()) == ({}, 1.0)
-    first = rule.start_task(rule.init(), {"head.weight": torch.ones(2, 2)}, module(1), {})
+    first = rule.start_task(rule.init(), {"head.weight": torch.ones(2, 2)}, module(1), {}).params
     assert torch.equal(first[A], module(1)[A])
 
 
@@ -226,7 +222,7 @@ def test_float32_modules_are_deployed_as_float32(name: str) -> None:
     state, params = rule.init(), {"head.weight": torch.zeros(2, 2)}
     for task in range(2):
         fresh = {n: t.float() for n, t in module(task).items()}
-        params = {**rule.start_task(state, params, fresh, {}), **fresh}
+        params = {**rule.start_task(state, params, fresh, {}).params, **fresh}
         state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task))
         for finished in (False, True):
             out = rule.deployed(state, handed(rule, params), finished)

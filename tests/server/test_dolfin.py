@@ -205,7 +205,7 @@ def module(address: object, layers: tuple[str, ...] = (K_PROJ, V_PROJ), dtype: t
 
 def sent(rule: Dolfin, params: dict[str, Tensor], address: object, opening: bool = False, **options: Any) -> dict[str, Tensor]:
     """The sum of what clients answer: the same Gram for layers of one group, one of its own for each of the others."""
-    plan = rule.opening(rule.init(), params) if opening else rule.plan(rule.init(), params)
+    plan = rule.opening(rule.init(), params).plan if opening else rule.plan(rule.init(), params)
     (request,) = plan.statistics
     return {f"gram.full/{n}": upper_triangle(gram_of(f"{address} {n}", **options)) for n in matching(params, request.match)}
 
@@ -224,7 +224,7 @@ def begin(
     rule: Dolfin, state: State, params: dict[str, Tensor], task: int, dtype: torch.dtype = torch.float64, **options: Any
 ) -> dict[str, Tensor]:
     asked = sent(rule, params, f"start {task}", opening=True, **options)
-    return dict(rule.start_task(state, params, module("fresh", dtype=dtype), asked))
+    return dict(rule.start_task(state, params, module("fresh", dtype=dtype), asked).params)
 
 
 def memory_of(state: State, layer: str = K_PROJ) -> Memory:
@@ -284,7 +284,7 @@ def test_a_scale_of_the_sum_changes_nothing() -> None:
     rule = Dolfin(threshold=0.7)
     state, params = play(rule, 1)
     total = sent(rule, params, "start", opening=True)
-    a, b = (rule.start_task(state, params, {}, {n: scale * t for n, t in total.items()}) for scale in (1.0, 1024.0))
+    a, b = (rule.start_task(state, params, {}, {n: scale * t for n, t in total.items()}).params for scale in (1.0, 1024.0))
     torch.testing.assert_close(a[K_PROJ + A], b[K_PROJ + A], rtol=0, atol=1e-12)
 
 
@@ -322,27 +322,30 @@ def test_modules_of_all_tasks_act_at_full_weight() -> None:
     rule = Dolfin(threshold=0.6)
     state, params, want = rule.init(), module("first"), torch.zeros(O, D, dtype=torch.float64)
     for task in range(3):
-        assert rule.background(state)[1] == 1.0
+        past = rule.start_task(state, params, module("fresh"), {}).past
+        assert past.share == 1.0
+        if task:
+            torch.testing.assert_close(delta(past.together(), V_PROJ), want, rtol=0, atol=1e-12)
         params = {**begin(rule, state, params, task), **{n: t for n, t in module(task).items() if n.endswith(B)}}
         want += delta(params, V_PROJ)
         torch.testing.assert_close(delta(rule.deployed(state, params, finished=False), V_PROJ), want, rtol=0, atol=1e-12)
         state = rule.end_task(state, params, sent(rule, params, f"end {task}"))
         torch.testing.assert_close(delta(rule.deployed(state, params, finished=True), V_PROJ), want, rtol=0, atol=1e-12)
-        torch.testing.assert_close(delta(rule.background(state)[0], V_PROJ), want, rtol=0, atol=1e-12)
 
 
 def test_statistics_go_through_the_model_of_past_tasks_and_then_the_trained_one() -> None:
     """`params` holds the last task's module still when the next one opens: it must not count twice."""
     rule = Dolfin(threshold=0.6)
     state, params = play(rule, 2)
-    past = rule.background(state)[0]
+    opening, start = rule.opening(state, params), rule.start_task(state, params, module("fresh"), {})
     blends = []
-    for plan in (rule.opening(state, params), rule.plan(state, params)):
+    for plan, past in ((opening.plan, opening.past), (rule.plan(state, params), start.past)):
         assert plan.train == ()
         assert all(request.blended for request in plan.statistics)
-        blends.append(delta(stack_modules([plan.background, with_prefix(params, "adapter.")], [1.0, plan.share]), K_PROJ))
-    torch.testing.assert_close(blends[0], delta(past, K_PROJ), rtol=0, atol=1e-12)
-    torch.testing.assert_close(blends[1], delta(past, K_PROJ) + delta(params, K_PROJ), rtol=0, atol=1e-12)
+        blends.append(delta(stack_modules([past.together(), with_prefix(params, "adapter.")], [1.0, past.share]), K_PROJ))
+    before = delta(start.past.together(), K_PROJ)
+    torch.testing.assert_close(blends[0], before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(blends[1], before + delta(params, K_PROJ), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("task", "eps"), [(0, 0.6), (1, 0.68), (4, 0.92), (5, 1.0), (9, 1.0)])
@@ -358,10 +361,10 @@ def test_threshold_rises_with_the_tasks(task: int, eps: float) -> None:
 def test_layers_that_share_their_inputs_cost_one_gram_and_get_one_design() -> None:
     rule, layers = Dolfin(), (K_PROJ, V_PROJ, OUT, "adapter.layers.1.attention.v_proj")
     params = module("any", layers)
-    for plan in (rule.opening(rule.init(), params), rule.plan(rule.init(), params)):
+    for plan in (rule.opening(rule.init(), params).plan, rule.plan(rule.init(), params)):
         assert plan.statistics[0].match == (K_PROJ + A, OUT + A, "adapter.layers.1.attention.v_proj" + A)
         assert plan.statistics[0].options == {"form": "full", "decay": 1.0}
-    started = rule.start_task(rule.init(), params, {}, sent(rule, params, "start", opening=True))
+    started = rule.start_task(rule.init(), params, {}, sent(rule, params, "start", opening=True)).params
     assert torch.equal(started[K_PROJ + A], started[V_PROJ + A])
     assert not torch.allclose(started[K_PROJ + A], started[OUT + A])
     apart = Dolfin(shared_inputs=[])
@@ -386,7 +389,7 @@ def test_sum_over_clients_is_the_second_moment_of_all_data() -> None:
         total.add(k, 1, lift_statistics(ClientUpdate(k, len(x_ND), {}, {key: upper_triangle(x_ND.T @ x_ND).float()})))
     pooled = torch.cat(rows)
     together, apart = {key: upper_triangle(pooled.T @ pooled)}, total.result() or {}
-    a, b = (rule.start_task(rule.init(), params, {}, t)[K_PROJ + A] for t in (together, apart))
+    a, b = (rule.start_task(rule.init(), params, {}, t).params[K_PROJ + A] for t in (together, apart))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     bases = [projector(memory_of(rule.end_task(rule.init(), params, t)).free) for t in (together, apart)]
     torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=1e-5)
@@ -418,10 +421,10 @@ def test_no_room_for_the_rank() -> None:
 
 def test_without_statistics() -> None:
     rule, params = Dolfin(), module("any")
-    started = rule.start_task(rule.init(), params, {}, {})  # the look before any training
+    started = rule.start_task(rule.init(), params, {}, {}).params  # the look before any training
     assert {n: t.shape for n, t in started.items()} == {n: t.shape for n, t in params.items()}
     for columns in (3, D - R):  # even then nothing of the memory is touched
-        d_RD = rule.start_task(filled(columns), params, {}, {})[K_PROJ + A]
+        d_RD = rule.start_task(filled(columns), params, {}, {}).params[K_PROJ + A]
         assert not d_RD[:, :columns].any()
         assert float(d_RD.norm()) == pytest.approx(math.sqrt(R / 3))
     with pytest.raises(AggregationError, match=r"no client sent 'gram\.full/adapter\.layers\.0\.attention\.k_proj\.lora_A'"):

@@ -488,11 +488,11 @@ def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
     for t in range(TASKS):
         fresh = {p + ".lora_A": torch.from_numpy(fresh_a(t, p)) for p in LAYERS}
         fresh |= {p + ".lora_B": torch.zeros(LAYERS[p][1], RANK, dtype=torch.float64) for p in LAYERS}
-        params = consolidator.start_task(kept, params, fresh, {})
+        start = consolidator.start_task(kept, params, fresh, {})
+        params, through = start.params, {"context": {"background": start.past.together()}, "share": start.past.share}
         state = rule.init(params)
-        background, share = consolidator.background(kept)
         for r in range(ROUNDS):
-            plan = replace(rule.plan(state, r), context={"background": background}, share=share)
+            plan = replace(rule.plan(state, r), **through)
             updates = []
             for k in range(K):
                 x = torch.from_numpy(shard(t, k))
@@ -505,7 +505,7 @@ def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
         ending = consolidator.plan(kept, params)
         assert ending is not None
         assert ending.train == ()
-        sent = [measured(ending, params, torch.from_numpy(shard(t, k))) for k in range(K)]
+        sent = [measured(replace(ending, **through), params, torch.from_numpy(shard(t, k))) for k in range(K)]
         kept = consolidator.end_task(kept, params, {n: torch.stack([s[n] for s in sent]).sum(0) for n in sent[0]})
         trace.append(products(consolidator.deployed(kept, params, finished=True)))
     return trace

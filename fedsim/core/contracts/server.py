@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fedsim.core.contracts.clients import Learner
 from fedsim.core.contracts.traits import Part, Traits
-from fedsim.core.errors import AggregationError
+from fedsim.core.errors import AggregationError, PluginError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.numbers import IntArray
 from fedsim.core.sums import BlockSum, Lift
+from fedsim.core.tensors import stack_modules
 
 # Parts of a run for which updates are summed (`Reply.sums`): the aggregator, the calibrator, a pass as it is; `learner.<name>`
 # for what its `end` sent in a round, `closing.<name>` for the pass at a task's end
@@ -145,49 +146,83 @@ def _lifted(learner: Learner, prefix: str, update: ClientUpdate) -> Tensors | No
 
 
 @dataclass(frozen=True)
-class Consolidator(Part, ABC):
-    """Merges tasks at a task's end, and says which tensors are deployed for evaluation.
+class Past:
+    """Modules of past tasks as their tasks left them, and what they count for beside a client's own: Σ_s weights_s Δ_s + share Δ.
 
-    Works on `adapter.*`; the head is one for all classes and goes on.
-
-    frozen: globs of tensors that no client trains, whatever the aggregator asks for.
-    beside: clients train their module on top of those of past tasks (`background`), not on the bare backbone.
-    freezes_heads: the head's rows of old tasks' classes stay as they are, bit for bit.
+    In a deployment each travels once, and the client weighs and adds them up itself. Raises PluginError unless there is a weight
+    for every module.
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ()
-    beside: ClassVar[bool] = False
-    freezes_heads: ClassVar[bool] = False
+    modules: Sequence[Tensors] = ()
+    weights: Sequence[float] = ()
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.modules) != len(self.weights):
+            raise PluginError(f"Past has {len(self.modules)} modules and {len(self.weights)} weights: give every module one")
+
+    @classmethod
+    def mean(cls, modules: Sequence[Tensors]) -> Past:
+        """Past modules and the current one count the same, 1/(t + 1) each."""
+        share = 1 / (len(modules) + 1)
+        return cls(modules, (share,) * len(modules), share)
+
+    def together(self) -> Tensors:
+        """Σ_s weights_s Δ_s as one module; empty if there are none."""
+        return stack_modules(self.modules, self.weights) if self.modules else {}
+
+
+@dataclass(frozen=True)
+class TaskStart:
+    """What a task's clients are given, and may do with it.
+
+    params: what training starts from. frozen: globs of tensors that no client trains, whatever the aggregator asks for.
+    past: modules of past tasks, through which `blended` statistics look. trains_beside: clients train their module on top of
+    these, not on the bare backbone. keeps_old_rows: the head's rows of old tasks' classes stay as they are, bit for bit (a
+    consolidator that wants it refuses "old head rows rewritten", see `Traits`).
+    """
+
+    params: Tensors
+    frozen: tuple[str, ...] = ()
+    past: Past = Past()
+    trains_beside: bool = False
+    keeps_old_rows: bool = False
+
+
+class Opening(NamedTuple):
+    """A statistics pass before a task starts. past: modules that `blended` statistics look through, beside the parameters that
+    the last task ended with."""
+
+    plan: RoundPlan
+    past: Past = Past()
+
+
+@dataclass(frozen=True)
+class Consolidator(Part, ABC):
+    """Merges tasks at a task's end, and says what a task starts with and what is deployed for evaluation.
+
+    Works on `adapter.*`; the head is one for all classes and goes on.
+    """
 
     def init(self) -> State:
         """State before the first task."""
         return {}
 
-    def opening(self, state: State, params: Tensors) -> RoundPlan | None:
-        """A statistics pass at a task's start (`server.pass_participation` says over whom), through the model that the last
-        task ended with; None if none is needed."""
+    def opening(self, state: State, params: Tensors) -> Opening | None:
+        """A statistics pass at a task's start (`server.pass_participation` says over whom); None if none is needed."""
         return None
 
     @abstractmethod
-    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> Tensors:
-        """Parameters that a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients; `total`: the
-        statistics of `opening` and `num_samples`, summed over the clients, float64 (empty if there was no such pass).
+    def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
+        """What a task begins with. `fresh`: newly drawn `adapter.*` tensors, shared by all clients; `total`: the statistics of
+        `opening` and `num_samples`, summed over the clients, float64 (empty if there was no such pass).
 
         Raises ConfigError for tensors that it does not suit; it is called with no total once before any training.
         """
 
-    def background(self, state: State) -> tuple[Tensors, float]:
-        """Modules of past tasks (already weighted) and the weight of the current one, for blended statistics and for training
-        beside them."""
-        return {}, 1.0
-
-    def modules(self, state: State) -> Sequence[Tensors]:
-        """The modules that `background` is made of, as their tasks left them: what travels in a deployment, each once, where a
-        client weighs and stacks them itself. None: the background travels as it is."""
-        return ()
-
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
-        """A statistics pass at the task's end (`server.pass_participation` says over whom); None if none is needed."""
+        """A statistics pass at the task's end (`server.pass_participation` says over whom), blended ones through `TaskStart.past`
+        and `params`; None if none is needed."""
         return None
 
     @abstractmethod

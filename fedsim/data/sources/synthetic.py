@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ class Source(contracts.Source):
     Grouping: "half" (the first and the second half of the classes).
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"kind": "tokens"}, {"domains": 2, "channels": 3})
     kind: str = "image"
     classes: int = 10
     train_per_class: int = 20

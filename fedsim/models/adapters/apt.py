@@ -6,7 +6,7 @@ al., 2023, "À-la-carte Prompt Tuning: Combining Distinct Data Via Composable Pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,8 @@ class Adapter(contracts.Adapter):
     the end); init_std: of the normal start of memories. Raises ModelError for a backbone that is no plain ViT.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = {"fresh": "prompts take part in the softmax, whatever their values are"}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"memory": 2}, {"memory": 0}, {"memory": 1, "share": 1.0, "blocks": [1]})
     lean: ClassVar[bool] = True
     memory: int = 5
     share: float = 0.05

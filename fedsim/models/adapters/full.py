@@ -5,7 +5,7 @@ federated continual learning (FedAvg, EWC, LwF, Fisher averaging, RegMean) do wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,6 +42,7 @@ class Adapter(contracts.Adapter):
     Raises ModelError for a glob that matches nothing, and with runtime.precision bf16: rounded weights lose small steps.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"targets": ["*.bias"]})
     lean: ClassVar[bool] = True
     targets: Any = ALL
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,10 @@ class Adapter(contracts.Adapter):
     dropout: share of the inputs of A that is zeroed in training, the rest being scaled by 1 / (1 − dropout).
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"rank": 2, "targets": "all-linear"},
+        {"rank": 2, "targets": ["q_proj", "v_proj"], "alpha": 4.0, "dropout": 0.5},
+    )
     lean: ClassVar[bool] = True
     targets: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8

@@ -5,7 +5,7 @@ for continual learning with vision transformers: DualPrompt, Wang et al., 2022, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,6 +37,8 @@ class Adapter(contracts.Adapter):
     length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of keys and values.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = {"fresh": "prompts take part in the softmax, whatever their values are"}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"length": 2}, {"length": 3, "blocks": [1]})
     lean: ClassVar[bool] = True
     length: int = 10
     blocks: Any = "all"

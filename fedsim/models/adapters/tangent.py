@@ -48,6 +48,11 @@ class Adapter(contracts.Adapter):
     s = 1; full_blocks: n; projection_seed: of A₀, not to be changed between modules that shall be added.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"rank": 2},
+        {"rank": 2, "targets": "all-linear", "alpha": 4.0},
+        {"targets": [], "full_blocks": 1},
+    )
     lean: ClassVar[bool] = True
     targets: Any = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8

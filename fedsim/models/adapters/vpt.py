@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,8 @@ class Adapter(contracts.Adapter):
     length: P; blocks: "all", or indices (negative ones count from the end); init_std: of the normal start of the prompts.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = {"fresh": "prompts take part in the softmax, whatever their values are"}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"length": 2}, {"length": 3, "blocks": [1]})
     lean: ClassVar[bool] = True
     length: int = 10
     blocks: Any = "all"

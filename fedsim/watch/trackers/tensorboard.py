@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.core import contracts, plugins
-
-# what the HPARAMS tab compares runs by
-OUTCOMES = ("final_average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
+from fedsim.runs import metrics
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Recording:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self._writer: Any = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 (`close` does)
         self._write(file_version="brain.Event:2")
-        compared = {f"metrics/{name}": 0.0 for name in OUTCOMES}  # only the names count
+        compared = {f"metrics/{m.name}": 0.0 for m in metrics.shown("run")}  # only the names count
         experiment, start, self._end = hparams(run.options(), compared)  # type: ignore[no-untyped-call]
         for summary in (experiment, start) if new else ():
             self._write(summary=summary)
