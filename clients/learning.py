@@ -171,7 +171,7 @@ class Learning:
         memory: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for part in self._parts:
-            ending = part.learner.end(part.state, self.work, params)
+            ending = part.learner.end(part.state, self.work, params, part.draw)
             if part.keeps:
                 memory |= {f"{PREFIX}{part.name}/{n}": t.detach().cpu() for n, t in ending.memory.items()}
             statistics |= {f"{part.name}.{n}": t.detach().cpu() for n, t in ending.statistics.items()}

@@ -101,8 +101,7 @@ def run_words(config: SimConfig) -> dict[str, str]:
         ("fused", "runtime.fused", bool(config.runtime.fused)),
         (f"pool {config.runtime.pool}", "runtime.pool", True),
     ]
-    told = {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
-    return {f"context {contracts.TEACHER}": "the server", **told}  # it is kept where somebody needs it
+    return {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
 
 
 def require_trained(config: SimConfig, start: TaskStart, plans: Sequence[RoundPlan]) -> None:

@@ -67,7 +67,7 @@ class Learner(contracts.Learner):
             after_P = _values(state["moving"], params)
             _add(state, wide(state["gradient_P"]) * (wide(state["before_P"]) - wide(after_P)), params)
 
-    def end(self, state: LocalState, work: ClientWork, params: Tensors) -> Ending:
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
         subjects, total_S = state["subjects"], state["total_S"]
         total_S = torch.zeros(len(subjects)) if total_S is None else total_S.float().cpu()
         return Ending(statistics={f"{self.form}/{s}": total.clone() for s, total in zip(subjects, total_S, strict=True)})

@@ -48,7 +48,7 @@ class Following:
         self.learner.stepped(self.state, self.params)
 
     def result(self) -> dict[str, Tensor]:
-        return dict(self.learner.end(self.state, WORK, self.params).statistics)
+        return dict(self.learner.end(self.state, WORK, self.params, torch.Generator()).statistics)
 
 
 WORK: Any = None  # the learner asks nothing of it

@@ -120,7 +120,7 @@ class Learner(Part):
 
         state = begin(work, memory, context, draw)
         every step:  replay -> loss (added to the others') -> gradients -> corrected -> clipping, optimizer -> stepped
-        memory, statistics = end(state, work, params)
+        memory, statistics = end(state, work, params, draw)
 
     It is a function of what it is handed: a state lives for one round of one client and may be written into, all that outlasts
     the round is memory (the client's own) or statistics (which travel). Clients that train together (`runtime.fused`) call the
@@ -168,7 +168,7 @@ class Learner(Part):
         """The optimizer has changed the tensors."""
         return
 
-    def end(self, state: LocalState, work: ClientWork, params: Tensors) -> Ending:
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
         """Memory and statistics, from all tensors as they are after the last step."""
         return Ending()
 

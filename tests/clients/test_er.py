@@ -1,0 +1,107 @@
+"""Experience replay against its parts: the reservoir's law, the loss by hand, and runs that are stopped anywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clients.learners.er import Learner, reservoir
+from fedsim.core import config as configs
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import ClientUpdate
+from fedsim.simulation import prepare, run
+from tests.clients.test_fused import Here, require_same, work
+from tests.clients.works import step_of
+from tests.tiny import memories, tiny
+
+
+def test_every_sample_is_kept_with_the_same_probability() -> None:
+    """Offered in two parts, 30 samples in 6 places: each is in it with 6 / 30. χ² with 29 degrees of freedom, 0.1 % at 58.3."""
+    trials, counts = 3000, Counter[int]()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(trials):
+        stored, offered = reservoir(np.zeros(0, dtype=np.int64), 0, np.arange(4), 6, draw)
+        assert stored.tolist() == [0, 1, 2, 3]
+        stored, offered = reservoir(stored, offered, np.arange(4, 30), 6, draw)
+        assert offered == 30 and len(set(stored.tolist())) == 6
+        counts.update(stored.tolist())
+    expected = trials * 6 / 30
+    # places are drawn without replacement, so that counts vary less than independent ones: the bound is on the safe side
+    assert sum((counts[i] - expected) ** 2 / expected for i in range(30)) < 58.3
+
+
+def test_the_loss_by_hand() -> None:
+    """Own rows 0-2, another learner's row 3, replayed rows 4-5: the mean over rows 0, 1, 2, 4, 5 over classes seen."""
+    logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([5, 6, 5, 7, 1, 2])
+    known = {"logits": logits, "labels": labels, "classes": (5, 6), "seen": (1, 2, 5, 6)}
+    step = step_of(**known, own=slice(0, 3), replayed=slice(4, 6))
+    rows, seen = [0, 1, 2, 4, 5], [1, 2, 5, 6]
+    want = F.cross_entropy(logits[rows][:, seen], torch.tensor([2, 3, 2, 0, 1]))
+    torch.testing.assert_close(Learner().loss({}, step), want)
+    empty = step_of(**known, own=slice(0, 3), replayed=slice(4, 4))
+    plain = F.cross_entropy(logits[:3, 5:7], torch.tensor([0, 1, 0]))
+    torch.testing.assert_close(Learner().loss({}, empty), plain)
+
+
+def replaying(*overrides: str) -> Here:
+    here = work(*overrides)
+    here.learners["er"] = Learner(size=4, batch_size=3)
+    return here
+
+
+def test_an_empty_buffer_is_the_plain_cross_entropy() -> None:
+    for got, want in zip(replaying().one_by_one(), work().one_by_one(), strict=True):
+        assert isinstance(got, ClientUpdate) and isinstance(want, ClientUpdate)
+        for name, tensor in want.params.items():
+            torch.testing.assert_close(got.params[name], tensor)
+
+
+def test_together_is_as_one_by_one_with_a_buffer() -> None:
+    here = replaying()
+    for k, job in enumerate(here.jobs):
+        memory = {"positions": torch.from_numpy(here.shards[k][:3]), "offered": torch.tensor(3), "task": torch.tensor(0)}
+        here.jobs[k] = replace(job, memory={f"learner.er/{n}": t for n, t in memory.items()})
+    got = here.together()
+    require_same(got, here.one_by_one())
+    for update in got:
+        assert isinstance(update, ClientUpdate)
+        if update.num_samples:
+            kept = update.memory
+            assert len(kept["learner.er/positions"]) == 4
+            assert int(kept["learner.er/offered"]) == 3 + update.num_samples and int(kept["learner.er/task"]) == 1
+
+
+def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Path) -> None:
+    for online in (False, True):
+        config = tiny(
+            "client.learners=[{name: er, size: 1000}]", f"stream.online={str(online).lower()}", "server.rounds=2",
+            "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path / str(online),
+        )  # fmt: skip
+        results = run(config)
+        held = prepare(config).manifest.sizes.sum(axis=0)
+        for client, memory in memories(results.path, config).items():
+            positions = memory["learner.er/positions"].tolist()
+            assert len(positions) == len(set(positions)) == held[client]
+            assert int(memory["learner.er/offered"]) == held[client]
+        assert any("holds all samples that any client ever has" in note for note in results.notes)
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"batch_size": 0}, {"size": 2.5}])
+def test_options_that_can_never_work(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        configs.build("learners", {"name": "er", **options})
+
+
+def test_two_buffers_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text("from clients.learners.er import Learner as Learner\n")
+    with pytest.raises(ConfigError, match=r"both take the place of .*, which only one part of a run can have"):
+        prepare(tiny(client={"learners": ["er", str(other)]}))

@@ -1,0 +1,291 @@
+"""What learners are promised: the order of their methods, what a step shows them, and the same numbers together as one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clients import local
+from clients.work import Received, Work
+from fedsim.core import contracts
+from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Outputs, Step
+from fedsim.core.errors import ClientFailed
+from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.simulation import run
+from tests.clients.test_fused import CLASSES, Here, doubled, require_same, work
+from tests.tiny import final_state, learned, same_bits, tiny
+
+EVERY_WAY = {
+    "plain": (),
+    "augmented": ("transform.augment=crop_flip",),
+    "dropout": ("adapter.dropout=0.3",),
+    "clipped, in groups": ("client.clip_norm=0.05", 'client.groups=[{match: "head.*", lr: 1.0e-2}]'),
+}
+
+
+@dataclass(frozen=True)
+class Busy(contracts.Learner):
+    """Uses all that a learner has: replays from its memory, asks two teachers, corrects gradients, follows steps, remembers."""
+
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        own = {n: 1.1 * t for n, t in work.params.items()}
+        return {"teacher": context["teacher"], "own": own, "pull": memory["pull"], "stored": memory["stored"].numpy(), "path": []}
+
+    def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        stored: IntArray = state["stored"]
+        return stored[torch.randperm(len(stored), generator=draw)[: 1 + len(positions) // 2].numpy()]
+
+    def loss(self, state: LocalState, step: Step) -> Tensor:
+        terms = [(step.logits - step.model(state[who]).logits).square().mean() for who in ("teacher", "own")]
+        features = (step.features - step.model(state["teacher"]).features)[step.replayed].square().mean()
+        drift = torch.stack([(t - step.start[n]).square().sum() for n, t in step.params.items()]).sum()
+        noise = float(torch.rand((), generator=step.draw))
+        return (
+            terms[0] + 0.5 * terms[1] + features + noise * drift + step.logits[step.replayed, step.labels[step.replayed]].mean()
+        )
+
+    def corrected(self, state: LocalState, gradients: Tensors, params: Tensors) -> Tensors:
+        return {n: g + 0.01 * state["pull"] * params[n] for n, g in gradients.items()}
+
+    def stepped(self, state: LocalState, params: Tensors) -> None:
+        state["path"].append(params["head.bias"].detach().clone())
+
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
+        outputs = work.outputs(work.shard[:3], params)
+        sums = {
+            "path": torch.stack(state["path"]).sum(0),
+            "logits": outputs.logits.sum(0),
+            "steps": torch.tensor(float(work.steps)),
+        }
+        return Ending({"pull": 2 * state["pull"], "stored": torch.from_numpy(work.shard[:2])}, sums)
+
+
+def busy(*overrides: str, **options: Any) -> Here:
+    """Clients in float64 with a teacher, each with samples to replay and a number in its memory."""
+    here = doubled(work(*overrides, **options))
+    generator = torch.Generator().manual_seed(3)
+    params = here.jobs[0].params
+    teacher = {n: t + 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in params.items()}
+    plan = RoundPlan(context={"teacher": teacher})
+    memories = [
+        {"learner.busy/pull": torch.tensor(float(k), dtype=torch.float64), "learner.busy/stored": torch.arange(k, 3 * k + 4)}
+        for k in range(len(here.jobs))
+    ]
+    jobs = [replace(j, plan=plan, memory=m) for j, m in zip(here.jobs, memories, strict=True)]
+    return replace(here, jobs=jobs, learners={"busy": Busy()})
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_together_is_as_one_by_one(way: str) -> None:
+    here = busy(*EVERY_WAY[way])
+    got, want = here.together(), here.one_by_one()
+    assert not here.told
+    require_same(got, want)
+    for k, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert isinstance(g, ClientUpdate) and isinstance(w, ClientUpdate)
+        if not g.num_samples:
+            assert not g.memory and not g.statistics
+            continue
+        assert g.metrics["together"] == 4
+        assert g.memory.keys() == {"learner.busy/pull", "learner.busy/stored"} and float(g.memory["learner.busy/pull"]) == 2 * k
+        assert w.statistics.keys() == {"busy.path", "busy.logits", "busy.steps"}
+        for name, tensor in w.statistics.items():
+            torch.testing.assert_close(g.statistics[name], tensor)
+
+
+def test_texts_are_replayed_too() -> None:
+    here = busy(text=True)
+    require_same(here.together(), here.one_by_one())
+
+
+def test_a_null_learner_moves_no_bit() -> None:
+    """Nothing is overridden but what adds nothing; the draws of others do not move either."""
+    for augment in ("none", "crop_flip"):
+        bare = work(f"transform.augment={augment}", "adapter.dropout=0.3")
+        with_null = replace(bare, learners={"null": contracts.Learner(), "quiet": Quiet()})
+        for a, b in zip(bare.one_by_one(), with_null.one_by_one(), strict=True):
+            assert isinstance(a, ClientUpdate) and isinstance(b, ClientUpdate)
+            assert same_bits(a.params, b.params)
+        for a, b in zip(bare.together(), with_null.together(), strict=True):
+            assert isinstance(a, ClientUpdate) and isinstance(b, ClientUpdate)
+            assert same_bits(a.params, b.params)
+
+
+@dataclass(frozen=True)
+class Quiet(contracts.Learner):
+    """Looks at everything, draws, asks for another model, and adds nothing."""
+
+    def loss(self, state: LocalState, step: Step) -> None:
+        torch.rand(5, generator=step.draw)
+        step.model({n: 2 * t for n, t in step.start.items()})
+
+    def corrected(self, state: LocalState, gradients: Tensors, params: Tensors) -> Tensors:
+        return {n: g.clone() for n, g in gradients.items()}
+
+
+@dataclass(frozen=True)
+class Watcher(contracts.Learner):
+    """Notes what it sees."""
+
+    seen: list[Any] = field(default_factory=list)
+
+    def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        return positions[:1] - 1 if len(positions) > 2 else positions[:0]
+
+    def loss(self, state: LocalState, step: Step) -> None:
+        outputs = step.model(step.start)
+        self.seen.append((step, outputs, step.model(step.start) is outputs))
+
+
+def test_what_a_step_shows() -> None:
+    here = work("client.epochs=1", "client.lr=0.5")
+    watchers = {"a": Watcher(), "b": Watcher()}
+    one = replace(here, learners=watchers).works()[2]
+    assert isinstance(local.train(one), ClientUpdate)
+    first, second = watchers["a"].seen, watchers["b"].seen
+    own = [p for s, _, _ in first for p in s.positions[s.own]]
+    assert sorted(own) == sorted(one.shard)
+    for (a, outputs, once), (b, others, _) in zip(first, second, strict=True):
+        assert once and outputs is others, "one pass of a mapping, however many learners ask"
+        assert np.array_equal(a.positions, b.positions) and a.own == b.own
+        assert a.replayed.start == a.own.stop and b.replayed.start == a.replayed.stop
+        assert len(a.labels) == len(a.positions) == b.replayed.stop
+        assert torch.equal(a.labels, one.labels(a.positions))
+        assert list(a.classes) == list(CLASSES)
+        assert a.params.keys() == a.start.keys() and not any(t.requires_grad for t in a.start.values())
+        want = one.outputs(a.positions, a.start)
+        for got, expected in zip(outputs, want, strict=True):
+            torch.testing.assert_close(got, expected)
+    moved = first[-1][0]
+    assert any(not torch.equal(moved.params[n], t) for n, t in moved.start.items())
+    torch.testing.assert_close(first[0][0].logits, first[0][1].logits)  # at the first step nothing has moved
+
+
+@dataclass(frozen=True)
+class Wishful(contracts.Learner):
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        return {"teacher": context["teacher"]}
+
+
+@dataclass(frozen=True)
+class Renames(contracts.Learner):
+    def corrected(self, state: LocalState, gradients: Tensors, params: Tensors) -> Tensors:
+        return {"other": torch.zeros(1)}
+
+
+@dataclass(frozen=True)
+class Forgets(contracts.Learner):
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
+        return Ending({"x": torch.tensor(torch.nan)})
+
+
+@pytest.mark.parametrize(
+    ("learner", "reason"),
+    [
+        (Wishful(), "learner odd looks for the context 'teacher', which nobody sends in task 1, round 1 (there is nothing)"),
+        (Renames(), "learner odd: 'corrected' must give gradients of the same names, "),
+        (Forgets(), "memory 'learner.odd/x' holds NaN or infinity"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(learner: contracts.Learner, reason: str) -> None:
+    (failed, *_) = replace(work(), learners={"odd": learner}).one_by_one()
+    assert isinstance(failed, ClientFailed) and reason in failed.reason and "\n" not in failed.reason
+
+
+# ---------------------------------------------------------------- runs
+
+COUNTER = '''
+from dataclasses import dataclass
+import torch
+from fedsim.core import contracts
+from fedsim.core.contracts import Ending, Traits
+
+@dataclass(frozen=True)
+class Learner(contracts.Learner):
+    """Counts rounds in its memory, and what all clients have seen on the server, which tells them; pulls towards the teacher."""
+
+    @property
+    def traits(self):
+        return Traits(needs={"context teacher": "needs several tasks"})
+
+    def begin(self, work, memory, context, draw):
+        count = memory.get("count", torch.tensor(0.0))
+        assert float(context["own"]["rounds"]) == work.task * work.config.server.rounds + work.round
+        assert ("teacher" in context) == (work.task > 0)
+        return {"count": count, "told": context["own"]["sum"], "teacher": context.get("teacher")}
+
+    def loss(self, state, step):
+        rest = step.logits.mean() * 1e-3 * (state["count"] + state["told"])
+        return rest if state["teacher"] is None else rest + (step.logits - step.model(state["teacher"]).logits).square().mean()
+
+    def end(self, state, work, params, draw):
+        count = state["count"] + 1 + torch.rand((), generator=draw)
+        return Ending({"count": count}, {"count": count})
+
+    def opened(self, state, params, task):
+        return state or {"sum": torch.zeros((), dtype=torch.float64), "rounds": 0, "ends": 0, "moments": 0.0}
+
+    def context(self, state):
+        return {"sum": state["sum"].float(), "rounds": torch.tensor(float(state["rounds"]))}
+
+    def heard(self, state, total, clients):
+        return state | {"sum": state["sum"] + total["count"] / clients, "rounds": state["rounds"] + 1}
+
+    def closing(self, state, params):
+        from fedsim.core.messages import RoundPlan, StatisticRequest
+        return RoundPlan(statistics=(StatisticRequest("class_moments", ("head.weight",), {"form": "scalar"}),))
+
+    def closed(self, state, params, total):
+        seen = float(total["class_moments.count/head.weight"].sum())
+        return state | {"ends": state["ends"] + 1, "moments": state["moments"] + seen}
+'''
+
+
+def counting(tmp_path: Path, name: str, *overrides: str) -> Any:
+    (tmp_path / "counter.py").write_text(COUNTER)
+    learners = {"client": {"learners": [str(tmp_path / "counter.py")]}}
+    return tiny("server.rounds=2", *overrides, output=tmp_path / name, **learners)
+
+
+def test_both_halves_over_a_run(tmp_path: Path) -> None:
+    """Its sums, its context and its pass at a task's end; a run that is stopped goes on to the same bits."""
+    config = counting(tmp_path, "whole", "server.aggregator=fedavg")
+    state = final_state(run(config).path, config)
+    server = state.learners["counter"]
+    assert server["rounds"] == 2 * len(state.classes and {c.task for c in state.classes}) and server["ends"] == 2
+    assert server["moments"] == 72.0, "every training sample once"
+    assert state.bytes["down"]["context"] > 0
+    whole = counting(tmp_path, "one-by-one", "server.aggregator=prototype_margin")
+    other = final_state(run(whole).path, whole)
+    assert other.learners["counter"]["rounds"] == server["rounds"]
+    for stop in (1, 3):
+        cut = counting(tmp_path, f"cut-{stop}", "server.aggregator=fedavg")
+        with pytest.raises(KeyboardInterrupt):
+            run(cut, output=tmp_path / f"stopped-{stop}", progress=Stop(stop))
+        resumed = run(resume=tmp_path / f"stopped-{stop}")
+        assert same_bits(learned(state), learned(final_state(resumed.path, cut)))
+
+
+class Stop:
+    """Ctrl-C when the given number of rounds are done."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+
+    def __call__(self, event: Any) -> None:
+        self.left -= type(event).__name__ == "RoundDone"
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_received_is_on_the_device_once() -> None:
+    here = busy()
+    received = Received.on(here.model.device, here.jobs[0].params, here.jobs[0].plan)
+    assert received.context["teacher"].keys() == here.jobs[0].params.keys() and received.background == {}
+    assert isinstance(here.works()[0], Work) and isinstance(Outputs(torch.zeros(1), torch.zeros(1)), tuple)
