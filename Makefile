@@ -1,4 +1,4 @@
-# make run | test | check: each sets up what it needs in .venv first, and only once.
+# make run | test | matrix | check: each sets up what it needs in .venv first, and only once.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14 python3.10 python, \
 	$(shell $(p) -c 'import sys; sys.version_info >= (3, 10) and print("$(p)")' 2>/dev/null)))
@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test check format docs clean help
+.PHONY: run test matrix check format docs clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+matrix: $(VENV)/.installed-test  ## play every mix of parts, where the tests play every pair
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m matrix tests
 
 check: $(VENV)/.installed-dev  ## lint, format, types, import arrows
 	$(BIN)/ruff check .

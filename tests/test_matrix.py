@@ -1,63 +1,204 @@
-"""Every adapter and learner with every aggregator, consolidator and calibrator: it runs, or is refused in one clear line."""
+"""Adapters, heads, learners, channels and rules with each other: a mix runs, or is refused in one clear line.
+
+By default every pair of parts meets in some mix; `make matrix` plays every adapter with every aggregator, consolidator and
+calibrator.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedsim import matrix, simulation
+from fedsim.core import config as configs
 from fedsim.core import plugins
+from fedsim.core.config import ModelConfig
 from fedsim.core.errors import ConfigError, FedsimError, ModelError
 from fedsim.matrix import NONE, Mix
+from fedsim.models import pretrained
+from tests import pairs
+from tests.pairs import Choice, Cover, Options
 
-MIXES = matrix.mixes()
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+OPTIONS: Options = {
+    f.name: ([NONE] if f.default == NONE else []) + plugins.names(f"{f.name}s") for f in fields(Mix)
+}  # a field of `Mix` is called like its kind
+NOT_MIXED = {"data", "partition"}  # sections of a config that hold a plug-in, but are no part of a method
 
 
-def of(adapter: str, aggregator: str) -> Sequence[Mix]:
-    return [m for m in MIXES if (m.adapter, m.aggregator) == (adapter, aggregator)]
+@pytest.fixture(autouse=True, scope="module")
+def one_backbone() -> Iterator[None]:
+    """The random backbone is built by transformers once, which takes half of what a mix takes; every run gets a copy."""
+    built, loaded = pretrained.load, dict[str, Any]()
+
+    def load(config: ModelConfig) -> Any:
+        key = repr(config)
+        loaded[key] = loaded.get(key) or built(config)
+        return copy.deepcopy(loaded[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "load", load)
+        yield
 
 
-@pytest.mark.parametrize("aggregator", plugins.names("aggregators"))
-@pytest.mark.parametrize("adapter", plugins.names("adapters"))
-def test_every_mix_runs_or_says_why_not(adapter: str, aggregator: str) -> None:
+def presets() -> list[Choice]:
+    """The parts of every method that is one of the mixes."""
+    found = list[Choice]()
+    for path in sorted((matrix.PRESETS / "methods").glob("*.yaml")):
+        config = configs.load([matrix.PRESETS / "streams" / "omniglot.yaml", path])
+        sections = {**vars(config), **vars(config.server), "learner": config.client.learners}
+        chosen = {kind: sections[kind] if isinstance(sections[kind], list) else [sections[kind]] for kind in OPTIONS}
+        if all(len(some) <= 1 for some in chosen.values()):
+            found.append({kind: some[0]["name"] if some and some[0] else NONE for kind, some in chosen.items()})
+    return found
+
+
+@cache
+def obstacle(mix: Mix) -> str | None:
+    return mix.obstacle()
+
+
+@cache
+def covered() -> Cover:
+    def runs(choice: Choice) -> bool:
+        return obstacle(Mix(**choice)) is None
+
+    return pairs.cover(OPTIONS, runs, [choice for choice in presets() if runs(choice)])
+
+
+def plays(mix: Mix) -> None:
     """Whatever passes the checks before training ends with numbers: nothing is found out on the way."""
-    for mix in of(adapter, aggregator):
-        config = mix.config()
-        try:
-            parts = simulation.prepare(config)
-        except (ConfigError, ModelError) as refused:
-            told = str(refused)
-            assert "\n" not in told, mix
-            assert any(name in told for name in (adapter, aggregator, mix.consolidator, mix.calibrator)), (mix, told)
-            continue
-        del parts
-        results = simulation.rehearse(config)
-        assert results.accuracy.shape == (2, 2), mix
-        assert np.isfinite(results.accuracy[1]).all(), mix
-        assert np.isfinite(results.costs["bytes"]["up"].get("head", 0)), mix
+    results = simulation.rehearse(mix.config())
+    assert results.accuracy.shape == (2, 2), mix
+    assert np.isfinite(results.accuracy[1]).all(), mix
+    assert np.isfinite(results.costs["bytes"]["up"].get("head", 0)), mix
 
 
-def test_learners_take_turns_so_that_each_meets_every_part() -> None:
-    for kind in ("adapter", "aggregator", "consolidator", "calibrator"):
-        met = {(getattr(m, kind), m.learner) for m in MIXES}
-        names = {getattr(m, kind) for m in MIXES}
-        assert met == set(itertools.product(names, [NONE, *plugins.names("learners")])), kind
+def is_refused_clearly(mix: Mix) -> None:
+    with pytest.raises((ConfigError, ModelError)) as refused:
+        simulation.prepare(mix.config())
+    told = str(refused.value)
+    assert "\n" not in told, mix
+    assert any(name in told for name in astuple(mix)), (mix, told)
+
+
+@pytest.mark.parametrize("aggregator", OPTIONS["aggregator"])
+def test_every_pair_meets_in_a_mix_that_runs(aggregator: str) -> None:
+    for choice in covered().running:
+        if choice["aggregator"] == aggregator:
+            plays(Mix(**choice))
+
+
+def test_a_pair_that_never_runs_is_refused_in_one_line_that_names_a_part() -> None:
+    for choice in covered().refused.values():
+        is_refused_clearly(Mix(**choice))
+
+
+def test_all_pairs_are_covered() -> None:
+    """Each runs or was refused, never both; and every part runs with some part of every other kind."""
+    met = set().union(*map(pairs.met, covered().running))
+    assert met | set(covered().refused) == set(pairs.pairs(OPTIONS))
+    assert not met & set(covered().refused)
+    every = [(kind, part) for kind, some in OPTIONS.items() for part in some]
+    for (kind, part), other in itertools.product(every, OPTIONS):
+        assert kind == other or any(frozenset({(kind, part), (other, name)}) in met for name in OPTIONS[other]), (part, other)
+
+
+def test_the_page_describes_the_plugins_as_they_are() -> None:
+    assert PAGE.read_text(encoding="utf-8").startswith(matrix.descriptions()), "run `make docs`"
+
+
+def test_what_the_page_says_of_two_parts_is_so() -> None:
+    met = set().union(*map(pairs.met, covered().running))
+    for (rows, columns), cells in tables(PAGE.read_text(encoding="utf-8")).items():
+        for (row, column), cell in cells.items():
+            assert (cell == "✓") == (frozenset({(rows, row), (columns, column)}) in met), (row, column, "run `make docs`")
+
+
+def tables(page: str) -> dict[tuple[str, str], Mapping[tuple[str, str], str]]:
+    """The tables of what goes with what: (kind of rows, kind of columns) -> (row, column) -> cell."""
+    found: dict[tuple[str, str], Mapping[tuple[str, str], str]] = {}
+    for table in re.findall(r"^\| \w+ \\\\ \w+ \|.*\n(?:\|.*\n)+", page, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        kinds: tuple[str, ...] = tuple(head[0].split(" \\\\ "))
+        found[kinds[0], kinds[1]] = {(row[0], name): cell for row in rows for name, cell in zip(head[1:], row[1:], strict=True)}
+    assert len(found) >= 5
+    return found
+
+
+def test_every_kind_of_part_is_mixed() -> None:
+    """A section of a config that holds a plug-in is a field of `Mix`, and so meets all others."""
+    sections = {*configs.PLUGIN_KEYS, *configs.SERVER_PLUGIN_KEYS} - NOT_MIXED
+    assert {*OPTIONS} == sections | {"learner"}
+
+
+def test_a_cover_finds_what_goes_together_in_a_group_only() -> None:
+    """Of parts a0..a3, b0..b3, …: 0 goes with 0 only; of the others each with each, but for a1 with b1."""
+    options = {kind: [f"{kind}{i}" for i in range(4)] for kind in "abcd"}
+    calls = []
+
+    def runs(choice: Choice) -> bool:
+        calls.append(choice)
+        digits = {name[-1] for name in choice.values()}
+        return digits == {"0"} or ("0" not in digits and not {"a1", "b1"} <= {*choice.values()})
+
+    found = pairs.cover(options, runs, [{kind: f"{kind}0" for kind in options}])
+    everywhere = [dict(zip(options, names, strict=True)) for names in itertools.product(*options.values())]
+    possible = set().union(*(pairs.met(choice) for choice in everywhere if runs(choice)))
+    assert set().union(*map(pairs.met, found.running)) == possible
+    assert set(found.refused) == set(pairs.pairs(options)) - possible
+    assert len(found.running) <= 20 < sum(map(runs, everywhere)), "16 pairs of two kinds take 10 mixes at least"
 
 
 def test_most_parts_are_free_to_meet() -> None:
     """Merging rules, adapters and consolidators that merge go together, but for what needs LoRA pairs or sources."""
     for adapter, aggregator in itertools.product(("lora", "prefix", "vpt", "none"), ("fedavg", "fairavg", "variance_weighted")):
-        assert Mix(adapter, aggregator, "mean").obstacle() is None
+        assert obstacle(Mix(adapter, aggregator, "mean")) is None
     with pytest.raises(FedsimError, match="LoRA"):
         simulation.prepare(Mix("prefix", "fedavg", "regmean").config())
 
 
+# ---------------------------------------------------------------- the whole product
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("aggregator", OPTIONS["aggregator"])
+@pytest.mark.parametrize("adapter", OPTIONS["adapter"])
+def test_every_mix_runs_or_is_refused_clearly(adapter: str, aggregator: str) -> None:
+    for mix in matrix.mixes():
+        if (mix.adapter, mix.aggregator) == (adapter, aggregator):
+            if obstacle(mix) is None:
+                plays(mix)
+            else:
+                is_refused_clearly(mix)
+
+
+@pytest.mark.matrix
+def test_no_pair_that_runs_was_missed() -> None:
+    """Among the kinds that the product goes through: a pair that runs in any of its mixes is one that was found to."""
+    met = set().union(*map(pairs.met, covered().running))
+    for mix in matrix.mixes():
+        if obstacle(mix) is None:
+            chosen = {kind: part for kind, part in zip(OPTIONS, astuple(mix), strict=True) if part}
+            assert pairs.met(chosen) <= met, mix
+
+
+def test_learners_take_turns_so_that_each_meets_every_part() -> None:
+    for kind in ("adapter", "aggregator", "consolidator", "calibrator"):
+        met = {(getattr(m, kind), m.learner) for m in matrix.mixes()}
+        assert met == set(itertools.product(OPTIONS[kind], OPTIONS["learner"])), kind
+
+
+@pytest.mark.matrix
 def test_the_page_is_what_the_plugins_say() -> None:
     page = matrix.page()
     assert PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
