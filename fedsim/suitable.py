@@ -85,8 +85,10 @@ def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
 def run_words(config: SimConfig) -> dict[str, str]:
     """Words that the run itself gives -> the key and value that give them."""
     stream, server = config.stream, config.server
+    several_tasks = stream.tasks != 1 and not stream.joint
     found = [
-        ("several tasks", "stream.tasks", stream.tasks != 1 and not stream.joint),
+        ("several tasks", "stream.tasks", several_tasks),
+        (f"context {contracts.TEACHER}", "stream.tasks", several_tasks),  # the last task's model
         ("online", "stream.online", stream.online),
         ("augmentation", "transform.augment", config.transform.augment != "none"),
         (f"optimizer {config.client.optimizer.lower()}", "client.optimizer", True),

@@ -29,6 +29,7 @@ RUN_WORDS = [  # an override, and the word that it makes the run give
     ("server.rounds=4", "several rounds", "server.rounds: 4"),
     ("stream.tasks=3", "several tasks", "stream.tasks: 3"),
     ("stream.tasks=null", "several tasks", "stream.tasks: null"),
+    ("stream.tasks=2", "context teacher", "stream.tasks: 2"),
     ("server.participation=0.5", "drawn clients", "server.participation: 0.5"),
     ("server.pass_participation=drawn", "drawn passes", "server.pass_participation: drawn"),
     ("server.on_client_failure=skip", "clients may fail", "server.on_client_failure: skip"),
@@ -125,15 +126,17 @@ def test_words_of_our_own_parts_are_explained_and_can_be_met() -> None:
     """A word that is misspelt would be refused by nobody, or never be given."""
     kinds = [kind for kind, what in plugins.KINDS.items() if issubclass(what.contract, Part)]
     assert {"aggregators", "consolidators", "calibrators", "adapters"} <= set(kinds)
-    every = {f"{kind[:-1]} {name}": t for kind in kinds for name in plugins.names(kind) for t in traits_of(kind, name)}
+    every = {
+        f"{plugins.singular(kind)} {name}": t for kind in kinds for name in plugins.names(kind) for t in traits_of(kind, name)
+    }
     given_, asked = set[str](), set[str]()
     for found in every.values():
         given_ |= {*found.gives, *found.takes}
         asked |= {*found.needs, *found.refuses}
     run = words_of_runs()
     assert given_ <= set(WORDS)
-    assert asked <= {*WORDS, *run, *(kind[:-1] for kind in kinds), *every}
-    assert {word for found in every.values() for word in found.needs} <= {*given_, *run, *(kind[:-1] for kind in kinds), *every}
+    assert asked <= {*WORDS, *run, *map(plugins.singular, kinds), *every}
+    assert {word for found in every.values() for word in found.needs} <= {*given_, *run, *map(plugins.singular, kinds), *every}
 
 
 def traits_of(kind: str, name: str) -> list[Traits]:
@@ -256,3 +259,13 @@ def test_context_that_nobody_sends_is_refused_before_training(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"learner \S+reader\.py reads what aggregator fedavg does not tell clients"):
         prepare(tiny(*reader, "server.aggregator=fedavg"))
     rehearse(tiny(*reader, f"server.aggregator={tmp_path / 'sender.py'}"), rounds=1)
+
+
+def test_a_teacher_needs_a_task_before(tmp_path: Path) -> None:
+    (tmp_path / "reader.py").write_text(READER)
+    reader = f"client.learners=[{{name: {tmp_path / 'reader.py'}, reads: teacher}}]"
+    pupil = ("server.consolidator=none", "server.aggregator=fedavg", reader)
+    prepare(tiny(*pupil))
+    for one in ("stream.tasks=1", "stream.joint=true"):
+        with pytest.raises(ConfigError, match=r"reader\.py reads what aggregator fedavg does not tell clients"):
+            prepare(tiny(*pupil, one))

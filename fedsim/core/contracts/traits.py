@@ -21,6 +21,7 @@ WORDS: Mapping[str, str] = {
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
+    "the buffer": "samples that a client held before, kept and replayed by one learner",
     "learns one class": "something is learned even where a task has a single class, of which the cross-entropy is 0",
 }
 ONE_ROUND: Mapping[str, str] = {  # for a part's `refuses`
