@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -11,18 +11,22 @@ import torch
 from fedsim.core import rng
 from fedsim.core.contracts import CALIBRATOR
 from fedsim.core.events import Event
-from fedsim.core.messages import ClientUpdate, State, Tensors
+from fedsim.core.messages import State, Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import with_prefix
 from server.dispatch import statistics_pass
 from server.evaluation import seen_classes
+from server.gather import Round
 from server.state import ServerState, Simulation
 
 
-def calibrate(sim: Simulation, state: ServerState, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+def calibrate(sim: Simulation, state: ServerState, params: Tensors, round: Round) -> tuple[State, Tensors]:
     """The calibrator's new state, and the merged parameters with the head that it repaired."""
-    assert sim.calibrator is not None
-    return sim.calibrator.calibrate(state.calibrator, params, updates, sim.task_classes[: state.task + 1], _draw(sim, state))
+    rule, classes, draw = sim.calibrator, sim.task_classes[: state.task + 1], _draw(sim, state)
+    assert rule is not None
+    if CALIBRATOR in round.totals:
+        return rule.finish(state.calibrator, params, round.totals[CALIBRATOR], classes, draw)
+    return rule.calibrate(state.calibrator, params, round.updates, classes, draw)
 
 
 def repaired_at_end(

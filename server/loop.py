@@ -67,7 +67,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     repair = planning.repair_plan(sim, state)
     clients = sampling.taking_part(sim.config, state.task, state.round, sim.num_clients)
     plan, reply = planning.round_plan(sim, state, repair), planning.reply(sim, repair)
-    round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, planning.hearing(sim))
+    round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, planning.summing(sim, repair))
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
@@ -75,7 +75,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round, draw)
     calibrator = state.calibrator
     if repair is not None:
-        calibrator, params = heads.calibrate(sim, state, params, round.updates)
+        calibrator, params = heads.calibrate(sim, state, params, round)
     params = heads.old_rows_restored(sim, state, params)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import LEARNER, RULE, Aggregator, Calibrator, Consolidator, TaskStart
+from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, TaskStart
 from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
 from server import learners
@@ -20,23 +20,24 @@ def round_plan(sim: Simulation, state: ServerState, repair: RoundPlan | None) ->
     return _in_context(sim, state, plan)
 
 
-def hearing(sim: Simulation) -> tuple[str, ...]:
-    """The learners that look at a round's updates, as parts of a sum."""
-    return tuple(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners))
+def summing(sim: Simulation, repair: RoundPlan | None) -> tuple[str, ...]:
+    """Those beside the aggregator who look at a round's updates and take a sum: the calibrator and learners."""
+    calibrator = (CALIBRATOR,) if repair is not None and sim.calibrator is not None and sim.calibrator.additive else ()
+    return (*calibrator, *(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners)))
 
 
 def reply(sim: Simulation, repair: RoundPlan | None) -> Reply:
     """How a round's updates come back: as sums, where everybody who looks at them takes a sum."""
-    if sim.aggregator.additive and repair is None:  # a calibrator looks at every client's statistics
-        return Reply((RULE, *hearing(sim)))
-    return Reply()
+    beside = summing(sim, repair)
+    return Reply((RULE, *beside)) if sim.aggregator.additive and (repair is None or CALIBRATOR in beside) else Reply()
 
 
 def repair_plan(sim: Simulation, state: ServerState) -> RoundPlan | None:
     """What the calibrator (if any) asks for in this round; None: it does nothing."""
     if sim.calibrator is None:
         return None
-    return sim.calibrator.plan(state.calibrator, state.round, last=state.round == sim.config.server.rounds - 1)
+    last = state.round == sim.config.server.rounds - 1
+    return sim.calibrator.plan(state.calibrator, state.round, last, sim.task_classes[: state.task + 1])
 
 
 def isolated_plan(sim: Simulation, state: ServerState) -> RoundPlan:
@@ -80,7 +81,7 @@ def asked(
     plans = [rule.plan(state, r) for r in range(rounds)]
     plans += filter(None, (opening and opening.plan, consolidator.plan(kept, begun)))
     if calibrator is not None:
-        repairs = [calibrator.plan(calibrator.init(), r, last=r == rounds - 1) for r in range(rounds)]
+        repairs = [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
         plans += filter(None, (*repairs, calibrator.closing(calibrator.init(), classes)))
     return [request for plan in plans for request in plan.statistics]
 

@@ -18,11 +18,10 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tens
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 
 
-def asking(form: str, classes: Sequence[int]) -> RoundPlan:
-    """A pass for `class_moments` of a task's classes."""
-    return RoundPlan(
-        train=(), statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}),)
-    )
+def asking(form: str, classes: Sequence[int], blended: bool = False) -> RoundPlan:
+    """For `class_moments` of a task's classes."""
+    request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}, blended)
+    return RoundPlan(train=(), statistics=(request,))
 
 
 def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]:

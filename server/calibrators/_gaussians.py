@@ -1,7 +1,7 @@
 """Gaussians of class features on the server, and retraining of the head on features that are drawn from them.
 
 What the calibrators that draw features share. A class is known by a mixture of Gaussians: in every task, one for each client
-that told of it, or a single one for all of them (`pools`). The state holds, for every task and every class (a row of the head) of
+that told of it, or a single one for all of them. The state holds, for every task and every class (a row of the head) of
 which somebody told in it,
 
     {"gaussians": {task: {row: {"count": (M,), "mean": (M, D), "variance": (M, D)}}}}
@@ -30,7 +30,7 @@ from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
-from fedsim.core.tensors import from_upper_triangle, upper_triangle
+from fedsim.core.tensors import from_upper_triangle
 from server.evaluation import seen_classes
 
 SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
@@ -67,8 +67,8 @@ class GaussianCalibrator(contracts.Calibrator):
     clip_norm: float | None = 20.0
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
-        """One sample has no spread of its own, but counts where Gaussians are pooled."""
-        enough: NDArray[np.bool_] = (held_KC.sum(axis=0) if self.pools else held_KC.max(axis=0)) >= 2
+        """One sample has no spread of its own, but counts in a sum over clients."""
+        enough: NDArray[np.bool_] = (held_KC.sum(axis=0) if self.additive else held_KC.max(axis=0)) >= 2
         return enough
 
     def __post_init__(self) -> None:
@@ -101,15 +101,10 @@ class GaussianCalibrator(contracts.Calibrator):
 
     @property
     @abstractmethod
-    def pools(self) -> bool:
-        """Whether a class is known by one Gaussian, pooled over its clients."""
-
-    @property
-    @abstractmethod
     def inflation(self) -> float:
         """f, by which covariances are multiplied when features are drawn."""
 
-    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
+    def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": SENT[self.covariance][0]}, blended=True)
         return RoundPlan(train=(), statistics=(request,))
 
@@ -125,7 +120,19 @@ class GaussianCalibrator(contracts.Calibrator):
         draw: torch.Generator,
     ) -> tuple[State, Tensors]:
         """Raises AggregationError for an update without the statistics, and for what is no covariance."""
-        told = gather(updates, classes[-1], SENT[self.covariance][1], self.pools)
+        if self.additive:
+            return super().calibrate(state, params, updates, classes, draw)
+        return self.retrained(state, params, gather(updates, classes[-1], SENT[self.covariance][1]), classes, draw)
+
+    def retrained(
+        self,
+        state: State,
+        params: Tensors,
+        told: Mapping[int, Mapping[str, Tensor]],
+        classes: Sequence[Sequence[int]],
+        draw: torch.Generator,
+    ) -> tuple[State, Tensors]:
+        """The state with what was told of the current task's classes, and the parameters with the head's rows repaired."""
         state = remembering(state, len(classes) - 1, told)
         rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
         at_K = torch.tensor(rows, dtype=torch.long)
@@ -180,10 +187,10 @@ def _side_by_side(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str, pools: bool) -> dict[int, dict[str, Tensor]]:
-    """The Gaussians of those of `classes` that somebody told of. `second`: variance | covariance.
+def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str) -> dict[int, dict[str, Tensor]]:
+    """The Gaussians of those of `classes` that somebody told of, one for each client. `second`: variance | covariance.
 
-    A client that holds a single sample of a class has no Gaussian of its own; it counts where Gaussians are pooled.
+    A client that holds a single sample of a class has no Gaussian of it.
     """
     told: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {c: [] for c in classes}
     for update in updates:
@@ -193,38 +200,10 @@ def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str,
         if second == "variance":
             spread_row = mean_row  # that of a single sample is sent, as zeros
         for c in classes:
-            if count_C[c] >= (1 if pools else 2):
-                own = spread[spread_row[c]] if c in spread_row else spread.new_zeros(spread.shape[1])
-                told[c].append((count_C[c], mean_HD[mean_row[c]], own))
-    out = {}
-    for c, gaussians in told.items():
-        if not gaussians:
-            continue
-        count_M, mean_MD, spread_M = (torch.stack(column) for column in zip(*gaussians, strict=True))
-        if pools:
-            if float(count_M.sum()) < 2:
-                continue
-            count_M, mean_MD, spread_M = (t.to(mean_MD.dtype) for t in pooled(count_M, mean_MD, spread_M))
-        out[c] = {"count": count_M, "mean": mean_MD, second: spread_M}
-    return out
-
-
-def pooled(count_M: Tensor, mean_MD: Tensor, spread_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of the concatenated data, as one Gaussian, float64: n = Σ n_i, μ = Σ n_i μ_i / n, and
-    Σ = [Σ (n_i − 1) Σ_i + Σ n_i (μ_i − μ)(μ_i − μ)ᵀ] / (n − 1).
-
-    spread_M: variances (M, D), or upper triangles of covariances (M, D(D+1)/2).
-    """
-    n_M, mean_MD, spread_M = count_M.double(), mean_MD.double(), spread_M.double()
-    n = n_M.sum()
-    mean_D = n_M @ mean_MD / n
-    shift_MD = mean_MD - mean_D
-    if spread_M.shape == mean_MD.shape:
-        between = n_M @ shift_MD.square()
-    else:
-        between = upper_triangle(shift_MD.T @ (n_M[:, None] * shift_MD))
-    spread = ((n_M - 1) @ spread_M + between) / (n - 1)
-    return n[None], mean_D[None], spread[None]
+            if count_C[c] >= 2:
+                told[c].append((count_C[c], mean_HD[mean_row[c]], spread[spread_row[c]]))
+    columns = {c: [torch.stack(column) for column in zip(*found, strict=True)] for c, found in told.items() if found}
+    return {c: dict(zip(("count", "mean", second), found, strict=True)) for c, found in columns.items()}
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
@@ -27,8 +28,8 @@ class Calibrator(GaussianCalibrator):
 
     when: task_end (the paper) | round (fed-mammoth): after every round, on moments that the round's participants send with their
     updates, under each client's own module (in a blend with those of past tasks, where that is deployed); training goes on from
-    the repaired head. gaussian, with it: pooled, as above, of the round's participants | mixture (fed-mammoth): one of clients
-    i ~ n_ic / n_c, x ~ N(μ_ic, Σ_ic), those with a single sample left out.
+    the repaired head. gaussian, with it: pooled, as above, of the round's participants, summed | mixture (fed-mammoth): one of
+    clients i ~ n_ic / n_c, x ~ N(μ_ic, Σ_ic), those with a single sample left out; every update is needed for that.
     classes: seen, the rows of all tasks so far, on the Gaussians that were sent in each of them (of a class that comes again, of
     all its tasks) | task, the rows of the current task's classes alone; older ones are deployed as they were at their task's end.
     The paper has one task, so both are readings of it [ours]; task is fed-mammoth's, and goes with consolidators that keep old
@@ -73,7 +74,7 @@ class Calibrator(GaussianCalibrator):
         return self.classes == "seen"
 
     @property
-    def pools(self) -> bool:
+    def additive(self) -> bool:
         return self.gaussian == "pooled"
 
     @property
@@ -84,8 +85,12 @@ class Calibrator(GaussianCalibrator):
         """`head`: the rows that are deployed in the place of those that are trained (none with when: round)."""
         return {**super().init(), "head": {}}
 
-    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
-        return super().plan(state, round, last) if self.when == "round" else None
+    def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        if self.when == "task_end":
+            return None
+        if self.additive:
+            return asking(SENT[self.covariance][0], classes[-1], blended=True)
+        return super().plan(state, round, last, classes)
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         return asking(SENT[self.covariance][0], classes[-1]) if self.when == "task_end" else None
@@ -98,19 +103,27 @@ class Calibrator(GaussianCalibrator):
     ) -> State:
         if self.when == "round":
             return state
-        dtype, second = params[HEAD_WEIGHT].dtype, SENT[self.covariance][1]
-        n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
-        told = {
-            c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
-            for k, c in enumerate(classes[-1])
-            if n_K[k] >= 2
-        }
-        state = remembering(state, len(classes) - 1, told)
+        state = remembering(state, len(classes) - 1, self._told(params, total, classes[-1]))
         if not self.epochs:
             return state
         rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
         new = {c: {HEAD_WEIGHT: weight_KD[k], HEAD_BIAS: bias_K[k]} for k, c in enumerate(rows)}
         return {**state, "head": {**state["head"], **new}}
+
+    def finish(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
+        return self.retrained(state, params, self._told(params, total, classes[-1]), classes, draw)
+
+    def _told(self, params: Tensors, total: Tensors, classes: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """The pooled Gaussians of the classes with two samples or more."""
+        dtype, second = params[HEAD_WEIGHT].dtype, SENT[self.covariance][1]
+        n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
+        return {
+            c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
+            for k, c in enumerate(classes)
+            if n_K[k] >= 2
+        }
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
         head = state["head"]

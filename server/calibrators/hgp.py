@@ -46,10 +46,6 @@ class Calibrator(GaussianCalibrator):
             raise ConfigError(f"factor must not be negative, got {self.factor}")
 
     @property
-    def pools(self) -> bool:
-        return False
-
-    @property
     def inflation(self) -> float:
         if self.factor is not None:
             return self.factor

@@ -24,18 +24,20 @@ from torch import Tensor
 
 from clients import samples as stored
 from fedsim.core.config import SimConfig, build
+from fedsim.core.contracts import sent
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.messages import ClientUpdate, Reply, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import from_upper_triangle, matching, upper_triangle
 from fedsim.runs.results import Results
 from fedsim.simulation import prepare, run
-from server import loop
+from server import heads, loop, planning
 from server.calibrators._gaussians import GaussianCalibrator, Mixture, cholesky, head_gradient
 from server.calibrators.ccvr import Calibrator as Ccvr
 from server.calibrators.hgp import Calibrator as Hgp
 from server.calibrators.nearest_mean import Calibrator as NearestMean
+from server.gather import Round
 from server.state import ServerState
 from tests.tiny import final_state, same_bits, tiny
 
@@ -87,6 +89,20 @@ def make_params(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return out | {"head.bias": torch.randn(CLASSES, dtype=dtype, generator=torch_stream(1, "head.bias"))}
 
 
+def asked_for(update: ClientUpdate, classes: Sequence[int]) -> ClientUpdate:
+    """The update to a plan that asks for these classes alone."""
+    count_C = sent(update, "class_moments.count/head.weight")
+    if len(count_C) == len(classes):
+        return update
+    found = {}
+    for name, tensor in update.statistics.items():
+        least = 1 if "covariance" in name else 0
+        known = [c for c in range(CLASSES) if count_C[c] > least]
+        held = tensor[[known.index(c) for c in classes if c in known]]
+        found[name] = count_C[list(classes)] if "count" in name else held
+    return replace(update, statistics=found)
+
+
 def calibrated(
     rule: GaussianCalibrator,
     updates: Sequence[ClientUpdate],
@@ -98,6 +114,8 @@ def calibrated(
     """After a round of a task with these classes; `before`: the classes of the tasks before it."""
     generator = torch_stream(1, "calibrate")
     state = rule.init() if state is None else state
+    if rule.additive:
+        updates = [asked_for(update, classes) for update in updates]
     return rule.calibrate(state, params or make_params(), updates, (*before, tuple(classes)), generator)
 
 
@@ -283,14 +301,16 @@ def test_ccvr_trains_the_current_task_or_all(classes: str, trained: set[int]) ->
 
 def test_when_ccvr_works() -> None:
     once, always = Ccvr(), Ccvr(when="round")
-    assert once.plan(once.init(), 2, last=True) is None
+    assert once.plan(once.init(), 2, True, [(0, 1)]) is None
     (request,) = once.closing(once.init(), [(0, 1), (2, 5)]).statistics  # type: ignore[union-attr]
     assert (request.name, request.match) == ("class_moments", ("head.weight",))
     assert request.options == {"form": "covariance", "classes": [2, 5]}
     assert always.closing(always.init(), [(0, 1)]) is None
-    assert always.plan({}, 0, last=False) == always.plan({}, 2, last=True)
-    assert always.plan({}, 0, last=False).statistics[0].options == {"form": "covariance"}  # type: ignore[union-attr]
-    assert Hgp().plan({}, 0, last=False) is not None
+    seen = [(0, 1), (2, 5)]
+    assert always.plan({}, 0, False, seen) == always.plan({}, 2, True, seen)
+    assert always.plan({}, 0, False, seen).statistics[0].options == {"form": "covariance", "classes": [2, 5]}  # type: ignore[union-attr]
+    assert always.additive and not Hgp().additive and not Ccvr(gaussian="mixture", when="round").additive
+    assert Hgp().plan({}, 0, False, seen).statistics[0].options == {"form": "full"}  # type: ignore[union-attr]
     assert "old head rows rewritten" in Hgp().traits.gives
     held_KC = np.array([[1, 2, 1, 0], [1, 0, 0, 0]])
     for rule in (Hgp(), Ccvr(gaussian="mixture", when="round")):
@@ -338,8 +358,45 @@ def test_pooled_moments_are_those_of_the_concatenated_data(
 def test_one_client_pools_to_itself() -> None:
     update = [told(0, PAIR[0], dtype=torch.float32)]
     round = partial(Ccvr, when="round", covariance="diagonal", epochs=0)
-    alone, mixture = (calibrated(round(gaussian=kind), update, (0, 1, 3))[0] for kind in ("pooled", "mixture"))
-    assert same_bits(alone, mixture)
+    start = make_params(torch.float32)
+    alone, mixture = (
+        of_task(calibrated(round(gaussian=kind), update, (0, 1, 3), None, start)[0]) for kind in ("pooled", "mixture")
+    )
+    assert alone.keys() == mixture.keys() == {0, 1, 3}
+    for c, gaussian in mixture.items():
+        torch.testing.assert_close(alone[c], gaussian, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", "fedatt"])
+def test_moments_of_a_round_are_summed_where_clients_run(
+    aggregator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits from sums as from whole updates, of which nothing is left where both parts take sums; a rule that needs
+    every update gets them, statistics and all, and the calibrator its sum."""
+    ccvr = "server.calibrator={name: ccvr, when: round, covariance: diagonal}"
+    config = tiny(f"server.aggregator={aggregator}", "server.consolidator=mean", ccvr, "partition={name: iid, clients: 12}")
+    rounds, real = list[Round](), heads.calibrate
+
+    def watched(sim: Any, state: Any, params: Tensors, round: Round) -> Any:
+        rounds.append(round)
+        return real(sim, state, params, round)
+
+    monkeypatch.setattr(heads, "calibrate", watched)
+    ended = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(planning, "reply", lambda sim, repair: Reply())
+            monkeypatch.setattr(planning, "summing", lambda sim, repair: ())
+        results = run(config, output=tmp_path / str(whole))
+        ended.append(final_state(tmp_path / str(whole), config))
+        assert set(results.costs["bytes"]["up"]) == {"adapter", "head", "statistics"}
+    assert same_bits(ended[0].params, ended[1].params) and same_bits(ended[0].calibrator, ended[1].calibrator)
+    summed, kept = rounds[0], rounds[4]
+    assert set(summed.totals) == ({"rule", "calibrator"} if aggregator == "fedavg" else {"calibrator"})
+    assert any(u.statistics for u in summed.updates) == (aggregator == "fedatt")
+    assert not kept.totals and all(u.statistics for u in kept.updates)
+    classes, width = config.data["classes"] // 2, 16
+    assert summed.totals["calibrator"]["square"].shape == (classes, width)
 
 
 # ---------------------------------------------------------------- drawing

@@ -243,7 +243,8 @@ class Consolidator(Part, ABC):
 class Calibrator(Part):
     """Repairs the head from statistics of features. It works in one of two places, or in both:
 
-    after a round, from what comes with its updates (`plan`, `calibrate`): training goes on from the repaired head;
+    after a round, from what comes with its updates (`plan`, `calibrate`), or, if it is `additive`, from the sum of what `lift`
+    makes of them where clients run (`plan`, `lift`, `finish`): training goes on from the repaired head;
     at a task's end, from a pass through the model that is then deployed (`closing`, `lift`, `end_task`): what `deployed` makes of
     it is evaluated, and training goes on from the head as it was.
 
@@ -263,10 +264,16 @@ class Calibrator(Part):
     def init(self) -> State:
         return {}
 
-    def plan(self, state: State, round: int, last: bool) -> RoundPlan | None:
+    @property
+    def additive(self) -> bool:
+        """Whether a sum is all that it wants of a round's updates."""
+        return False
+
+    def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         """Statistics that are asked for on top of the aggregator's (`train` is ignored), of which those that are to see the
         features that are deployed are `blended`; None: nothing is done in this round. `last`: it is the task's last round."""
-        return None if type(self).calibrate is Calibrator.calibrate else RoundPlan(train=())
+        works = type(self).calibrate is not Calibrator.calibrate or type(self).finish is not Calibrator.finish
+        return RoundPlan(train=()) if works else None
 
     def calibrate(
         self,
@@ -276,7 +283,19 @@ class Calibrator(Part):
         classes: Sequence[Sequence[int]],
         draw: torch.Generator,
     ) -> tuple[State, Tensors]:
-        """New state and parameters, of which only `head.*` may differ, from the updates of a round in client-id order."""
+        """New state and parameters, of which only `head.*` may differ, from the updates of a round in client-id order. By default
+        of an additive calibrator: `finish` of the sum of their `lift`."""
+        if not self.additive:
+            return state, params
+        total = BlockSum()
+        for place, update in enumerate(updates):
+            total.add(place, 1, self.lift(update))
+        return self.finish(state, params, total.result() or {}, classes, draw)
+
+    def finish(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
+    ) -> tuple[State, Tensors]:
+        """What an additive calibrator makes of the sum of what `lift` gave of a round's updates: see `calibrate`."""
         return state, params
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
@@ -285,8 +304,8 @@ class Calibrator(Part):
         return None
 
     def lift(self, update: ClientUpdate) -> Tensors:
-        """One client's contribution to the sum over that pass, float64; every client gives the same names and shapes. Runs next
-        to the client."""
+        """One client's contribution to the sum over that pass, or over a round, float64; every client gives the same names and
+        shapes. Runs next to the client."""
         return lift_statistics(update)
 
     def end_task(
