@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clients import kept, optim
-from clients.kept import Lower
+from clients import optim
 from clients.learning import Learning, follows, statistic_of
+from clients.lower_states import LowerStates, lower_states
 from clients.work import Work, batches
 from fedsim.core.contracts import Outputs
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
@@ -46,7 +46,7 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
         metrics, below = {}, None
         with stage("training"):
             if work.trained or work.plan.statistics:
-                below = kept.lower(work.model, work.samples, work.shard, local, work.config.runtime)
+                below = lower_states(work.model, work.samples, work.shard, local, work.config.runtime)
             learning = Learning(work)
             if work.steps:
                 metrics["loss"] = fit(work, local, learning, below)
@@ -64,7 +64,7 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
     return ClientUpdate(job.client_id, len(work.shard), update, statistics, memory, metrics)
 
 
-def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: Lower | None = None) -> float:
+def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: LowerStates | None = None) -> float:
     """Train `local[work.trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite.
 
     below: what the frozen blocks make of the shard, if that is at hand.
@@ -72,7 +72,7 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: Lower |
     client, model = work.config.client, work.model
     augment, dropout = (work.draw(purpose, model.device) for purpose in ("augment", "dropout"))
     parameters = {n: local[n] for n in work.trained}
-    optimizer, schedule = optim.build(client, parameters, work.steps, fused=work.config.runtime.kernels == "onednn")
+    optimizer, schedule = optim.build(client, parameters, work.steps, fused_step=work.config.runtime.kernels == "onednn")
     losses: list[Tensor] = []
     with Frame(lambda: beside(model, work), lambda: model.applied(local, dropout)) as frame:
         for own in work.batches():
@@ -173,7 +173,7 @@ def last_epoch(losses: Tensor, epochs: int) -> float:
 
 
 @torch.no_grad()
-def collect(work: Work, local: Tensors, below: Lower | None = None) -> dict[str, Tensor]:
+def collect(work: Work, local: Tensors, below: LowerStates | None = None) -> dict[str, Tensor]:
     """The statistics of a plan, named `<statistic>.<form>/<subject>`.
 
     One pass over the shard without augmentation through the client's model, and one through the blend of past tasks'
@@ -194,7 +194,7 @@ def collect(work: Work, local: Tensors, below: Lower | None = None) -> dict[str,
 
 
 def one_pass(
-    work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], below: Lower | None = None
+    work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], below: LowerStates | None = None
 ) -> dict[str, Tensor]:
     """Statistics of several requests in one pass of the model with the parameters `through`."""
     out: dict[str, Tensor] = {}

@@ -22,19 +22,19 @@ CHOOSES = {"fused", "foreach", "capturable", "differentiable"}  # options that s
 
 
 def build(
-    client: ClientConfig, parameters: Mapping[str, Tensor], steps: int, fused: bool = False
+    client: ClientConfig, parameters: Mapping[str, Tensor], steps: int, fused_step: bool = False
 ) -> tuple[Optimizer, LRScheduler | None]:
     """A new optimizer over the parameters, in the groups that their names are in, and its schedule over `steps` steps (None:
     constant learning rates).
 
-    fused: in torch's fused form where the optimizer has one and the options do not say otherwise: the same step, rounded
+    fused_step: in torch's fused form where the optimizer has one and the options do not say otherwise: the same step, rounded
     elsewhere, in a third of the time. Raises ConfigError for names and options that torch does not have.
     """
     options: dict[str, Any] = {"lr": client.lr, **_numbers(client.optimizer_options, steps)}
     cls = _find(torch.optim, Optimizer, client.optimizer, "client.optimizer")
     if "weight_decay" in inspect.signature(cls).parameters:
         options.setdefault("weight_decay", client.weight_decay)
-    if fused and "fused" in inspect.signature(cls).parameters and not CHOOSES & options.keys():
+    if fused_step and "fused" in inspect.signature(cls).parameters and not CHOOSES & options.keys():
         options["fused"] = True
     eager.keep_compiler_out()
     optimizer = _make(cls, "client.optimizer_options", _in_groups(client, parameters, cls), **options)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.kept import LIMIT, Kept
+from clients.cache import Cache
 from fedsim.core.contracts import ArraySplit, IntArray
+
+LIMIT = 1 << 29  # bytes that one worker keeps of what it made of them, and the most that a single shard may take
 
 
 class Samples:
     """Inputs and labels of a split. On a GPU they live there; on the CPU batches are gathered from the (shared) arrays.
 
-    kept: what frozen blocks made of some of them.
+    cache: what frozen blocks made of some of them.
     """
 
     def __init__(self, split: ArraySplit, device: torch.device) -> None:
         self._arrays = dict(split.inputs) | {"labels": split.labels}
         self._device = device
-        self.kept = Kept(LIMIT)
+        self.cache = Cache[Any](LIMIT)
         self._resident: dict[str, Tensor] = {}
         if device.type != "cpu":
             self._resident = {k: torch.from_numpy(np.array(a)).to(device) for k, a in self._arrays.items()}

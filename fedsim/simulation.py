@@ -17,10 +17,10 @@ from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, TaskStart, require_finite
+from fedsim.core.contracts import Aggregator, Consolidator, TaskStart, require_finite_numbers
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
-from fedsim.core.events import Event, Kept, Note, RunDirOpened
+from fedsim.core.events import Event, Note, RunDirOpened, TensorsKept
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
@@ -99,7 +99,7 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         with _wired(parts, store) as sim:
             state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
             for step in _steps(sim, state):
-                if isinstance(step, Kept):
+                if isinstance(step, TensorsKept):
                     run_dir.keep(step)
                     continue
                 if isinstance(step, ServerState):
@@ -234,7 +234,7 @@ def _require_device(config: SimConfig) -> None:
 def check(config: SimConfig) -> None:
     """What can be known before any data is read: finite numbers, trackers' packages, optimizer and schedule, participation."""
     for name in configs.SECTIONS:  # those that Python made by hand have not come by the door
-        require_finite(getattr(config, name), name)
+        require_finite_numbers(getattr(config, name), name)
     tracking.check(config)
     optim.check(config.client)
     sampling.num_sampled(config.partition["clients"], config.server.participation)
@@ -341,7 +341,7 @@ def _stored(state: ServerState) -> dict[str, Any]:
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:
     """The config says which rule made the numbers, even if it came from Python."""
-    require_finite(rule, "aggregator")
+    require_finite_numbers(rule, "aggregator")
     described: Mapping[str, Any] = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     section = {"name": f"python:{type(rule).__module__}.{type(rule).__qualname__}", **described}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, aggregator=section))

@@ -15,7 +15,7 @@ REMOVE, RETAIN = "remove", "retain"
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class InputSpan:
     """The span of old inputs, stored as an orthonormal basis (float64) of itself (mode `remove`) or, once that takes up more than
     half of the space, of what is left beside it (mode `retain`): D/2 columns at most."""
 
@@ -33,19 +33,19 @@ class Memory:
         return complement(self.basis) if self.mode == REMOVE else self.basis
 
 
-def empty(inputs: int) -> Memory:
-    """The memory before the first task."""
-    return Memory(torch.zeros(inputs, 0, dtype=torch.float64))
+def empty(inputs: int) -> InputSpan:
+    """The span before the first task."""
+    return InputSpan(torch.zeros(inputs, 0, dtype=torch.float64))
 
 
-def free_directions(memory: Memory, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
+def free_directions(span: InputSpan, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     """The left singular vectors of P G, P the projection onto the free subspace: an orthonormal basis of all of it, (D, F), what
     new inputs use most in front; and their energies σ²/‖G‖²_F, (F,).
 
     Directions without energy end the list, so it has F columns even where G is of low rank. Signs: the largest entry of every
     column is positive. A Gram of zeros prefers no direction.
     """
-    free_DF, gram = memory.free, gram_DD.double()
+    free_DF, gram = span.free, gram_DD.double()
     total = gram.square().sum()
     if not bool(total > 0):
         return free_DF, torch.zeros(free_DF.shape[1], dtype=torch.float64)
@@ -54,23 +54,23 @@ def free_directions(memory: Memory, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     return _signed(free_DF @ left_FF), values_F.square() / total
 
 
-def updated(memory: Memory, gram_DD: Tensor, threshold: float, guarantee: bool = True) -> Memory:
-    """The memory with as many new directions, the most energetic first, as it takes to hold the share `threshold` of ‖G‖²_F.
+def updated(span: InputSpan, gram_DD: Tensor, threshold: float, guarantee: bool = True) -> InputSpan:
+    """The span with as many new directions, the most energetic first, as it takes to hold the share `threshold` of ‖G‖²_F.
 
     Both modes take the same directions: `remove` adds them to the span, `retain` takes them out of the free subspace.
-    guarantee: False takes one direction less in an empty memory (one at least), which holds less than the threshold.
+    guarantee: False takes one direction less in an empty span (one at least), which holds less than the threshold.
     """
-    directions_DF, energies_F = free_directions(memory, gram_DD)
+    directions_DF, energies_F = free_directions(span, gram_DD)
     held_F = (1 - energies_F.sum()) + energies_F.cumsum(0) - energies_F  # before each direction is taken
     count = int((held_F < threshold).sum()) if bool(energies_F.any()) else 0
-    if not guarantee and count > 1 and memory.mode == REMOVE and memory.basis.shape[1] == 0:
+    if not guarantee and count > 1 and span.mode == REMOVE and span.basis.shape[1] == 0:
         count -= 1
     new_DK, left_DF = directions_DF[:, :count], directions_DF[:, count:]
-    if memory.mode == REMOVE:
-        basis = torch.cat([memory.basis, new_DK], dim=1)
+    if span.mode == REMOVE:
+        basis = torch.cat([span.basis, new_DK], dim=1)
         if 2 * basis.shape[1] <= len(basis):
-            return Memory(_orthonormal(basis), REMOVE)
-    return Memory(_orthonormal(left_DF), RETAIN)
+            return InputSpan(_orthonormal(basis), REMOVE)
+    return InputSpan(_orthonormal(left_DF), RETAIN)
 
 
 def complement(basis_DK: Tensor) -> Tensor:

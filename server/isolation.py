@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import replace
 
 from fedsim.core.errors import ClientFailed
-from fedsim.core.events import ClientSkipped, Event, Kept
+from fedsim.core.events import ClientSkipped, Event, TensorsKept
 from fedsim.core.messages import ClientJob
 from server import sampling
 from server.gather import all_failed, say
@@ -28,7 +28,7 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
     plan, sizes = isolated_plan(sim, state), sim.shard_sizes[state.task]
     excluded = set(sim.config.server.without)
     clients = [c for c in range(sim.num_clients) if sizes[c] and c not in excluded]
-    yield Kept(state.task, "start", state.params)
+    yield TensorsKept(state.task, "start", state.params)
     order = sampling.longest_first(clients, sizes)
     jobs = [ClientJob(c, state.task, 0, state.params, plan, sim.store.memory(c)) for c in order]
     failures: list[ClientFailed] = []
@@ -47,7 +47,7 @@ def isolated_clients(sim: Simulation, state: ServerState) -> Generator[Event, No
                 if skip:
                     yield ClientSkipped(failures[-1])
             else:
-                yield Kept(state.task, f"client-{result.client_id}", result.params)
+                yield TensorsKept(state.task, f"client-{result.client_id}", result.params)
     if failures and not done and not skip:
         raise all_failed(failures)
     told = (*state.failures, *sorted(failures, key=lambda f: f.client_id))

@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from fedsim.core import rng
-from fedsim.core.events import Event, Kept, RoundDone, Row, RunStarted, TaskDone
+from fedsim.core.events import Event, RoundDone, Row, RunStarted, TaskDone, TensorsKept
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import require_finite
 from server import heads, learners, planning, sampling
@@ -99,9 +99,9 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     consolidator = sim.consolidator.end_task(state.consolidator, module, total)
     deployed = sim.consolidator.deployed(consolidator, module, finished=True)
     if sim.config.server.unlearning:
-        yield Kept(state.task, "end", state.params)
-        yield Kept(state.task, "module", module)
-        yield Kept(state.task, "total", total)
+        yield TensorsKept(state.task, "end", state.params)
+        yield TensorsKept(state.task, "module", module)
+        yield TensorsKept(state.task, "total", total)
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
     require_finite(deployed, f"task {state.task}: after the consolidation,")

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clients.statistics._inputs import wide
 from fedsim.core import contracts
 from fedsim.core.contracts import ClientWork, Context, Ending, LocalState
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import Tensors
+from fedsim.core.tensors import wide
 
 FORMS = ("movement", "gradient")
 

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedsim.core.tensors import wide
+
 ROWS = 256  # widened at a time: torch sums 16 × 16 rows at a time itself, so that up to 4,096 rows give the bits of one sum
 AT_ONCE = 1 << 17  # numbers that stay in the cache when they are widened: 1 MB
 KEPT = "_fedsim_inputs"  # attribute of a tensor that has been looked at; it goes when the tensor goes
@@ -55,8 +57,3 @@ def of(x: Tensor) -> Inputs:
         setattr(x, KEPT, kept)
     inputs: Inputs = kept[1]
     return inputs
-
-
-def wide(x: Tensor, copy: bool = False) -> Tensor:
-    """float64, on the CPU where the device has none (Apple's)."""
-    return x.detach().to(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64, copy=copy)

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clients.statistics._inputs import Inputs, wide
+from clients.statistics._inputs import Inputs
 from clients.statistics._inputs import of as inputs_of
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
-from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle
+from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle, wide
 
 WEIGHT = ".weight"
 FORMS = {  # form -> what its subjects may be

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clients.statistics._inputs import wide
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
+from fedsim.core.tensors import wide
 
 HELD_OUT = 5  # of so many samples one
 

@@ -114,7 +114,7 @@ class TaskDone:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TensorsKept:
     """Tensors that a run keeps beside its results, where `server.unlearning` asks for it.
 
     name: "start" and "end" (the parameters a task starts and ends with), "module" and "total" (what the consolidator was handed
@@ -140,4 +140,4 @@ class Note:
     text: str
 
 
-Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped | Note | Kept
+Event: TypeAlias = RunDirOpened | RunStarted | ClientDone | RoundDone | TaskDone | ClientSkipped | Note | TensorsKept

@@ -96,7 +96,7 @@ class ClientUpdate:
 
     memory: what the client remembers from now on, and is handed when it trains next; None: what it did before. So it is, whatever
     stands here, for a client without samples and in a pass for statistics. It never travels: the run keeps it (`server.store`).
-    sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
+    bytes_sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
     encoded: bytes of tensors that a channel has encoded, by name; the others travel as they are.
     """
 
@@ -106,12 +106,12 @@ class ClientUpdate:
     statistics: Tensors = field(default_factory=dict)
     memory: Tensors | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. {"loss": mean of the last epoch, "seconds": ...}
-    sent: Mapping[str, int] | None = None
+    bytes_sent: Mapping[str, int] | None = None
     encoded: Mapping[str, int] = field(default_factory=dict)
 
     def summed(self, observed: bool) -> ClientUpdate:
         """What is left of it once it is in a sum; an observed client keeps its trained tensors."""
-        return replace(self, params=self.params if observed else {}, statistics={}, sent=bytes_up(self))
+        return replace(self, params=self.params if observed else {}, statistics={}, bytes_sent=bytes_up(self))
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def num_bytes(tensors: Tensors) -> int:
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
     """Bytes that a client sends, by kind of object: its update in a deployment, whether it is summed here on the way or not.
     Statistics that are equal are sent once (see `server.ledger`), unless they are encoded."""
-    if update.sent is not None:
-        return dict(update.sent)
+    if update.bytes_sent is not None:
+        return dict(update.bytes_sent)
     kinds: dict[str, int] = {}
     for name, tensor in update.params.items():
         kind = name.partition(".")[0]

@@ -19,7 +19,7 @@ IntArray: TypeAlias = NDArray[np.int64]
 MAY_BE_INFINITE: Mapping[str, Any] = {"may_be_infinite": True}
 
 
-def require_finite(part: Any, where: str = "", values: Mapping[str, Any] | None = None) -> None:
+def require_finite_numbers(part: Any, where: str = "", values: Mapping[str, Any] | None = None) -> None:
     """Raise ConfigError for a number in the fields of a dataclass, or in lists and mappings of them, that is NaN or infinite.
 
     part: a dataclass or an object of it; values: of the fields, those of the object by default.

@@ -91,3 +91,8 @@ def with_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 def same_layout(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Same names, shapes and types."""
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].dtype == b[n].dtype for n in a)
+
+
+def wide(x: Tensor, copy: bool = False) -> Tensor:
+    """float64, on the CPU where the device has none (Apple's)."""
+    return x.detach().to(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64, copy=copy)

@@ -39,7 +39,7 @@ import fedsim
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
-from fedsim.core.events import Kept
+from fedsim.core.events import TensorsKept
 from fedsim.core.files import LOCK, held, remove_leftovers, storage_errors, write_atomic
 from fedsim.runs.environment import environment
 from fedsim.runs.rows import csv_bytes
@@ -202,7 +202,7 @@ class RunDir:
         self.write_json("environment.json", environment())
         self.write_status("running", manifest.hash)
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: TensorsKept) -> None:
         """Write tensors that unlearning will ask for. A run that goes on writes those of its task again, to the same bits."""
         from safetensors.torch import save
 
@@ -212,7 +212,7 @@ class RunDir:
         write_atomic(path, save({n: t.contiguous() for n, t in kept.tensors.items()}), self.advice)
 
     def vectors(self, task: int, name: str) -> Path:
-        """The file of `events.Kept`."""
+        """The file of `events.TensorsKept`."""
         return self.path / "vectors" / f"task-{task}" / f"{name}.safetensors"
 
     @property

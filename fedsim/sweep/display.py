@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
-from fedsim.sweep.launch import Begun, Ended, Event
+from fedsim.sweep.launch import Begun, Ended, SweepEvent
 from fedsim.sweep.plan import PlannedRun, SweepPlan
 from fedsim.watch.progress import duration
 
@@ -56,7 +56,7 @@ class SweepDisplay:
         if self._live is not None:
             self._live.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: SweepEvent) -> None:
         """Take note of an event, and show how things are."""
         if isinstance(event, Begun):
             self._going[event.run.label] = (event.run, self._clock())

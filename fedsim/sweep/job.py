@@ -24,7 +24,7 @@ from fedsim.runs.results import Results
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """What became of an attempt. "elsewhere": another process is at it. `final`: another attempt would fail alike."""
 
     state: Literal["finished", "failed", "elsewhere"]
@@ -43,20 +43,20 @@ class Cost:
     peak_bytes: int
 
 
-def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> Outcome:
+def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> JobResult:
     """Make a run, go on with it, or find it finished. A failure is kept in the folder until the run succeeds."""
     start = time.perf_counter()
     try:
         with lock_of(folder, entry).acquire(blocking=False):
             results, note = _in_its_folder(config, folder, entry)
             failure_file(folder, entry).unlink(missing_ok=True)
-            return Outcome("finished", time.perf_counter() - start, results.metrics[HEADLINE], note=note)
+            return JobResult("finished", time.perf_counter() - start, results.metrics[HEADLINE], note=note)
     except (Timeout, InUse):  # a sweep that makes the same run, or `fedsim run --resume`
-        return Outcome("elsewhere")
+        return JobResult("elsewhere")
     except Exception as e:
         final = isinstance(e, FedsimError) and e.exit_code == 2
         note_failure(folder, entry, one_line(e), attempt, "" if isinstance(e, FedsimError) else traceback.format_exc())
-        return Outcome("failed", time.perf_counter() - start, error=one_line(e), final=final)
+        return JobResult("failed", time.perf_counter() - start, error=one_line(e), final=final)
 
 
 def lock_of(folder: Path, entry: Entry) -> FileLock:

@@ -27,7 +27,7 @@ from fedsim.core.errors import PoolError, RunDirError, StorageError
 from fedsim.core.files import in_use
 from fedsim.runs.collection import verified
 from fedsim.runs.results import Results
-from fedsim.sweep.job import Cost, Outcome, lock_of, note_failure
+from fedsim.sweep.job import Cost, JobResult, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
 
 LOOK_S = 1.0  # how often runs are looked at that another sweep is making, and the display is given a turn
@@ -46,7 +46,7 @@ class Ended:
     """What became of an attempt; `again`: it is going to be tried once more."""
 
     run: PlannedRun
-    outcome: Outcome
+    outcome: JobResult
     attempt: int
     again: bool = False
 
@@ -56,7 +56,7 @@ class Tick:
     """Nothing happened for `LOOK_S` seconds: a display may look at the runs that go."""
 
 
-Event: TypeAlias = Begun | Ended | Tick
+SweepEvent: TypeAlias = Begun | Ended | Tick
 
 
 def finished(plan: SweepPlan) -> dict[str, Results]:
@@ -72,7 +72,7 @@ def finished(plan: SweepPlan) -> dict[str, Results]:
     return there
 
 
-def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[Event]:
+def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[SweepEvent]:
     """Make these runs, `launch.jobs` at a time.
 
     Raises PoolError when Ray does not start, StorageError for a folder that cannot be written.
@@ -212,14 +212,14 @@ def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[...
     return submit
 
 
-def _outcome(ref: Any, folder: Path, run: PlannedRun, attempt: int) -> Outcome:
+def _outcome(ref: Any, folder: Path, run: PlannedRun, attempt: int) -> JobResult:
     try:
-        outcome: Outcome = ray.get(ref)
+        outcome: JobResult = ray.get(ref)
         return outcome
     except ray.exceptions.RayError as e:  # the process died: out of memory, or killed
         error = f"its process died: {cluster.last_line(e)} (out of memory? fewer launch.jobs)"
         note_failure(folder, run.entry, error, attempt)
-        return Outcome("failed", error=error)
+        return JobResult("failed", error=error)
 
 
 def _free(folder: Path, run: PlannedRun) -> bool:

@@ -119,4 +119,4 @@ class Aggregator(contracts.Aggregator):
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.sent(update, f"class_moments.{form}/{WEIGHT}")
+    return contracts.statistic(update, f"class_moments.{form}/{WEIGHT}")

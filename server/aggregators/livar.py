@@ -138,7 +138,7 @@ class Aggregator(contracts.Aggregator):
     def _signals(self, update: ClientUpdate, layers: Sequence[str]) -> Tensor:
         """s^A and s^B of every layer, (2, L)."""
         keys = [f"path_integral.{self.signal}/{p}{factor}" for factor in (LORA_A, LORA_B) for p in layers]
-        return torch.stack([contracts.sent(update, key).double() for key in keys]).view(2, len(layers))
+        return torch.stack([contracts.statistic(update, key).double() for key in keys]).view(2, len(layers))
 
 
 def layer_weights(signal_a_KL: Tensor, signal_b_KL: Tensor, shares_K: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Moments:
 def received_moments(update: ClientUpdate) -> Moments:
     """What a client sent of its classes. Raises AggregationError when that is missing."""
     keys = [f"class_moments.{form}/{WEIGHT}" for form in ("count", "mean", "variance")]
-    count_C, mean_HD, variance_HD = (contracts.sent(update, key).double() for key in keys)
+    count_C, mean_HD, variance_HD = (contracts.statistic(update, key).double() for key in keys)
     classes_H = count_C.nonzero()[:, 0]
     return Moments(classes_H, count_C[classes_H], mean_HD, variance_HD.sum(dim=1))
 

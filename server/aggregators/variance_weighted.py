@@ -45,7 +45,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)
-        spread_C = contracts.sent(update, SPREAD).double()
+        spread_C = contracts.statistic(update, SPREAD).double()
         out = {name: weighted(t, n) for name, t in update.params.items()} | {
             "num_samples": n,
             SPREAD: spread_C,

@@ -78,4 +78,4 @@ def _placed(values_H: Tensor, held_K: Tensor) -> Tensor:
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.sent(update, f"class_moments.{form}/{HEAD_WEIGHT}").double()
+    return contracts.statistic(update, f"class_moments.{form}/{HEAD_WEIGHT}").double()

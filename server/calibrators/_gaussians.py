@@ -207,7 +207,7 @@ def gather(updates: Sequence[ClientUpdate], classes: Sequence[int], second: str)
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.sent(update, f"class_moments.{form}/{HEAD_WEIGHT}")
+    return contracts.statistic(update, f"class_moments.{form}/{HEAD_WEIGHT}")
 
 
 # ---------------------------------------------------------------- drawing

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits, sent
+from fedsim.core.contracts import Traits, statistic
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -73,8 +73,8 @@ class Calibrator(contracts.Calibrator):
 
     def lift(self, update: ClientUpdate) -> Tensors:
         """`count` (K,), `sum` (K, M), `gram` (T,) and `squares` (L,), zero where there is nothing to choose."""
-        squares_L = sent(update, SQUARES).double() if len(self.penalties) > 1 else torch.zeros(1, dtype=torch.float64)
-        return lifted(update) | {"gram": sent(update, GRAM).double(), "squares": squares_L}
+        squares_L = statistic(update, SQUARES).double() if len(self.penalties) > 1 else torch.zeros(1, dtype=torch.float64)
+        return lifted(update) | {"gram": statistic(update, GRAM).double(), "squares": squares_L}
 
     def end_task(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator

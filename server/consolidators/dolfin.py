@@ -20,7 +20,7 @@ from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, with_prefix
 from server import gpm
 from server.consolidators.regmean import require_pairs
-from server.gpm import Memory
+from server.gpm import InputSpan
 
 GRAM = "gram.full/"
 SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
@@ -50,7 +50,7 @@ class Consolidator(contracts.Consolidator):
     when_full: error | shrink (use the free directions there are, the rest of D_t is zero) when fewer than r are free.
     shared_inputs: names of layers (globs) that get the same inputs where one module holds them. A wrong entry voids D_t M = 0.
 
-    State: `task`, `past` (a list of modules), `memory` per layer (float64). Raises ConfigError when the adapter is not made of
+    State: `task`, `past` (a list of modules), `spans` per layer (float64). Raises ConfigError when the adapter is not made of
     LoRA pairs or no direction is left, and AggregationError when nobody sent statistics.
 
     Sources: the method by the paper's abstract and a review of it; D_t and DualGPM by the published code of InfLoRA. Ours: the
@@ -86,7 +86,7 @@ class Consolidator(contracts.Consolidator):
         return Traits(refuses={"old head rows rewritten": rewritten})
 
     def init(self) -> State:
-        return {"task": 0, "past": [], "memory": {}}
+        return {"task": 0, "past": [], "spans": {}}
 
     def opening(self, state: State, params: Tensors) -> Opening:
         # The last task's module is among those of the past already: `params` holds it still, so it gets no weight of its own.
@@ -97,10 +97,10 @@ class Consolidator(contracts.Consolidator):
         require_pairs(started, "dolfin designs")
         _require_rank(started)
         for first, layers in self._groups(started).items():
-            memory = _memory(state, first, started[first + LORA_A])
+            span = _span(state, first, started[first + LORA_A])
             for p in layers:
-                self._require_room(state["task"], p, started[p + LORA_A], memory)
-            directions_RD = self._directions(memory, first, total, max(len(started[p + LORA_A]) for p in layers))
+                self._require_room(state["task"], p, started[p + LORA_A], span)
+            directions_RD = self._directions(span, first, total, max(len(started[p + LORA_A]) for p in layers))
             for p in layers:
                 started[p + LORA_A] = _first_rows(directions_RD, started[p + LORA_A])
                 started[p + LORA_B] = torch.zeros_like(started[p + LORA_B])
@@ -114,11 +114,11 @@ class Consolidator(contracts.Consolidator):
     def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
         task: int = state["task"]
         threshold = self.threshold + (self.threshold_end - self.threshold) * min(task / self.tasks, 1.0)
-        memory = {}
+        spans = {}
         for first in self._groups(params):
-            old = _memory(state, first, params[first + LORA_A])
-            memory[first] = dict(vars(gpm.updated(old, _sent(total, first), threshold, self.guarantee)))
-        return {"task": task + 1, "past": [*state["past"], with_prefix(params, "adapter.")], "memory": memory}
+            old = _span(state, first, params[first + LORA_A])
+            spans[first] = dict(vars(gpm.updated(old, _sent(total, first), threshold, self.guarantee)))
+        return {"task": task + 1, "past": [*state["past"], with_prefix(params, "adapter.")], "spans": spans}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         modules = state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")]
@@ -140,9 +140,9 @@ class Consolidator(contracts.Consolidator):
             groups.setdefault(first, []).append(p)
         return groups
 
-    def _require_room(self, task: int, layer: str, a_RD: Tensor, memory: Memory) -> None:
-        (rank, inputs), kept = a_RD.shape, memory.basis.shape[1]
-        free = inputs - kept if memory.mode == gpm.REMOVE else kept
+    def _require_room(self, task: int, layer: str, a_RD: Tensor, span: InputSpan) -> None:
+        (rank, inputs), kept = a_RD.shape, span.basis.shape[1]
+        free = inputs - kept if span.mode == gpm.REMOVE else kept
         if free >= rank or (free and self.when_full == "shrink"):
             return
         others = " or adapter.rank, or set server.consolidator.when_full: shrink" if free else ""
@@ -151,9 +151,9 @@ class Consolidator(contracts.Consolidator):
             f"lower server.consolidator.threshold{others}"
         )
 
-    def _directions(self, memory: Memory, first: str, total: Tensors, rank: int) -> Tensor:
+    def _directions(self, span: InputSpan, first: str, total: Tensors, rank: int) -> Tensor:
         """D of the largest rank, float64. The rows of a smaller one come first in it."""
-        directions_DF = gpm.free_directions(memory, _sent(total, first))[0] if total else memory.free
+        directions_DF = gpm.free_directions(span, _sent(total, first))[0] if total else span.free
         return directions_DF[:, :rank].T / math.sqrt(3)
 
 
@@ -162,9 +162,9 @@ def _whole(modules: Sequence[Tensors], share: float = 1.0) -> Past:
     return Past(modules, [1.0] * len(modules), share)
 
 
-def _memory(state: State, layer: str, a_RD: Tensor) -> Memory:
-    held: Mapping[str, Mapping[str, Any]] = state["memory"]
-    return Memory(**held[layer]) if layer in held else gpm.empty(a_RD.shape[1])
+def _span(state: State, layer: str, a_RD: Tensor) -> InputSpan:
+    held: Mapping[str, Mapping[str, Any]] = state["spans"]
+    return InputSpan(**held[layer]) if layer in held else gpm.empty(a_RD.shape[1])
 
 
 def _first_rows(directions_RD: Tensor, like_RD: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clients import kept, local, optim
-from clients.kept import Kept, Lower
+from clients import local, lower_states, optim
+from clients.cache import Cache
+from clients.lower_states import LowerStates
 from clients.samples import Samples
 from clients.work import Work
 from fedsim.core import hardware
@@ -124,7 +125,7 @@ def test_fused_steps_are_the_same_steps(optimizer: str, options: dict[str, Any],
     found = []
     for wanted in (True, False):
         p = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
-        made, _ = optim.build(ClientConfig(optimizer=optimizer, optimizer_options=options), {"p": p}, steps=5, fused=wanted)
+        made, _ = optim.build(ClientConfig(optimizer=optimizer, optimizer_options=options), {"p": p}, steps=5, fused_step=wanted)
         if wanted:
             assert made.defaults.get("fused") == fused
         for i in range(5):
@@ -147,11 +148,11 @@ STATISTICS = (
 def test_keeping_what_is_frozen_changes_rounding_at_most(adapter: str, text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = RoundPlan(statistics=STATISTICS)
     here = client(UPPER[adapter], text=text)
-    below = kept.lower(here.model, here.samples, here.shard, here.params, here.config.runtime)
-    assert isinstance(below, Lower)
+    below = lower_states.lower_states(here.model, here.samples, here.shard, here.params, here.config.runtime)
+    assert isinstance(below, LowerStates)
     assert below.count == (2 if adapter == "none" else 1)
     got = here.train(plan)
-    monkeypatch.setattr(kept, "lower", lambda *args: None)
+    monkeypatch.setattr(local, "lower_states", lambda *args: None)
     require_close(got, client(UPPER[adapter], text=text).train(plan), here.params, 1e-3)
 
 
@@ -164,7 +165,7 @@ def test_found_or_computed_again_the_bits_are_the_same(adapter: str, text: bool)
     for other in (again, anew):
         assert same_bits(other.params, first.params)
         assert same_bits(other.statistics, first.statistics)
-    assert not forgetting.samples.kept.get((1, forgetting.shard.tobytes()))
+    assert not forgetting.samples.cache.get((1, forgetting.shard.tobytes()))
 
 
 def test_kept_blocks_are_not_run_again() -> None:
@@ -186,23 +187,23 @@ def test_kept_blocks_are_not_run_again() -> None:
 )
 def test_nothing_is_kept_where_all_changes(adapter: dict[str, Any], override: str) -> None:
     here = client(adapter, override)
-    assert kept.lower(here.model, here.samples, here.shard, here.params, here.config.runtime) is None
+    assert lower_states.lower_states(here.model, here.samples, here.shard, here.params, here.config.runtime) is None
 
 
 def test_a_shard_that_takes_too_much_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     size = COUNT * 5 * 16 * 4  # samples × tokens × width × bytes
     for limit, found in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(kept, "LIMIT", limit)
+        monkeypatch.setattr(lower_states, "LIMIT", limit)
         here = client(UPPER["lora"])
-        below = kept.lower(here.model, here.samples, here.shard, here.params, here.config.runtime)
+        below = lower_states.lower_states(here.model, here.samples, here.shard, here.params, here.config.runtime)
         assert (below is not None) == found
 
 
 def test_what_was_not_used_longest_goes_first() -> None:
-    def one() -> Lower:
-        return Lower(1, torch.zeros(10), np.arange(10), np.arange(10))
+    def one() -> LowerStates:
+        return LowerStates(1, torch.zeros(10), np.arange(10), np.arange(10))
 
-    store = Kept(limit=2 * one().nbytes)
+    store = Cache[LowerStates](limit=2 * one().nbytes)
     store.put("a", one())
     store.put("b", one())
     assert store.get("a")

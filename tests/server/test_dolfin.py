@@ -1,4 +1,4 @@
-"""DOLFIN: the memory against the published rule in plain numpy, and what it promises about old inputs.
+"""DOLFIN: the span against the published rule in plain numpy, and what it promises about old inputs.
 
 Shapes: D inputs, O outputs, R rank, K directions kept, N rows.
 """
@@ -32,7 +32,7 @@ from fedsim.simulation import run
 from server import checkpoint, gpm
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.consolidators.dolfin import Consolidator as Dolfin
-from server.gpm import Memory
+from server.gpm import InputSpan
 from server.state import ServerState
 from tests.clients.test_local import CLASSES, EVERYWHERE, client
 from tests.tiny import final_state, learned, same_bits, stopping, tiny
@@ -110,28 +110,28 @@ def published(basis: Array | None, mode: str, gram: Array, eps: float, guarantee
 @given(grams, thresholds, st.booleans())
 def test_memory_is_the_published_rule(tasks: list[Tensor], eps: float, guarantee: bool) -> None:
     size = len(tasks[0])
-    memory, basis, mode = gpm.empty(size), None, "remove"
+    span, basis, mode = gpm.empty(size), None, "remove"
     for gram in tasks:
-        memory = gpm.updated(memory, gram, eps, guarantee)
+        span = gpm.updated(span, gram, eps, guarantee)
         basis, mode, near = published(basis, mode, gram.numpy(), eps, guarantee)
         assume(near > 1e-9)
         want = torch.from_numpy(basis @ basis.T)
         want = want if mode == "retain" else torch.eye(size, dtype=torch.float64) - want
-        torch.testing.assert_close(projector(memory.free), want, rtol=0, atol=1e-7)
-        assert memory.mode == mode or 2 * basis.shape[1] == size  # at exactly a half, both modes are right
+        torch.testing.assert_close(projector(span.free), want, rtol=0, atol=1e-7)
+        assert span.mode == mode or 2 * basis.shape[1] == size  # at exactly a half, both modes are right
 
 
 @settings(max_examples=100, deadline=None)
 @given(grams, thresholds)
 def test_memory_stays_orthonormal_small_and_only_grows(tasks: list[Tensor], eps: float) -> None:
     size = len(tasks[0])
-    memory, identity = gpm.empty(size), torch.eye(size, dtype=torch.float64)
+    span, identity = gpm.empty(size), torch.eye(size, dtype=torch.float64)
     for gram in tasks:
-        old, memory = projector(memory.kept), gpm.updated(memory, gram, eps)
-        columns = memory.basis.shape[1]
+        old, span = projector(span.kept), gpm.updated(span, gram, eps)
+        columns = span.basis.shape[1]
         assert 2 * columns <= size
-        torch.testing.assert_close(memory.basis.T @ memory.basis, identity[:columns, :columns], rtol=0, atol=1e-12)
-        kept, free = projector(memory.kept), projector(memory.free)
+        torch.testing.assert_close(span.basis.T @ span.basis, identity[:columns, :columns], rtol=0, atol=1e-12)
+        kept, free = projector(span.kept), projector(span.free)
         torch.testing.assert_close(kept + free, identity, rtol=0, atol=1e-12)
         torch.testing.assert_close(free @ free, free, rtol=0, atol=1e-12)
         torch.testing.assert_close(kept @ old, old, rtol=0, atol=1e-9)
@@ -141,8 +141,8 @@ def test_memory_stays_orthonormal_small_and_only_grows(tasks: list[Tensor], eps:
 @settings(max_examples=100, deadline=None)
 @given(grams, thresholds)
 def test_both_modes_are_one_memory(tasks: list[Tensor], eps: float) -> None:
-    memory = gpm.updated(gpm.empty(len(tasks[0])), tasks[0], eps)
-    remove, retain = Memory(memory.kept, "remove"), Memory(memory.free, "retain")
+    span = gpm.updated(gpm.empty(len(tasks[0])), tasks[0], eps)
+    remove, retain = InputSpan(span.kept, "remove"), InputSpan(span.free, "retain")
     for gram in tasks:
         energies = [gpm.free_directions(m, gram)[1] for m in (remove, retain)]
         torch.testing.assert_close(energies[0], energies[1], rtol=0, atol=1e-12)
@@ -173,14 +173,14 @@ def test_without_the_guarantee_less_is_held() -> None:
 
 
 def test_free_directions_without_energy_end_the_list() -> None:
-    memory = gpm.updated(gpm.empty(D), gram_of("first"), 0.6)
-    free = memory.free.shape[1]
-    directions, energies = gpm.free_directions(memory, gram_of("second", rank=2))
+    span = gpm.updated(gpm.empty(D), gram_of("first"), 0.6)
+    free = span.free.shape[1]
+    directions, energies = gpm.free_directions(span, gram_of("second", rank=2))
     assert directions.shape == (D, free)
     assert energies[:2].min() > 1e-4
     assert energies[2:].max() < 1e-20
     torch.testing.assert_close(directions.T @ directions, torch.eye(free, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(memory.kept.T @ directions, torch.zeros_like(memory.kept.T @ directions), rtol=0, atol=1e-12)
+    torch.testing.assert_close(span.kept.T @ directions, torch.zeros_like(span.kept.T @ directions), rtol=0, atol=1e-12)
     assert bool((directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)) > 0).all())
 
 
@@ -227,8 +227,8 @@ def begin(
     return dict(rule.start_task(state, params, module("fresh", dtype=dtype), asked).params)
 
 
-def memory_of(state: State, layer: str = K_PROJ) -> Memory:
-    return Memory(**state["memory"][layer])
+def span_of(state: State, layer: str = K_PROJ) -> InputSpan:
+    return InputSpan(**state["spans"][layer])
 
 
 def delta(tensors: Any, layer: str) -> Tensor:
@@ -243,11 +243,11 @@ def delta(tensors: Any, layer: str) -> Tensor:
 def test_old_inputs_are_answered_as_before_whatever_is_trained(threshold: float, decay: float, tasks: int, mode: str) -> None:
     rule = Dolfin(threshold=threshold, threshold_end=threshold)
     state, params = play(rule, tasks, decay=decay)
-    memory = memory_of(state)
-    assert memory.mode == mode
+    span = span_of(state)
+    assert span.mode == mode
     started = begin(rule, state, params, tasks)
-    assert float((started[K_PROJ + A] @ memory.kept).norm()) <= 1e-8
-    x_DN = memory.kept @ draw(memory.kept.shape[1], 20, address="old inputs")
+    assert float((started[K_PROJ + A] @ span.kept).norm()) <= 1e-8
+    x_DN = span.kept @ draw(span.kept.shape[1], 20, address="old inputs")
     trained = {**started, **{n: t for n, t in module("trained").items() if n.endswith(B)}}
     before, after = rule.deployed(state, params, finished=True), rule.deployed(state, trained, finished=False)
     for layer in (K_PROJ, V_PROJ):
@@ -261,7 +261,7 @@ def test_what_float32_leaves() -> None:
     state, params = play(rule, 1, torch.float32)
     d_RD = begin(rule, state, params, 1, torch.float32)[K_PROJ + A]
     assert d_RD.dtype == torch.float32
-    left = float((d_RD.double() @ memory_of(state).kept).norm())
+    left = float((d_RD.double() @ span_of(state).kept).norm())
     assert 0 < left <= 2**-24 * math.sqrt(R / 3) + 1e-12
 
 
@@ -269,7 +269,7 @@ def test_design_is_the_leading_singular_vectors_of_what_is_free() -> None:
     rule = Dolfin(threshold=0.7)
     state, params = play(rule, 1)
     started = begin(rule, state, params, 1)
-    h, m = gram_of(f"start 1 {K_PROJ}{A}").numpy(), memory_of(state).kept.numpy()
+    h, m = gram_of(f"start 1 {K_PROJ}{A}").numpy(), span_of(state).kept.numpy()
     u = np.linalg.svd(h - m @ m.T @ h)[0][:, :R]
     got = started[K_PROJ + A].numpy() * math.sqrt(3)
     np.testing.assert_allclose(np.abs(got @ u), np.eye(R), atol=1e-9)
@@ -304,7 +304,7 @@ def test_directions_are_filled_up_where_inputs_are_of_low_rank() -> None:
     state, params = play(rule, 1, rank=1)
     d_RD = begin(rule, state, params, 1, rank=1)[K_PROJ + A]
     torch.testing.assert_close(d_RD @ d_RD.T, torch.eye(R, dtype=torch.float64) / 3, rtol=0, atol=1e-12)
-    assert float((d_RD @ memory_of(state).kept).norm()) <= 1e-8
+    assert float((d_RD @ span_of(state).kept).norm()) <= 1e-8
 
 
 def test_average_of_B_is_the_average_of_the_products() -> None:
@@ -353,9 +353,9 @@ def test_threshold_rises_with_the_tasks(task: int, eps: float) -> None:
     rule = Dolfin(threshold=0.6, threshold_end=1.0, tasks=5)
     params = module("any")
     total = sent(rule, params, "end")
-    got = rule.end_task({"task": task, "past": {}, "memory": {}}, params, total)
+    got = rule.end_task({"task": task, "past": {}, "spans": {}}, params, total)
     want = gpm.updated(gpm.empty(D), gram_of(f"end {K_PROJ}{A}"), eps)
-    torch.testing.assert_close(projector(memory_of(got).free), projector(want.free), rtol=0, atol=1e-9)
+    torch.testing.assert_close(projector(span_of(got).free), projector(want.free), rtol=0, atol=1e-9)
 
 
 def test_layers_that_share_their_inputs_cost_one_gram_and_get_one_design() -> None:
@@ -391,7 +391,7 @@ def test_sum_over_clients_is_the_second_moment_of_all_data() -> None:
     together, apart = {key: upper_triangle(pooled.T @ pooled)}, total.result() or {}
     a, b = (rule.start_task(rule.init(), params, {}, t).params[K_PROJ + A] for t in (together, apart))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    bases = [projector(memory_of(rule.end_task(rule.init(), params, t)).free) for t in (together, apart)]
+    bases = [projector(span_of(rule.end_task(rule.init(), params, t)).free) for t in (together, apart)]
     torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=1e-5)
 
 
@@ -399,7 +399,7 @@ def filled(columns: int) -> State:
     basis = torch.eye(D, dtype=torch.float64)[:, :columns]
     mode = "remove" if 2 * columns <= D else "retain"
     held = basis if mode == "remove" else gpm.complement(basis)
-    return {"task": 3, "past": {}, "memory": {K_PROJ: {"basis": held, "mode": mode}}}
+    return {"task": 3, "past": {}, "spans": {K_PROJ: {"basis": held, "mode": mode}}}
 
 
 def test_no_room_for_the_rank() -> None:
@@ -423,7 +423,7 @@ def test_without_statistics() -> None:
     rule, params = Dolfin(), module("any")
     started = rule.start_task(rule.init(), params, {}, {}).params  # the look before any training
     assert {n: t.shape for n, t in started.items()} == {n: t.shape for n, t in params.items()}
-    for columns in (3, D - R):  # even then nothing of the memory is touched
+    for columns in (3, D - R):  # even then nothing of the span is touched
         d_RD = rule.start_task(filled(columns), params, {}, {}).params[K_PROJ + A]
         assert not d_RD[:, :columns].any()
         assert float(d_RD.norm()) == pytest.approx(math.sqrt(R / 3))
@@ -504,10 +504,10 @@ def test_a_run_keeps_what_it_promises(tmp_path: Path) -> None:
         before = next(s for s in states if (s.task, s.round) == (task, 0))
         after = next(s for s in states if (s.task, s.round) == (task + 1, 0))
         during = [s for s in states if s.task == task and s.round > 0]
-        layers = list(before.consolidator["memory"])
+        layers = list(before.consolidator["spans"])
         assert len(layers) == 2
         for layer in layers:
-            kept_DK = memory_of(before.consolidator, layer).kept
+            kept_DK = span_of(before.consolidator, layer).kept
             assert kept_DK.shape[1] > 0
             for sibling in (layer, layer.replace("k_proj", "v_proj")):
                 new, old = rule.deployed(after.consolidator, {}, True), rule.deployed(before.consolidator, {}, True)
@@ -556,7 +556,7 @@ def test_shared_inputs_save_memory_and_change_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(results[0].accuracy, results[1].accuracy)
     a, b = (final_state(r.path, c) for r, c in zip(results, (apart, shared), strict=True))
     assert same_bits(dict(a.params), dict(b.params))
-    assert len(a.consolidator["memory"]) == 2 * len(b.consolidator["memory"])
+    assert len(a.consolidator["spans"]) == 2 * len(b.consolidator["spans"])
     assert a.bytes == b.bytes  # equal Grams travel once, asked for twice or not
     full = 16 * 17 // 2 * 4  # float32 numbers of a layer's upper triangle
     assert b.bytes["up"]["statistics"] == full * 2 * 2 * 2 * 3  # layers, start and end, tasks, clients

@@ -189,7 +189,7 @@ def test_a_rule_that_is_not_additive_gets_whole_updates() -> None:
     gathering = Gathering(Reply(), {})
     list(gathering.add(Bundle(0, (update(0), update(1)))))
     round = gathering.result()
-    assert not round.totals and all(u.params and u.sent is None for u in round.updates)
+    assert not round.totals and all(u.params and u.bytes_sent is None for u in round.updates)
 
 
 # ---------------------------------------------------------------- who is watched, and in which order

@@ -11,7 +11,7 @@ from rich.console import Console
 from fedsim import simulation
 from fedsim.sweep import estimate
 from fedsim.sweep.display import SweepDisplay, progress, share_done
-from fedsim.sweep.job import Cost, Outcome
+from fedsim.sweep.job import Cost, JobResult
 from fedsim.sweep.launch import Begun, Ended, Tick
 from fedsim.sweep.plan import SweepPlan
 from tests.sweep.test_plan import plan_of
@@ -37,10 +37,10 @@ def test_a_line_per_run_where_there_is_no_terminal(tmp_path: Path) -> None:
     with display:
         display(Begun(plan.runs[0], 1))
         clock.now += 30
-        display(Ended(plan.runs[0], Outcome("finished", 30.0, 41.25), 1))
-        display(Ended(plan.runs[1], Outcome("failed", 1.0, error="no luck"), 1, again=True))
-        display(Ended(plan.runs[1], Outcome("failed", 1.0, error="no luck"), 2))
-        display(Ended(plan.runs[2], Outcome("elsewhere"), 1))
+        display(Ended(plan.runs[0], JobResult("finished", 30.0, 41.25), 1))
+        display(Ended(plan.runs[1], JobResult("failed", 1.0, error="no luck"), 1, again=True))
+        display(Ended(plan.runs[1], JobResult("failed", 1.0, error="no luck"), 2))
+        display(Ended(plan.runs[2], JobResult("elsewhere"), 1))
         display(Tick())
     assert out.getvalue().splitlines() == [
         "[1/4] partition.alpha=0.1 seed=0: accuracy 41.2 %, 30 s, ETA 1:30 min",
@@ -58,7 +58,7 @@ def test_a_live_table_on_a_terminal(tmp_path: Path) -> None:
     with display:
         for run in plan.runs:
             display(Begun(run, 1))
-        display(Ended(plan.runs[0], Outcome("finished", 30.0, 41.25), 1))
+        display(Ended(plan.runs[0], JobResult("finished", 30.0, 41.25), 1))
     text = out.getvalue()
     assert "my_sweep: 0 of 2 done, 2 running, 0 waiting" in text
     assert "my_sweep: 1 of 2 done, 1 running, 0 waiting" in text
@@ -71,7 +71,7 @@ def test_quiet(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     display, _, out = shown(plan, terminal=True, quiet=True)
     with display:
-        display(Ended(plan.runs[0], Outcome("finished", 30.0, 41.25), 1))
+        display(Ended(plan.runs[0], JobResult("finished", 30.0, 41.25), 1))
     assert out.getvalue() == ""
 
 
@@ -80,7 +80,7 @@ def test_best_is_of_the_mean_over_seeds(tmp_path: Path) -> None:
     display, _, _ = shown(plan, terminal=False)
     assert display.best() == ""
     for run, accuracy in zip(plan.runs, (90.0, 60.0, 10.0, 60.0), strict=True):
-        display(Ended(run, Outcome("finished", 1.0, accuracy), 1))
+        display(Ended(run, JobResult("finished", 1.0, accuracy), 1))
     assert display.best() == "best so far 60.0 % partition.alpha=1.0"
 
 

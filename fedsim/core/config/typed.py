@@ -19,7 +19,7 @@ from typing import Any, Literal, Union
 
 from fedsim.core.config.text import join, plain
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean, one_line, require_choice
-from fedsim.core.numbers import require_finite
+from fedsim.core.numbers import require_finite_numbers
 
 _WHOLE = re.compile(r"[-+]?\d[\d_]*")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.?(inf|infinity)|\.?nan", re.IGNORECASE)
@@ -42,14 +42,14 @@ def typed(cls: Any, values: Mapping[str, Any], where: str) -> Any:
             arguments[f.name] = _of(hints[f.name], values[f.name], join(where, f.name))
         elif f.init and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{join(where, f.name)} must be given")
-    require_finite(cls, where, arguments)  # before the class computes with them
+    require_finite_numbers(cls, where, arguments)  # before the class computes with them
     try:
         made = cls(**arguments)
     except (ConfigError, PluginError) as e:
         raise type(e)(_below(where, str(e))) from e
     except Exception as e:  # a class of the user's own may check its options with what it likes
         raise ConfigError(f"{where}: {one_line(e)}") from e
-    require_finite(made, where)  # its defaults too
+    require_finite_numbers(made, where)  # its defaults too
     return made
 
 

@@ -44,11 +44,11 @@ from fedsim.core.contracts.server import (
     lift_statistics,
     lifts_of,
     require_updates,
-    sent,
+    statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
 from fedsim.core.contracts.traits import ONE_ROUND, WORDS, Part, Traits
-from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite
+from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
 __all__ = [
@@ -110,7 +110,7 @@ __all__ = [
     "lift_statistics",
     "lifts_of",
     "require_covered",
-    "require_finite",
+    "require_finite_numbers",
     "require_updates",
-    "sent",
+    "statistic",
 ]

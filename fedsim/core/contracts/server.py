@@ -110,7 +110,7 @@ def require_updates(updates: Sequence[ClientUpdate]) -> None:
         raise AggregationError("nothing to merge: the clients of this round hold no samples")
 
 
-def sent(update: ClientUpdate, key: str) -> Tensor:
+def statistic(update: ClientUpdate, key: str) -> Tensor:
     """A statistic that a plan asked for. Raises AggregationError when the client did not send it."""
     if key not in update.statistics:
         raise AggregationError(f"client {update.client_id} sent no '{key}': the plan of this rule must reach the clients")

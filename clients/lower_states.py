@@ -8,29 +8,22 @@ may run any client.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clients.samples import LIMIT, Samples
 from fedsim.core.config import RuntimeConfig
 from fedsim.core.contracts import IntArray
 from fedsim.core.messages import Tensors
 from fedsim.models.model import Model
 
-if TYPE_CHECKING:
-    from clients.samples import Samples
-
-LIMIT = 1 << 29  # bytes that one worker keeps, and the most that a single shard may take
-
 
 @dataclass(frozen=True, eq=False)
-class Lower:
+class LowerStates:
     """What comes out of the first `count` blocks, (n, L, D), or the features (n, D) if no block is left above."""
 
     count: int
@@ -40,7 +33,7 @@ class Lower:
 
     @property
     def nbytes(self) -> int:
-        """Of all that it holds, its key among the kept ones included."""
+        """Of all that it holds, its key in the cache included."""
         return self.states.nbytes + 2 * self.positions.nbytes + self.order.nbytes
 
     def features(self, model: Model, inputs: Tensors, positions: IntArray, lean: bool = False) -> Tensor:
@@ -61,34 +54,7 @@ class Lower:
         return model.untouched_blocks(params) >= self.count
 
 
-class Kept:
-    """The shards that were used last, within a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self._size = limit, 0
-        self._found: OrderedDict[Hashable, Lower] = OrderedDict()
-
-    def get(self, key: Hashable) -> Lower | None:
-        """A shard that is kept, which counts as used now."""
-        if key in self._found:
-            self._found.move_to_end(key)
-        return self._found.get(key)
-
-    def put(self, key: Hashable, lower: Lower) -> None:
-        """Keep a shard; those that were not used for the longest time make room."""
-        self._found[key] = lower
-        self._size += lower.nbytes
-        while self._size > self.limit:
-            self._size -= self._found.popitem(last=False)[1].nbytes
-
-
-def _as_long(states: Tensor, others: Tensor) -> Tensor:
-    """States of texts (n, L, D) with at least as many tokens as the others have; features (n, D) as they are."""
-    missing = others.shape[1] - states.shape[1] if states.dim() == 3 else 0
-    return F.pad(states, (0, 0, 0, missing)) if missing > 0 else states
-
-
-def lower(model: Model, samples: Samples, shard: IntArray, params: Tensors, runtime: RuntimeConfig) -> Lower | None:
+def lower_states(model: Model, samples: Samples, shard: IntArray, params: Tensors, runtime: RuntimeConfig) -> LowerStates | None:
     """A shard's states below the modules that `params` holds; None where there is nothing to gain, or no room."""
     if not len(shard):
         return None
@@ -96,14 +62,14 @@ def lower(model: Model, samples: Samples, shard: IntArray, params: Tensors, runt
     if not count or not model.enterable(samples.batch(shard[:1])[0]):
         return None
     key = count, shard.tobytes()
-    found = samples.kept.get(key)
+    found: LowerStates | None = samples.cache.get(key)
     if found is None:
         states = _computed(model, samples, shard, count, runtime.eval_batch)
         if states is None:
             return None
-        found = Lower(count, states, shard, np.argsort(shard, kind="stable"))
+        found = LowerStates(count, states, shard, np.argsort(shard, kind="stable"))
         if runtime.cache:
-            samples.kept.put(key, found)
+            samples.cache.put(key, found)
     return found
 
 
@@ -119,3 +85,9 @@ def _computed(model: Model, samples: Samples, shard: IntArray, count: int, chunk
         tokens = max(p.shape[1] for p in parts)
         parts = [F.pad(p, (0, 0, 0, tokens - p.shape[1])) for p in parts]
     return torch.cat(parts)
+
+
+def _as_long(states: Tensor, others: Tensor) -> Tensor:
+    """States of texts (n, L, D) with at least as many tokens as the others have; features (n, D) as they are."""
+    missing = others.shape[1] - states.shape[1] if states.dim() == 3 else 0
+    return F.pad(states, (0, 0, 0, missing)) if missing > 0 else states
