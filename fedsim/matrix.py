@@ -24,7 +24,7 @@ from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 
 KINDS = ("adapters", "learners", "aggregators", "consolidators", "calibrators")  # what is mixed
-SHOWN = ("adapters", "heads", "learners", "statistics", *KINDS[2:4], "merging", *KINDS[4:])  # what the page describes
+SHOWN = ("adapters", "heads", "learners", "statistics", "channels", *KINDS[2:4], "merging", *KINDS[4:])  # what the page describes
 PRESETS = Path(fedsim.__file__).parent.parent / "configs"
 NONE = "–"  # no learner beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {

@@ -294,8 +294,9 @@ def on_the_wire(
         return ()
     consolidator = configs.build("consolidators", server.consolidator)
     calibrator = None if server.calibrator is None else configs.build("calibrators", server.calibrator)
-    requests = planning.asked(rule, consolidator, calibrator, params, server.rounds, manifest.task_classes[:1])
-    return chain.suits(trained, requests, server.rounds * manifest.num_tasks, rule.additive and calibrator is None)
+    methods = configs.build_learners(config.client.learners)
+    statistics = planning.asked(rule, consolidator, calibrator, methods, params, server.rounds, manifest.task_classes[:1])
+    return chain.suits(trained, statistics, server.rounds * manifest.num_tasks, rule.additive)
 
 
 def check_statistics(requests: Sequence[StatisticRequest]) -> None:

@@ -15,7 +15,8 @@ to those who missed both; and a calibrator's pass at a task's end is sent the me
 What is fixed in a head (random projections) is drawn by every client from the run's seed, and does not travel.
 
 Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
-same inputs). Client memory does not travel; neither do data, names, and the head that an evaluation on the server uses.
+same inputs); of what a channel has encoded, the bytes of its encoded form. Client memory does not travel; neither do data, names,
+and the head that an evaluation on the server uses.
 """
 
 from __future__ import annotations

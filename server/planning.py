@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, TaskStart
-from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, Learner, TaskStart
+from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from server import learners
 from server.state import ServerState, Simulation
@@ -21,15 +21,19 @@ def round_plan(sim: Simulation, state: ServerState, repair: RoundPlan | None) ->
 
 
 def summing(sim: Simulation, repair: RoundPlan | None) -> tuple[str, ...]:
-    """Those beside the aggregator who look at a round's updates and take a sum: the calibrator and learners."""
+    """Those for whom a round's updates are summed however they come back: the calibrator and learners that take a sum, and the
+    aggregator where a channel changes what is summed."""
+    rule = (RULE,) if sim.chain.receives else ()
     calibrator = (CALIBRATOR,) if repair is not None and sim.calibrator is not None and sim.calibrator.additive else ()
-    return (*calibrator, *(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners)))
+    return (*rule, *calibrator, *(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners)))
 
 
 def reply(sim: Simulation, repair: RoundPlan | None) -> Reply:
     """How a round's updates come back: as sums, where everybody who looks at them takes a sum."""
     beside = summing(sim, repair)
-    return Reply((RULE, *beside)) if sim.aggregator.additive and (repair is None or CALIBRATOR in beside) else Reply()
+    if sim.aggregator.additive and (repair is None or CALIBRATOR in beside):
+        return Reply(tuple(dict.fromkeys((RULE, *beside))))
+    return Reply()
 
 
 def repair_plan(sim: Simulation, state: ServerState) -> RoundPlan | None:
@@ -70,20 +74,22 @@ def asked(
     rule: Aggregator,
     consolidator: Consolidator,
     calibrator: Calibrator | None,
+    methods: Mapping[str, Learner],
     params: Tensors,
     rounds: int,
     classes: Sequence[Sequence[int]],
-) -> list[StatisticRequest]:
-    """All statistics that clients are asked for in the first task: at its start, in its rounds, and at its end."""
+) -> list[str]:
+    """Names of all statistics that clients are asked for in the first task: at its start, in its rounds, and at its end."""
     kept = consolidator.init()
     begun = consolidator.start_task(kept, params, {}, {}).params
     state, opening = rule.init(begun), consolidator.opening(kept, begun)
-    plans = [rule.plan(state, r) for r in range(rounds)]
-    plans += filter(None, (opening and opening.plan, consolidator.plan(kept, begun)))
+    plans = [rule.plan(state, r) for r in range(rounds)] + [opening and opening.plan, consolidator.plan(kept, begun)]
     if calibrator is not None:
-        repairs = [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
-        plans += filter(None, (*repairs, calibrator.closing(calibrator.init(), classes)))
-    return [request for plan in plans for request in plan.statistics]
+        plans += [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
+        plans.append(calibrator.closing(calibrator.init(), classes))
+    plans += [method.closing(method.opened(None, begun, 0), begun) for method in methods.values()]
+    requests = [request.name for plan in plans if plan is not None for request in plan.statistics]
+    return [*dict.fromkeys((*requests, *learners.hearing(methods)))]
 
 
 def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:

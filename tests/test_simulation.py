@@ -56,6 +56,18 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "client": {"weight_decay": 0.1, "learners": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
     },
+    "channels": {  # memory of clients, draws of clients and of the server
+        "server": {
+            "channel": [
+                {"name": "topk", "share": 0.2},
+                {"name": "quantise", "bits": 4},
+                {"name": "clip_noise", "clip": 0.5, "noise": 0.1},
+            ],
+            "aggregator": "fairavg",
+            "consolidator": "none",
+            "participation": 0.67,
+        },
+    },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
         "adapter": {"name": "apt", "memory": 1},
@@ -190,7 +202,7 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
     assert same_bits(*states)
 
 
-@pytest.mark.parametrize("method", ["lorm", "groups", "every hook"])
+@pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels"])
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

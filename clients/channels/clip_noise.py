@@ -101,6 +101,10 @@ class Channel(contracts.Channel):
         return self.public if self.noise else ("*",)
 
     @property
+    def receives(self) -> bool:
+        return self.noise > 0
+
+    @property
     def last(self) -> str:
         return "what it clips must not grow any more, or its noise is too little" if self.noise else ""
 
@@ -135,8 +139,6 @@ class Channel(contracts.Channel):
         return replace(parcel, delta=delta), memory
 
     def receive(self, start: Tensors, total: Tensors, clients: int, draw: torch.Generator) -> Tensors:
-        if not self.noise:
-            return total
         std, names = self.noise * self.sensitivity, [n for n in total if n in start]
         noise = {n: std * torch.randn(total[n].shape, generator=draw, dtype=torch.float64) for n in names}
         return {**total, **{n: total[n] + noise[n] for n in names}}

@@ -52,6 +52,8 @@ class Channel(contracts.Channel):
         return ("*",)
 
     def send(self, start: Tensors, parcel: Parcel, memory: Tensors, draw: torch.Generator) -> tuple[Parcel, Tensors]:
+        if not parcel.delta:
+            return parcel, memory
         task, delta, codes = torch.tensor(parcel.task), dict(parcel.delta), dict(parcel.codes)
         residual = dict(memory) if TASK in memory and bool(memory[TASK] == task) else {}
         for name, change in parcel.delta.items():

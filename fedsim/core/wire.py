@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedsim.core import config as configs
-from fedsim.core import rng
+from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Channel, Parcel, require_covered
+from fedsim.core.contracts import RULE, Channel, Parcel, require_covered
 from fedsim.core.errors import ClientFailed, ConfigError, FedsimError, PluginError, one_line
-from fedsim.core.messages import ClientJob, ClientUpdate, StatisticRequest, Tensors
+from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
 from fedsim.core.tensors import require_finite, same_layout, with_prefix
 
 MEMORY = "channel."  # before the names of what channels remember
@@ -67,8 +66,8 @@ class Chain:
         parcel = Parcel(job.client_id, job.task, job.round, delta, update.statistics)
         memory, moved = dict[str, Tensor](), False
         for place, (name, channel) in enumerate(self.channels.items()):
-            require_covered(name, channel, job.plan.statistics, update.statistics)
-            prefix = f"{MEMORY}{place}.{Path(name).stem}/"
+            require_covered(name, channel, update.statistics)
+            prefix = f"{MEMORY}{place}.{plugins.short_name(name)}/"
             own = {n.removeprefix(prefix): t for n, t in with_prefix(job.memory, prefix).items()}
             draw = rng.torch_stream(self.seed, "channel", place, job.client_id, job.task, job.round, *_passing(job))
             before = parcel
@@ -91,18 +90,18 @@ class Chain:
 
     @property
     def receives(self) -> bool:
-        """Whether the server's side does anything, so that rules are to be given sums."""
-        return any(type(channel).receive is not Channel.receive for channel in self.channels.values())
+        """Whether a channel does anything on the server's side."""
+        return any(channel.receives for channel in self.channels.values())
 
-    def suits(self, trained: Sequence[str], requests: Sequence[StatisticRequest], rounds: int, additive: bool) -> tuple[str, ...]:
+    def suits(self, trained: Sequence[str], statistics: Sequence[str], rounds: int, additive: bool) -> tuple[str, ...]:
         """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
 
-        trained: names of tensors; requests: statistics that clients are asked for, as far as that is known; rounds: of the run;
+        trained: names of tensors; statistics: names of those that clients send, as far as that is known; rounds: of the run;
         additive: whether the rule merges from a sum."""
         notes: list[str] = []
         for name, channel in self.channels.items():
-            require_covered(name, channel, requests)
-            if self.receives and not additive:
+            require_covered(name, channel, statistics)
+            if channel.receives and not additive:
                 raise ConfigError(
                     f"server.channel: {name} changes the sum over clients, but the rule merges from their updates one by one: "
                     "use a rule that merges from a sum, such as fedavg or fairavg"
@@ -114,16 +113,12 @@ class Chain:
         self, start: Tensors, totals: Mapping[str, Tensors], updates: Sequence[ClientUpdate], task: int, round: int
     ) -> dict[str, Tensors]:
         """The sums over clients, by part of the run, as the server sees them. start: what the clients were sent."""
-        return {part: self._received(start, total, updates, (task, round, part)) for part, total in totals.items()}
-
-    def _received(
-        self, start: Tensors, total: Tensors, updates: Sequence[ClientUpdate], address: tuple[int, int, str]
-    ) -> Tensors:
-        clients = sum(u.num_samples > 0 for u in updates)
+        clients, received = sum(u.num_samples > 0 for u in updates), dict(totals)
         for place, channel in reversed([*enumerate(self.channels.values())]):
-            draw = rng.torch_stream(self.seed, "channel", place, *address)
-            total = channel.receive(start, total, clients, draw)
-        return total
+            for part, total in received.items() if channel.receives else ():
+                draw = rng.torch_stream(self.seed, "channel", place, task, round, part)
+                received[part] = channel.receive(start if part == RULE else {}, total, clients, draw)
+        return received
 
 
 def _passing(job: ClientJob) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from tests.tiny import tiny
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 SHAPES = ((), (1,), (3,), (2, 3), (0,), (0, 4), (2, 0, 3))
+CHANNELS = "server.channel=[{name: topk, share: 0.2}, quantise]"
 RANK_TOO_LARGE, BUG, DEATH, FAILURE, SLOW = range(90, 95)  # rounds in which `Scripted` misbehaves
 
 
@@ -109,6 +110,7 @@ updates = st.builds(
     statistics=tensors(),
     memory=st.none() | tensors(),
     metrics=st.dictionaries(st.text(max_size=8), st.floats(), max_size=3),
+    encoded=st.dictionaries(st.text(min_size=1, max_size=8), small, max_size=3),
 )
 
 
@@ -208,7 +210,7 @@ def test_the_spec_comes_back_and_its_arrays_map_one_file(tmp_path: Path) -> None
 def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkSpec:
     """Three clients, two tasks, dropout and augmentation, two workers with one thread each."""
     adapter = {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.2}
-    overrides = ("runtime.pool=flower", "runtime.workers=2", "transform.augment=affine", "runtime.max_restarts=1")
+    overrides = ("runtime.pool=flower", "runtime.workers=2", "transform.augment=affine", "runtime.max_restarts=1", CHANNELS)
     return prepare_data(tiny(*overrides, output=tmp_path_factory.mktemp("runs"), adapter=adapter))[1]
 
 
@@ -255,7 +257,7 @@ def test_training_has_the_bits_and_the_order_of_the_serial_pool(pool: Pool, spec
         jobs = make_jobs(spec, round, task)
         here, there = trained(serial.Pool(spec), jobs), trained(pool, jobs)
         assert [u.client_id for u in there if isinstance(u, ClientUpdate)] == [2, 0, 1]
-        assert all(isinstance(u, ClientUpdate) and u.statistics for u in there)
+        assert all(isinstance(u, ClientUpdate) and u.statistics and u.encoded and u.memory for u in there)
         assert same(learned(there), learned(here))
 
 

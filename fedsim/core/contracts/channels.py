@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError
-from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.messages import Tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,11 @@ class Channel(Part, ABC):
         return ()
 
     @property
+    def receives(self) -> bool:
+        """Whether `receive` does anything, so that the server's rules must be given sums."""
+        return type(self).receive is not Channel.receive
+
+    @property
     def last(self) -> str:
         """Why no other channel may come after it; empty: others may."""
         return ""
@@ -94,8 +99,8 @@ class Channel(Part, ABC):
     def receive(self, start: Tensors, total: Tensors, clients: int, draw: torch.Generator) -> Tensors:
         """The sum over clients, float64, as the rule (or who asked for statistics) is to see it.
 
-        start: the parameters that the clients received; clients: how many with samples are in the sum. Only rules that merge
-        from a sum go with a channel that overrides this.
+        start: the parameters that the clients received, empty where the sum is no rule's but of statistics alone; clients: how
+        many with samples are in the sum. Rules that do not merge from a sum are refused where a channel `receives`.
         """
         return total
 
@@ -111,13 +116,12 @@ class Channel(Part, ABC):
         return ()
 
 
-def require_covered(name: str, channel: Channel, requests: Iterable[StatisticRequest], others: Iterable[str] = ()) -> None:
-    """Raise ConfigError for a statistic that a channel does not cover: one that is asked for, or another name that travels."""
-    asked = dict.fromkeys(request.name for request in requests)
-    further = (n for n in others if not n.startswith(tuple(f"{request}." for request in asked)))
-    for statistic in (*asked, *further):
-        if not any(fnmatchcase(statistic, glob) for glob in channel.covers):
-            raise ConfigError(
-                f"server.channel: {name} does not cover the statistic '{statistic}', which clients would send beside their "
-                f"updates: use parts that ask for none, or leave {name} out"
-            )
+def require_covered(name: str, channel: Channel, statistics: Iterable[str]) -> None:
+    """Raise ConfigError for a statistic that a channel does not cover, by its name or by that of one of its tensors."""
+    globs = [g for glob in channel.covers for g in (glob, f"{glob}.*")]
+    free = next((s for s in statistics if not any(fnmatchcase(s, g) for g in globs)), None)
+    if free is not None:
+        raise ConfigError(
+            f"server.channel: {name} does not cover the statistic '{free}', which clients send beside their updates: use parts "
+            f"that need none, or leave {name} out"
+        )
