@@ -2,7 +2,7 @@
 
     python examples/private.py
 
-60 clients train the head of a small frozen backbone on synthetic images. The more noise, the smaller ε (what the merged models of
+40 clients train the head of a small frozen backbone on synthetic images. The more noise, the smaller ε (what the merged models of
 all rounds can tell of one client at most) and the lower the accuracy. Takes a few seconds and needs no data.
 """
 
@@ -13,9 +13,9 @@ from fedsim.simulation import rehearse
 
 BASE = {
     "name": "private",
-    "data": {"source": "synthetic", "classes": 4, "train_per_class": 150, "test_per_class": 100, "image_size": 8},
+    "data": {"source": "synthetic", "classes": 4, "train_per_class": 100, "test_per_class": 100, "image_size": 8},
     "stream": {"tasks": 1},
-    "partition": {"name": "iid", "clients": 60},  # the noise of the mean is noise · clip / clients
+    "partition": {"name": "iid", "clients": 40},  # the noise of the mean is noise · clip / clients
     "model": {
         "backbone": "random",
         "config": {
@@ -25,7 +25,7 @@ BASE = {
     },
     "adapter": "none",
     "client": {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.1},
-    "server": {"rounds": 5, "consolidator": "none", "evaluate": "task", "drift": False},
+    "server": {"rounds": 4, "consolidator": "none", "evaluate": "task", "drift": False},
     "runtime": {"pool": "serial", "device": "cpu"},
 }  # fmt: skip
 
