@@ -42,6 +42,12 @@ class Client:
         """Its samples as a statistic sees them."""
         return Seen(self.inputs_NI, self.features_ND, self.labels_N, CLASSES)
 
+    def of(self, classes: Sequence[int]) -> Client:
+        """Its samples of some classes."""
+        rows = torch.isin(self.labels_N, torch.tensor(list(classes)))
+        inputs = {layer: x[rows] for layer, x in self.inputs_NI.items()}
+        return Client(self.client_id, inputs, self.features_ND[rows], self.labels_N[rows])
+
     def repeated(self, times: int) -> Client:
         """The same samples several times over."""
         inputs = {layer: x.repeat(times, 1) for layer, x in self.inputs_NI.items()}

@@ -19,6 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,12 @@ class GaussianCalibrator(contracts.Calibrator):
     samples than features.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = {"float64": "in float32 other features are drawn than in float64"}
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"epochs": 1},
+        {"epochs": 1, "covariance": "full"},
+        {"epochs": 2, "normalise": False},
+    )
     covariance: str = "diagonal"
     samples_per_class: int = 256
     epochs: int = 5

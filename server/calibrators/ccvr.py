@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Calibrator(GaussianCalibrator):
     lacks the statistics.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"covariance": "diagonal", "classes": "task"},
+        {"when": "round", "gaussian": "mixture", "epochs": 2, "normalise": True},
+    )
     covariance: str = "full"
     samples_per_class: int = 200
     epochs: int = 1

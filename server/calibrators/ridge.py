@@ -57,9 +57,8 @@ class Calibrator(contracts.Calibrator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(
-            needs={"an affine head": "solves for the head's linear map, which {head} has not: use head: random_features"}
-        )
+        why = "solves for the head's linear map, which {head} has not: use head: random_features"
+        return Traits(super().traits.gives, needs={"an affine head": why})
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
         told: NDArray[np.bool_] = held_KC.sum(axis=0) >= 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Consolidator(contracts.Consolidator):
     threshold is met exactly, its `retain` takes one vector more (at ε = 1, all).
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"threshold": 0.4, "threshold_end": 0.6, "when_full": "shrink"},
+        {"threshold": 0.4, "threshold_end": 0.5, "when_full": "shrink", "guarantee": False, "tasks": 3},
+    )
     threshold: float = 0.95
     threshold_end: float = 1.0
     tasks: int = 10
@@ -80,7 +84,7 @@ class Consolidator(contracts.Consolidator):
     @property
     def traits(self) -> Traits:
         rewritten = (
-            "keeps the head's rows of old tasks as they are, which {other} trains: let that train the current task's classes "
+            "keeps the head's rows of old tasks as they are, which {other} replaces: let that train the current task's classes "
             "only, or use another consolidator"
         )
         return Traits(refuses={"old head rows rewritten": rewritten})

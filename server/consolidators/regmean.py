@@ -5,8 +5,9 @@ Shapes: T tasks, O outputs, I inputs, R rank (A_RI, B_OR, gram_II).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Consolidator(contracts.Consolidator):
     AggregationError when nobody sent statistics.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"decay": 0.5}, {"form": "full"})
     decay: float = 0.0
     form: str = "auto"
 

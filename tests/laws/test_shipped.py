@@ -8,7 +8,7 @@ from fedsim import laws
 from fedsim.core import plugins
 
 ELSEWHERE = ("aggregators",)  # tests/server/test_aggregators.py
-LAWFUL = ("adapters", "merging", "partitions", "sources", "statistics")
+LAWFUL = ("adapters", "calibrators", "consolidators", "heads", "merging", "partitions", "sources", "statistics")
 FROM_FILES = ("huggingface", "npz", "text")  # sources of data that the tests of the kind bring along
 
 
