@@ -84,7 +84,7 @@ class Consolidator(contracts.Consolidator):
     @property
     def traits(self) -> Traits:
         rewritten = (
-            "keeps the head's rows of old tasks as they are, which {other} replaces: let that train the current task's classes "
+            "keeps the head's rows of old tasks as they are, which {other} trains: let that train the current task's classes "
             "only, or use another consolidator"
         )
         return Traits(refuses={"old head rows rewritten": rewritten})
