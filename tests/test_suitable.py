@@ -23,6 +23,7 @@ def events_of(config: SimConfig, folder: Path) -> list[Event]:
 
 
 COLLECT = ("adapter=apt", "head=mixture", "server.rounds=1", "server.aggregator=collect", "server.consolidator=compose")
+PRIVATE = ("server.aggregator=fairavg", "server.consolidator=none", "server.channel=[{name: clip_noise, clip: 1, noise: 1}]")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,9 @@ COLLECT = ("adapter=apt", "head=mixture", "server.rounds=1", "server.aggregator=
             ["client.learners=[square, {name: square, kappa: 3}]"],
             "client.learners.1: 'square' is there already: name a learner once",
         ),
+        (["client.learners=[er, square]"], "er and learner square both take the place of the cross-entropy, .* choose one"),
+        ([*PRIVATE, "client.learners=[scaffold]"], "clip_noise does not cover the statistic 'scaffold', which clients send"),
+        ([*PRIVATE, "server.calibrator=nearest_mean"], "clip_noise does not cover the statistic 'class_moments'"),
         (
             [*COLLECT, "server.unlearning=true"],
             "collect keeps what every client becomes by itself, .*server.unlearning.* leave that out",
