@@ -9,8 +9,9 @@ probe works on copies, draws from addresses of its own, and leaves the global ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients import local
 from clients.samples import Samples
+from clients.work import Work
 from fedsim.core import plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, IntArray
-from fedsim.core.errors import ModelError, one_line
-from fedsim.core.messages import Tensors
+from fedsim.core.contracts import LEARNER, ArraySplit, IntArray, Learner, lifts_of
+from fedsim.core.errors import ClientFailed, ConfigError, FedsimError, ModelError, one_line
+from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
+from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.models import inject
 from fedsim.models.model import ADAPTER, Model
@@ -55,6 +59,40 @@ def require(config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, tr
         if probe.idle(samples.batch(training)[0]):
             probe.require_effect(samples.batch(_few(spec.train, spec.shard_indices, MANY))[0])
     _passed.add(key)
+
+
+def require_learners(
+    config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, trained: Sequence[str], learners: Mapping[str, Learner]
+) -> None:
+    """Raise ConfigError for a learner that fails in the first round of the first task: a batch or two of the client that holds
+    most, without memory, with what the learners' server halves tell then, through the channels and back to the server."""
+    if not learners:
+        return
+    states = {name: _asked(name, rule.opened, None, params, 0) for name, rule in learners.items()}
+    context = {f"{LEARNER}.{name}": _asked(name, rule.context, states[name]) for name, rule in learners.items()}
+    plan = RoundPlan(train=tuple(trained), context={name: tensors for name, tensors in context.items() if tensors})
+    client = max(range(spec.num_clients), key=lambda k: len(spec.shard(0, k)))
+    shard, classes = spec.shard(0, client)[: config.client.batch_size + 1], spec.task_classes[0]
+    job = ClientJob(client, 0, 0, params, plan)
+    once = replace(config, client=replace(config.client, epochs=1))
+    with torch.random.fork_rng(devices=[]):
+        update = local.train(Work.of(model, Samples(spec.train, model.device), shard, classes, job, once, learners))
+        if isinstance(update, ClientUpdate):
+            update = Chain.of(config).sent(job, update)
+    if isinstance(update, ClientFailed):
+        raise ConfigError(f"client.learners: a client's first round would fail in stage {update.stage}: {update.reason}")
+    lifts = lifts_of([f"{LEARNER}.{name}" for name in learners], None, None, learners) or {}
+    for (name, rule), lift in zip(learners.items(), lifts.values(), strict=True):
+        _asked(name, rule.heard, states[name], _asked(name, lift, update) or {}, spec.num_clients)
+
+
+def _asked(name: str, half: Callable[..., Any], *args: Any) -> Any:
+    """What a learner's server half gives. Raises ConfigError if it raises."""
+    try:
+        return half(*args)
+    except Exception as e:
+        reason = str(e) if isinstance(e, FedsimError) else one_line(e)
+        raise ConfigError(f"client.learners: the server half of {name} fails before the first round: {reason}") from e
 
 
 class _Probe:

@@ -179,10 +179,11 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     learners = configs.build_learners(config.client.learners)
     told = [note for learner in learners.values() for note in learner.suits(config, manifest.sizes)]
+    told += on_the_wire(config, rule, state.params, trained, manifest)
     probe.require(config, model, spec, state.params, trained)
-    wire = on_the_wire(config, rule, state.params, trained, manifest)
+    probe.require_learners(config, model, spec, state.params, trained, learners)
     told += hardware.too_many_threads(config.runtime.threads)
-    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *wire, *told)
+    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
     spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
     plugins.load("pools", config.runtime.pool).check(spec)
     return Prepared(config, rule, manifest, spec, model, state, notes)

@@ -270,3 +270,61 @@ def test_a_schedule_of_the_clients_own_steps_lasts() -> None:
 
 def test_no_adapter_needs_no_gradient() -> None:
     prepare(adapter={"name": "none"}, server={"aggregator": "fedavg"})
+
+
+# ---------------------------------------------------------------- learners
+
+FAULTY = """
+from dataclasses import dataclass
+import torch
+from fedsim.core import contracts
+from fedsim.core.contracts import Ending
+
+@dataclass(frozen=True)
+class Learner(contracts.Learner):
+    fault: str = ""
+
+    def begin(self, work, memory, context, draw):
+        return {"control": context["own"]["control"], "old": context["prototypes"] if self.fault == "context" else None}
+
+    def loss(self, state, step):
+        return step.logits.sum() * (float("nan") if self.fault == "loss" else 0.0)
+
+    def end(self, state, work, params, draw):
+        return Ending({}, {"count": torch.ones(2 if self.fault == "shape" else 1)})
+
+    def context(self, state):
+        return {"control": torch.zeros(1)} if self.fault != "server" else state["control"]
+
+    def heard(self, state, total, clients):
+        return {"control": torch.zeros(1, dtype=torch.float64).add_(total["count"])}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("", None),
+        ("context", "stage training: learner faulty looks for the context 'prototypes', which nobody sends in task 0, round 0"),
+        ("loss", "would fail in stage training: the loss is nan at step 1"),
+        ("server", "the server half of faulty fails before the first round: TypeError"),
+        ("shape", "the server half of faulty fails before the first round: RuntimeError"),
+    ],
+)
+def test_a_learner_that_would_fail_is_refused_before_training(fault: str, line: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "faulty.py"
+    file.write_text(FAULTY)
+    config = tiny(client={"learners": [{"name": str(file), "fault": fault}]})
+    if line is None:
+        simulation.prepare(config)
+        return
+    with pytest.raises(ConfigError) as e:
+        simulation.prepare(config)
+    assert line in str(e.value) and "\n" not in str(e.value)
+
+
+def test_what_a_learner_sends_must_be_covered_by_the_channels() -> None:
+    private = "server.channel=[{name: clip_noise, clip: 1.0, noise: 1.0}]"
+    sgd = ("client.optimizer=sgd", "server.aggregator=fairavg", "server.consolidator=none", "client.learners=[scaffold]")
+    with pytest.raises(ConfigError, match="scaffold"):
+        simulation.prepare(tiny(*sgd, private))
