@@ -16,6 +16,7 @@ from clients.learning import statistic_of
 from fedsim.core.contracts import Seen
 from fedsim.core.errors import ConfigError, PluginError
 from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import LORA_A, LORA_B, matching
 from fedsim.laws.frame import LawBroken
@@ -76,7 +77,7 @@ def make_params(dtype: torch.dtype = torch.float64, address: str = "params") -> 
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, (outputs, inputs) in LAYERS.items():
         shapes |= {layer + LORA_A: (RANK, inputs), layer + LORA_B: (outputs, RANK)}
-    shapes |= {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
+    shapes |= {HEAD_WEIGHT: (CLASSES, FEATURES), HEAD_BIAS: (CLASSES,)}
     return {n: torch.randn(s, dtype=torch.float64, generator=torch_stream(0, address, n)).to(dtype) for n, s in shapes.items()}
 
 

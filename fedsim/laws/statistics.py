@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedsim.core.contracts import Statistic
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.rng import torch_stream
 from fedsim.laws.comparing import ROUNDED, expect_bits, expect_close, expect_finite, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
@@ -41,7 +42,7 @@ class Echo(nn.Module):
         return inputs["features"]
 
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
-        return features @ params["head.weight"].T
+        return features @ params[HEAD_WEIGHT].T
 
     def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:
         return features

@@ -17,9 +17,8 @@ from fedsim.core import contracts
 from fedsim.core.contracts import ONE_ROUND, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_COUNT, HEAD_PROTOTYPES, HEAD_SCALE, HEAD_WEIGHT, SOURCE_CLIENT
 
-WEIGHT = "head.weight"
-COUNT, PROTOTYPES, SCALE, CLIENT = "head.count", "head.prototypes", "head.scale", "source.client"
 WEIGHTINGS = ("prototypes", "uniform")
 
 
@@ -79,15 +78,15 @@ class Aggregator(contracts.Aggregator):
         )
 
     def init(self, params: Tensors, task: int = 0) -> State:
-        if WEIGHT not in params:
+        if HEAD_WEIGHT not in params:
             raise ConfigError(
-                f"collect keeps a head per client, and '{WEIGHT}' is not among its tensors: let it have all of them"
+                f"collect keeps a head per client, and '{HEAD_WEIGHT}' is not among its tensors: let it have all of them"
             )
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
         form = "full" if self.weighting == "prototypes" else "scalar"
-        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": form}),))
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form}),))
 
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
@@ -95,9 +94,9 @@ class Aggregator(contracts.Aggregator):
         """The sources of this round take the place of those of an earlier one."""
         contracts.require_updates(updates)
         updates = sorted((u for u in updates if u.num_samples), key=lambda u: u.client_id)
-        sources = [{**params, **u.params, **self._described(u, params[WEIGHT])} for u in updates]
+        sources = [{**params, **u.params, **self._described(u, params[HEAD_WEIGHT])} for u in updates]
         stacked = {n: torch.stack([source[n] for source in sources]) for n in sources[0]}
-        return {"sources": stacked | {CLIENT: torch.tensor([u.client_id for u in updates])}}, params
+        return {"sources": stacked | {SOURCE_CLIENT: torch.tensor([u.client_id for u in updates])}}, params
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
         """The sources; before the first merge there are none, and it is the parameters."""
@@ -108,15 +107,15 @@ class Aggregator(contracts.Aggregator):
         """What a source tells of its classes and features."""
         count_C = _sent(update, "count")
         if self.weighting == "uniform":
-            return {COUNT: count_C}
+            return {HEAD_COUNT: count_C}
         held_C, mean_HD, variance_HD = count_C > 0, _sent(update, "mean").double(), _sent(update, "variance").double()
         n_H1 = count_C[held_C].double()[:, None]
         centre_D = (n_H1 * mean_HD).sum(0) / n_H1.sum()
         spread = (n_H1 * (mean_HD - centre_D).square() + (n_H1 - 1) * variance_HD).sum() / n_H1.sum()
         prototypes_CD = torch.zeros_like(like_CD)
         prototypes_CD[held_C] = mean_HD.to(like_CD.dtype)
-        return {COUNT: count_C, PROTOTYPES: prototypes_CD, SCALE: (self.temperature * spread).to(like_CD.dtype)}
+        return {HEAD_COUNT: count_C, HEAD_PROTOTYPES: prototypes_CD, HEAD_SCALE: (self.temperature * spread).to(like_CD.dtype)}
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.statistic(update, f"class_moments.{form}/{WEIGHT}")
+    return contracts.statistic(update, f"class_moments.{form}/{HEAD_WEIGHT}")

@@ -16,9 +16,9 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, stack_modules, sum_in_order, weighted
 from server.aggregators import variance_weighted
-from server.aggregators.variance_weighted import WEIGHT
 
 HEAD = variance_weighted.Aggregator()  # what merges the head's rows, and what is no LoRA pair beside them
 A_QUANTILES, B_QUANTILES = (0.25, 0.50), (0.60, 0.80)
@@ -81,13 +81,13 @@ class Aggregator(contracts.Aggregator):
 
     def init(self, params: Tensors, task: int = 0) -> State:
         layers = lora_layers(params)
-        if not layers and WEIGHT not in params:
+        if not layers and HEAD_WEIGHT not in params:
             raise ConfigError(
-                f"livar weighs LoRA layers and the rows of '{WEIGHT}', and its tensors hold neither: give them name: fedavg"
+                f"livar weighs LoRA layers and the rows of '{HEAD_WEIGHT}', and its tensors hold neither: give them name: fedavg"
             )
         if self.evaluated == "products" and not layers:
             raise ConfigError("evaluated: products is about pairs of LoRA factors, and there are none: use evaluated: merged")
-        return {"layers": layers, "head": WEIGHT in params, "signals": {}, "factors": [], "shares": []}
+        return {"layers": layers, "head": HEAD_WEIGHT in params, "signals": {}, "factors": [], "shares": []}
 
     def plan(self, state: State, round: int) -> RoundPlan:
         signals = StatisticRequest("path_integral", ("*" + LORA_A, "*" + LORA_B), {"form": self.signal})

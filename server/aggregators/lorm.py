@@ -17,9 +17,9 @@ from fedsim.core import contracts
 from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers
 from server.merging.regmean import (
-    HEAD,
     finish_linear,
     gram_request,
     lift_linear,
@@ -94,7 +94,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def plan(self, state: State, round: int) -> RoundPlan:
         phase = self.phase(round)
-        head = gram_request((HEAD,), resolve_form("auto", self.head_decay), self.head_decay, blended=True)
+        head = gram_request((HEAD_WEIGHT,), resolve_form("auto", self.head_decay), self.head_decay, blended=True)
         return RoundPlan(train=(f"*.lora_{phase}", "head.*"), statistics=(*self._adapter_grams(phase), head))
 
     def _adapter_grams(self, phase: str) -> tuple[StatisticRequest, ...]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import sum_in_order, weighted
 
-WEIGHT = "head.weight"
 CHOICES = {"deviation": ("ratio", "difference"), "distance": ("euclidean", "cosine")}
 
 
@@ -64,14 +64,14 @@ class Aggregator(contracts.Aggregator):
             raise ConfigError(f"gamma must be 0 (samples do not count) or 1 (they do), got {self.gamma}")
 
     def init(self, params: Tensors, task: int = 0) -> State:
-        if WEIGHT not in params:
+        if HEAD_WEIGHT not in params:
             raise ConfigError(
-                f"prototype_margin looks at the inputs of '{WEIGHT}', which is not among its tensors: match \"*\" with it"
+                f"prototype_margin looks at the inputs of '{HEAD_WEIGHT}', which is not among its tensors: match \"*\" with it"
             )
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "full"}),))
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": "full"}),))
 
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
@@ -113,7 +113,7 @@ class Moments:
 
 def received_moments(update: ClientUpdate) -> Moments:
     """What a client sent of its classes. Raises AggregationError when that is missing."""
-    keys = [f"class_moments.{form}/{WEIGHT}" for form in ("count", "mean", "variance")]
+    keys = [f"class_moments.{form}/{HEAD_WEIGHT}" for form in ("count", "mean", "variance")]
     count_C, mean_HD, variance_HD = (contracts.statistic(update, key).double() for key in keys)
     classes_H = count_C.nonzero()[:, 0]
     return Moments(classes_H, count_C[classes_H], mean_HD, variance_HD.sum(dim=1))

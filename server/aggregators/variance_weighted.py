@@ -15,9 +15,10 @@ from torch import Tensor
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import weighted
 
-WEIGHT, BIAS, SPREAD = "head.weight", "head.bias", "class_moments.spread/head.weight"
+SPREAD = f"class_moments.spread/{HEAD_WEIGHT}"
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Aggregator(contracts.AdditiveAggregator):
     exempt: ClassVar[Mapping[str, str]] = {"weights": "rows are weighted by the spread of their class, not by numbers of samples"}
 
     def init(self, params: Tensors, task: int = 0) -> State:
-        if WEIGHT not in params:
+        if HEAD_WEIGHT not in params:
             raise ConfigError(
-                f"variance_weighted weighs the rows of '{WEIGHT}', which is not among its tensors: match \"head.*\" with it"
+                f"variance_weighted weighs the rows of '{HEAD_WEIGHT}', which is not among its tensors: match \"head.*\" with it"
             )
         return {}
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=(StatisticRequest("class_moments", (WEIGHT,), {"form": "scalar"}, blended=True),))
+        return RoundPlan(statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": "scalar"}, blended=True),))
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         n = torch.tensor(float(update.num_samples), dtype=torch.float64)
@@ -50,10 +51,10 @@ class Aggregator(contracts.AdditiveAggregator):
             "num_samples": n,
             SPREAD: spread_C,
         }
-        if WEIGHT in update.params:
-            out[WEIGHT] = spread_C[:, None] * update.params[WEIGHT].double()
-        if BIAS in update.params:
-            out[BIAS] = spread_C * update.params[BIAS].double()
+        if HEAD_WEIGHT in update.params:
+            out[HEAD_WEIGHT] = spread_C[:, None] * update.params[HEAD_WEIGHT].double()
+        if HEAD_BIAS in update.params:
+            out[HEAD_BIAS] = spread_C * update.params[HEAD_BIAS].double()
         return out
 
     def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
@@ -64,9 +65,9 @@ class Aggregator(contracts.AdditiveAggregator):
         for name, old in params.items():
             if name not in total:
                 out[name] = old
-            elif name == WEIGHT:
+            elif name == HEAD_WEIGHT:
                 out[name] = torch.where(seen[:, None], total[name] / safe[:, None], old.double()).to(old.dtype)
-            elif name == BIAS:
+            elif name == HEAD_BIAS:
                 out[name] = torch.where(seen, total[name] / safe, old.double()).to(old.dtype)
             else:
                 out[name] = (total[name] / total["num_samples"]).to(old.dtype)

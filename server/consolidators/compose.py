@@ -13,8 +13,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import TaskStart, Traits
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import State, Tensors
-
-CLIENT, TASK = "source.client", "source.task"
+from fedsim.core.names import SOURCE_CLIENT, SOURCE_TASK
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,15 @@ class Consolidator(contracts.Consolidator):
 
 def _with_task(state: State, params: Tensors) -> dict[str, Tensor]:
     """The sources so far and those of the current task."""
-    if CLIENT not in params:
+    if SOURCE_CLIENT not in params:
         raise AggregationError(
-            f"compose takes one source per client, and '{CLIENT}' is not there: let the aggregator collect them"
+            f"compose takes one source per client, and '{SOURCE_CLIENT}' is not there: let the aggregator collect them"
         )
-    new = {**params, TASK: torch.full_like(params[CLIENT], state["tasks"])}
+    new = {**params, SOURCE_TASK: torch.full_like(params[SOURCE_CLIENT], state["tasks"])}
     past: Tensors = state["sources"]
     return {n: torch.cat([past[n], t]) for n, t in new.items()} if past else new
 
 
 def _origins(sources: Tensors) -> tuple[list[int], list[int]]:
     """Client and task of every source."""
-    return sources[CLIENT].tolist(), sources[TASK].tolist()
+    return sources[SOURCE_CLIENT].tolist(), sources[SOURCE_TASK].tolist()

@@ -17,11 +17,11 @@ from fedsim.core import contracts
 from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
 from server.linalg import ridged, solve_energies, solve_gram
 from server.merging.mean import WEIGHT
 
-HEAD = "head.weight"
 MAPS = ("*" + LORA_A, "*" + LORA_B, "adapter.*.weight")
 
 
@@ -50,7 +50,7 @@ class Merging(contracts.AdditiveMerging):
     def asks(self) -> tuple[StatisticRequest, ...]:
         """The head's features are those that will be deployed (blended)."""
         form = resolve_form(self.form, self.decay)
-        return gram_request(MAPS, form, self.decay), gram_request((HEAD,), form, self.decay, blended=True)
+        return gram_request(MAPS, form, self.decay), gram_request((HEAD_WEIGHT,), form, self.decay, blended=True)
 
     def lift(self, member: Member) -> Tensors:
         return lift_linear(member, self.ridge)
@@ -109,7 +109,7 @@ def received_gram(member: Member, name: str) -> Tensor | None:
         sent = member.statistics.get(f"gram.{form}/{name}")
         if sent is not None:
             return from_upper_triangle(sent.double()) if form == "full" else sent.double()
-    if name == HEAD or name.endswith((LORA_A, LORA_B)):
+    if name == HEAD_WEIGHT or name.endswith((LORA_A, LORA_B)):
         raise AggregationError(
             f"{member.who} sent '{name}' without its gram statistic: the plan of this rule must reach the clients"
         )
