@@ -34,6 +34,7 @@ from fedsim.laws.made_up import make_params, some_clients, stepped, synthesise
 TASKS, CLIENTS = 3, 3
 ADAPTER, CLIENT = "adapter.", "source.client"
 APART = "a module per client"  # the word of those that take no merged module
+REWRITES = "old head rows rewritten"  # the word of calibrators that do not go with rows that are kept
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _start(rule: Consolidator) -> None:
         expect_bits(with_prefix(began, "head."), with_prefix(scene.params, "head."), f"{scene}, the head that it starts with")
         if len(matching(began, scene.start.frozen)) == len(began):
             raise LawBroken(f"{scene}: '{', '.join(scene.start.frozen)}' freezes all tensors, so that nothing is left to train")
+        if scene.start.keeps_old_rows and REWRITES not in rule.traits.refuses:
+            raise LawBroken(f"{scene} keeps the head's rows of old classes, and the rule's traits do not refuse '{REWRITES}'")
         together = scene.start.past.together()
         if odd := [n for n in together if not n.startswith(ADAPTER)]:
             raise LawBroken(f"{scene}: '{odd[0]}' is among the modules of past tasks: they are made of {ADAPTER}* alone")
@@ -245,7 +248,11 @@ def _first_only(handed: Tensors) -> dict[str, Tensor]:
 
 
 LAWS: tuple[Law[Consolidator], ...] = (
-    Law("start", "a task starts with the head as it is and a whole module, of which something is left to train", _start),
+    Law(
+        "start",
+        "a task starts with the head as it is and a whole module, something is left to train, and traits say what is kept",
+        _start,
+    ),
     Law("first_task", "in the first task and after it, what is deployed does what was trained", _first_task),
     Law("layout", "what is deployed has the tensors of a model, of their types; the head is as it was trained", _layout),
     Law("finite", "from finite modules and statistics come finite ones", _finite),

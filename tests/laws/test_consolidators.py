@@ -32,6 +32,8 @@ class Changed(Mean):
             return TaskStart({n: 0.5 * t if n == "head.weight" else t for n, t in start.params.items()})
         if self.what == "frozen":
             return TaskStart(start.params, frozen=("*",))
+        if self.what == "keeping":
+            return TaskStart(start.params, keeps_old_rows=True)
         if self.what == "noisy":
             return TaskStart({n: t + 1e-12 * torch.rand_like(t) if "lora" in n else t for n, t in start.params.items()})
         if self.what == "in place":
@@ -81,6 +83,11 @@ def test_a_good_one_keeps_all() -> None:
         ("headless", "start", "task 0 starts with .*, not with the head and the tensors of a fresh module"),
         ("shrinking head", "start", "task 0, the head that it starts with: 'head.weight'"),
         ("frozen", "start", "freezes all tensors"),
+        (
+            "keeping",
+            "start",
+            "keeps the head's rows of old classes, and the rule's traits do not refuse 'old head rows rewritten'",
+        ),
         ("half", "first_task", "during the first task, what is deployed against what was trained"),
         ("wide", "layout", "is torch.float64 and should be torch.float32"),
         ("lost", "layout", "'head.weight' is not deployed"),
