@@ -50,6 +50,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("heads", "random_features"): {"size": 12},
     ("aggregators", "flower"): {"strategy": "FedMedian"},
     ("aggregators", "merged"): {"rule": "ties"},
+    ("consolidators", "merged"): {"rule": "ties"},
 }
 
 

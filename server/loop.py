@@ -96,7 +96,8 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     total, state = yield from statistics_pass(sim, state, planning.closing(sim, state), state.params)
     clock = time.perf_counter()
     module = sim.aggregator.deployed(state.aggregator, state.params)
-    consolidator = sim.consolidator.end_task(state.consolidator, module, total)
+    draw = rng.torch_stream(sim.config.seed, "consolidate", state.task)
+    consolidator = sim.consolidator.end_task(state.consolidator, module, total, draw)
     deployed = sim.consolidator.deployed(consolidator, module, finished=True)
     if sim.config.server.unlearning:
         yield TensorsKept(state.task, "end", state.params)

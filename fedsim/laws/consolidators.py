@@ -16,6 +16,7 @@ from torch import Tensor
 from clients.learning import statistic_of
 from fedsim.core.contracts import Consolidator, TaskStart, lift_statistics
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.rng import torch_stream
 from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, matching, with_prefix
 from fedsim.laws.comparing import (
@@ -66,7 +67,7 @@ def play(rule: Consolidator, dtype: torch.dtype = torch.float64, tasks: int = TA
     state = rule.init()
     params: Tensors = with_prefix(make_params(dtype), "head.")
     for task in range(tasks):
-        fresh = with_prefix(make_params(dtype, f"fresh {task}"), ADAPTER)
+        fresh = _fresh(dtype, task)
         asked = []
         opened = rule.opening(deepcopy(state), deepcopy(params)) if task else None
         if opened is not None:
@@ -80,9 +81,20 @@ def play(rule: Consolidator, dtype: torch.dtype = torch.float64, tasks: int = TA
         if plan is not None:
             asked.append(plan)
         total = {} if plan is None else _total(plan, trained, task)
-        after = rule.end_task(deepcopy(state), deepcopy(handed), deepcopy(total))
+        after = rule.end_task(deepcopy(state), deepcopy(handed), deepcopy(total), _draw(task))
         yield Scene(task, state, params, fresh, opening, start, trained, handed, tuple(asked), total, after)
         state, params = after, trained
+
+
+def _fresh(dtype: torch.dtype, task: int) -> dict[str, Tensor]:
+    """A module that does nothing yet: B is zero."""
+    drawn = with_prefix(make_params(dtype, f"fresh {task}"), ADAPTER)
+    return {n: torch.zeros_like(t) if n.endswith(LORA_B) else t for n, t in drawn.items()}
+
+
+def _draw(task: int) -> torch.Generator:
+    """What the merge at a task's end draws from: the same at every call."""
+    return torch_stream(0, "consolidate", task)
 
 
 def _handed(rule: Consolidator, params: Tensors) -> Tensors:
@@ -193,7 +205,7 @@ def _no_mutation(rule: Consolidator) -> None:
         given = deepcopy(before)
         rule.plan(given["state"], given["parameters"])
         rule.deployed(given["state"], given["parameters"], False)
-        rule.end_task(given["state"], given["parameters"], given["total"])
+        rule.end_task(given["state"], given["parameters"], given["total"], _draw(scene.task))
         expect_unchanged(given, before, f"{scene}, at its end")
         before = {"state": scene.after, "parameters": scene.handed}
         given = deepcopy(before)
@@ -206,7 +218,7 @@ def _state_file(rule: Consolidator) -> None:
         before, after = (through_file(state, "state", str(scene)) for state in (scene.before, scene.after))
         start = rule.start_task(before, deepcopy(scene.params), deepcopy(scene.fresh), deepcopy(scene.opening))
         expect_bits(start.params, scene.start.params, f"{scene}, started with a state from a file")
-        if not same(rule.end_task(before, deepcopy(scene.handed), deepcopy(scene.total)), scene.after):
+        if not same(rule.end_task(before, deepcopy(scene.handed), deepcopy(scene.total), _draw(scene.task)), scene.after):
             raise LawBroken(f"{scene}, ended with a state from a file: the new state is another one")
         expect_bits(rule.deployed(after, deepcopy(scene.handed), True), deployed(rule, scene), f"{scene}, a state from a file")
 
@@ -236,7 +248,7 @@ def _without(rule: Consolidator) -> None:
     gone = rule.without(deepcopy(last.after), [3], range(TASKS))
     state = rule.init()
     for scene in play(rule):
-        state = rule.end_task(state, _first_only(scene.handed), {})
+        state = rule.end_task(state, _first_only(scene.handed), {}, _draw(scene.task))
     want = rule.deployed(state, _first_only(last.handed), True)
     expect_close(
         rule.deployed(gone, deepcopy(last.handed), True), want, "without client 3, against tasks that it had no part in", EXACT

@@ -147,7 +147,8 @@ def _replayed(run: FinishedRun, clients: set[int], tasks: set[int], way: str, al
             removals = {n: [*(removals.get(n, []) if _goes_on(n, start, before) else []), *new] for n in whole}
             module = _combined({n: [(whole, 1.0), *terms] for n, terms in removals.items()})
         before = end
-        kept = run.consolidator.end_task(kept, module, run.vectors(task, "total"))
+        draw = rng.torch_stream(run.config.seed, "consolidate", task)
+        kept = run.consolidator.end_task(kept, module, run.vectors(task, "total"), draw)
     return run.consolidator.deployed(kept, module, finished=True)
 
 

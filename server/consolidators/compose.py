@@ -40,7 +40,7 @@ class Consolidator(contracts.Consolidator):
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         return TaskStart({**params, **fresh})
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         return {"tasks": state["tasks"] + 1, "sources": _with_task(state, params)}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:

@@ -19,7 +19,7 @@ from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, with_prefix
 from server import gpm
-from server.consolidators.regmean import require_pairs
+from server.consolidators._pairs import require_pairs
 from server.gpm import InputSpan
 
 GRAM = "gram.full/"
@@ -115,7 +115,7 @@ class Consolidator(contracts.Consolidator):
         subjects = tuple(first + LORA_A for first in self._groups(params))
         return RoundPlan(train=(), statistics=(StatisticRequest("gram", subjects, {"form": "full", "decay": 1.0}, blended=True),))
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         task: int = state["task"]
         threshold = self.threshold + (self.threshold_end - self.threshold) * min(task / self.tasks, 1.0)
         spans = {}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from fedsim.core import contracts
 from fedsim.core.contracts import Past, TaskStart
 from fedsim.core.messages import State, Tensors
-from fedsim.core.tensors import stack_modules, with_prefix
+from fedsim.core.tensors import with_prefix
+from server.merging.mean import mean_module
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,8 @@ class Consolidator(contracts.Consolidator):
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         return TaskStart({**params, **fresh}, past=Past.mean(state["past"]))
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         return {"past": [*state["past"], with_prefix(params, "adapter.")]}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         return {**params, **mean_module(state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")])}
-
-
-def mean_module(modules: Sequence[Tensors]) -> dict[str, Tensor]:
-    """One module that acts as the uniform mean of several."""
-    return stack_modules(modules, [1 / len(modules)] * len(modules))

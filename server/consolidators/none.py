@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fedsim.core import contracts
 from fedsim.core.contracts import TaskStart
 from fedsim.core.messages import State, Tensors
@@ -17,7 +19,7 @@ class Consolidator(contracts.Consolidator):
         missing = {name: t for name, t in fresh.items() if name not in params}
         return TaskStart({**params, **missing} if missing else params)
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         return state
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:

@@ -5,7 +5,7 @@ Shapes: T tasks, O outputs, I inputs, R rank (A_RI, B_OR, gram_II).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.contracts import Past, TaskStart
-from fedsim.core.errors import AggregationError, ConfigError
+from fedsim.core.errors import AggregationError
 from fedsim.core.messages import RoundPlan, State, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, sum_in_order, with_prefix
-from server.consolidators.mean import mean_module
-from server.linalg import solve_energies, solve_gram
-from server.merging.regmean import gram_request, require_in_unit, resolve_form
+from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, with_prefix
+from server.consolidators._pairs import require_pairs
+from server.merging.mean import mean_module
+from server.merging.regmean import gram_request, require_in_unit, resolve_form, stacked_factors
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Consolidator(contracts.Consolidator):
         request = gram_request(("*" + LORA_A,), resolve_form(self.form, self.decay), self.decay, blended=True)
         return RoundPlan(train=(), statistics=(request,))
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         form = resolve_form(self.form, self.decay)
         grams = {p: _sent(total, f"gram.{form}/{p}{LORA_A}") for p in lora_layers(params)}
         return {"past": [*state["past"], with_prefix(params, "adapter.")], "grams": [*state["grams"], grams]}
@@ -70,27 +70,9 @@ class Consolidator(contracts.Consolidator):
         out = dict(params)
         for p in lora_layers(past[0]):
             grams = [task[p] for task in state["grams"]]
-            out[p + LORA_A] = self._stacked([module[p + LORA_A] for module in past], grams)
+            out[p + LORA_A] = stacked_factors([module[p + LORA_A] for module in past], grams)
             out[p + LORA_B] = torch.cat([module[p + LORA_B] for module in past], dim=1)
         return out
-
-    def _stacked(self, factors: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-        """[A_0 G_0 Q⁺; …; A_T G_T Q⁺], (T·r, d)."""
-        dtype, total = factors[0].dtype, sum_in_order(grams)
-        if resolve_form(self.form, self.decay) == "diagonal":
-            product = torch.cat([a.double() * g for a, g in zip(factors, grams, strict=True)])
-            return solve_energies(product, total, torch.zeros_like(product)).to(dtype)
-        product = torch.cat([a.double() @ from_upper_triangle(g) for a, g in zip(factors, grams, strict=True)])
-        return solve_gram(product, from_upper_triangle(total), precision=dtype).to(dtype)
-
-
-def require_pairs(params: Tensors, who: str) -> None:
-    """Raise ConfigError unless the adapter is made of LoRA pairs. who: "regmean merges"."""
-    pairs = {p + factor for p in lora_layers(params) for factor in (LORA_A, LORA_B)}
-    other = [n for n in with_prefix(params, "adapter.") if n not in pairs]
-    if other or not pairs:
-        what = f"'{other[0]}' is none" if other else "there are none"
-        raise ConfigError(f"consolidator {who} pairs of LoRA factors and {what}: use adapter: lora, or consolidator: mean")
 
 
 def _sent(total: Tensors, key: str) -> Tensor:

@@ -46,8 +46,8 @@ def names(module: Tensors) -> dict[str, str | None]:
 
 
 def zeros(module: Tensors) -> dict[str, Tensor]:
-    """What the products of a module are before training, without their tensors: θ_0 = 0 of every LoRA pair."""
-    return {p + WEIGHT: _zero(module, p) for p in lora_layers(module)}
+    """θ_0 = 0 of every tensor that a rule sees of a module."""
+    return {name: torch.zeros_like(module[name]) if p is None else _zero(module, p) for name, p in names(module).items()}
 
 
 def factored(merged: Tensors, like: Tensors) -> dict[str, Tensor]:
@@ -68,14 +68,14 @@ def factored(merged: Tensors, like: Tensors) -> dict[str, Tensor]:
 
 
 def asked(requests: Sequence[StatisticRequest], module: Tensors) -> tuple[StatisticRequest, ...]:
-    """A rule's requests in the names of a module's tensors. What is asked of a product is asked of its `lora_A`: it has the same
-    inputs."""
+    """A rule's requests in the names of a module's tensors, through the mean of all modules so far (blended). What is asked of
+    a product is asked of its `lora_A`: it has the same inputs."""
     seen = names(module)
     told = []
     for request in requests:
         subjects = [name if seen[name] is None else f"{seen[name]}{LORA_A}" for name in matching(seen, request.match)]
         if subjects:
-            told.append(replace(request, match=tuple(subjects)))
+            told.append(replace(request, match=tuple(subjects), blended=True))
     return tuple(told)
 
 

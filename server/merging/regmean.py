@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs of a linear map (weight_OI, gram_II = Σ x xᵀ over
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, weighted
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, sum_in_order, weighted
 from server.linalg import ridged, solve_energies, solve_gram
 from server.merging.mean import WEIGHT
 
@@ -98,6 +98,19 @@ def finish_linear(params: Tensors, total: Tensors, keep_unseen: bool = False) ->
                 new = solve_gram(product, gram, old if keep_unseen else None, precision=old.dtype)
         out[name] = new.to(old.dtype)
     return out
+
+
+def stacked_factors(factors: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+    """[A_0 G_0 Q⁺; …; A_T G_T Q⁺], (T·r, d), Q = Σ_t G_t: RegMean of products B_t A_t in low rank, beside [B_0 … B_T].
+
+    Grams are energies (d,) or upper triangles, d(d+1)/2, float64; inputs that none has give 0.
+    """
+    dtype, total = factors[0].dtype, sum_in_order(grams)
+    if len(total) == factors[0].shape[1]:
+        product = torch.cat([a.double() * g for a, g in zip(factors, grams, strict=True)])
+        return solve_energies(product, total, torch.zeros_like(product)).to(dtype)
+    product = torch.cat([a.double() @ from_upper_triangle(g) for a, g in zip(factors, grams, strict=True)])
+    return solve_gram(product, from_upper_triangle(total), precision=dtype).to(dtype)
 
 
 def received_gram(member: Member, name: str) -> Tensor | None:

@@ -29,9 +29,10 @@ class Merging(contracts.Merging):
     Elect: γ = sign(Σ_i τ̂_i); where that is 0, the sign that most numbers have.
     Mean:  τ = the mean of those τ̂_i ≠ 0 whose sign is γ, 0 where there is none.
 
-    Every member has one vote, whatever it weighs. density: in (0, 1], published 0.2. scale: λ, published 1 and tuned from 0.3 to
-    1.8. trim: among which numbers the largest are sought: model (all of a model's at once, as published) | tensor (those of each
-    tensor, and signs are counted there too).
+    A member that is alone is the result: nothing interferes with it. Every member has one vote, whatever it weighs.
+
+    density: in (0, 1], published 0.2. scale: λ, published 1 and tuned from 0.3 to 1.8. trim: among which numbers the largest are
+    sought: model (all of a model's at once, as published) | tensor (those of each tensor, and signs are counted there too).
     Ours: exactly density·P, rounded, are kept, where the published code keeps one more; numbers as large as the smallest that is
     kept are kept too. All is computed in float64, one member after the other.
     """
@@ -49,11 +50,12 @@ class Merging(contracts.Merging):
             raise ConfigError(f"scale must be above 0, got {self.scale}")
         kept = {"weights": "every member has one vote, whatever it weighs"}
         if self.density < 1 or self.scale != 1:
-            lost = "what a model keeps of its task vector is density of its numbers, times scale"
-            kept |= {"one_member": lost, "fixed_point": lost}
+            kept["fixed_point"] = "what a model keeps of its task vector is density of its numbers, times scale"
         object.__setattr__(self, "exempt", kept)  # of this object: which laws hold depends on the options
 
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        if len(members) == 1:
+            return members[0].params
         groups = [list(base)] if self.trim == "model" else [[name] for name in base]
         return {n: t for names in groups for n, t in self._merged(members, {n: base[n] for n in names}).items()}
 

@@ -45,8 +45,8 @@ class Changed(Mean):
         plans: dict[str, Any] = {"moments": RoundPlan(train=(), statistics=moments), "training": RoundPlan()}
         return plans.get(self.what)
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
-        state = super().end_task(state, params, total)
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
+        state = super().end_task(state, params, total, draw)
         return state | {"rule": Mean} if self.what == "unsavable" else state
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
@@ -122,12 +122,12 @@ class Keeping(contracts.Consolidator):
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         return TaskStart({**params, **fresh})
 
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         past = state["all"]
         return {"all": {n: torch.cat([past[n], t]) if past else t for n, t in params.items()}}
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
-        return dict(self.end_task(state, params, {})["all"] if not finished else state["all"])
+        return dict(self.end_task(state, params, {}, torch.Generator())["all"] if not finished else state["all"])
 
     def without(self, state: State, clients: Collection[int], tasks: Collection[int]) -> State | None:
         return {"all": {n: t[::2] if clients == [3] and n != "head.bias" else t for n, t in state["all"].items()}}

@@ -134,7 +134,7 @@ def composed(tasks: list[dict[str, Tensor]]) -> Any:
     for task, sources in enumerate(tasks):
         before = state
         want = rule.deployed(state, sources, finished=False)
-        state = rule.end_task(state, sources, {})
+        state = rule.end_task(state, sources, {}, torch.Generator())
         assert same_bits(dict(rule.deployed(state, params(), finished=True)), dict(want))
         assert before["tasks"] == task
     return state
@@ -179,7 +179,7 @@ def test_leaving_out_nobody_and_everybody() -> None:
 
 def test_a_merged_model_is_no_source() -> None:
     with pytest.raises(AggregationError, match="compose takes one source per client"):
-        Compose().end_task(Compose().init(), params(), {})
+        Compose().end_task(Compose().init(), params(), {}, torch.Generator())
 
 
 # ---------------------------------------------------------------- whole runs

@@ -39,6 +39,11 @@ def module(task: int) -> Module:
     return {A: draw(R, I, address=f"A{task}"), B: draw(O, R, address=f"B{task}")}
 
 
+def fresh() -> Module:
+    """What a task starts from: B is zero."""
+    return {**module(99), B: torch.zeros(O, R, dtype=torch.float64)}
+
+
 def inputs(task: int, client: int) -> Tensor:
     return (1 + task) * draw(11, I, address=f"x{task}.{client}") + client
 
@@ -77,8 +82,8 @@ def play(rule: Consolidator, tasks: list[int]) -> tuple[State, Module]:
     """State and parameters after these tasks; every task trains its own module."""
     state, params = rule.init(), {"head.weight": draw(4, 3, address="head")}
     for task in tasks:
-        params = {**rule.start_task(state, params, module(99), {}).params, **module(task)}
-        state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task))
+        params = {**rule.start_task(state, params, fresh(), {}).params, **module(task)}
+        state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task), torch.Generator())
     return state, params
 
 
@@ -125,8 +130,8 @@ def test_equal_modules_stay_whatever_their_grams() -> None:
     rule = RegMean(decay=0.5)
     state, params = rule.init(), {}
     for task in range(T):
-        params = {**rule.start_task(state, params, module(99), {}).params, **module(0)}
-        state = rule.end_task(state, params, total_of(rule, state, params, task))
+        params = {**rule.start_task(state, params, fresh(), {}).params, **module(0)}
+        state = rule.end_task(state, params, total_of(rule, state, params, task), torch.Generator())
     torch.testing.assert_close(delta(rule.deployed(state, params, finished=True)), delta(module(0)), rtol=0, atol=1e-10)
 
 
@@ -135,7 +140,7 @@ def test_inputs_that_no_task_has_get_no_residual() -> None:
     silent = torch.tensor([0.0, 0, 1, 1, 1, 1], dtype=torch.float64)
     for task in range(2):
         params = module(task)
-        state = rule.end_task(state, params, {f"gram.diagonal/{A}": silent})
+        state = rule.end_task(state, params, {f"gram.diagonal/{A}": silent}, torch.Generator())
     out = delta(rule.deployed(state, params, finished=True))
     assert torch.equal(out[:, :2], torch.zeros(O, 2, dtype=torch.float64))
     torch.testing.assert_close(out[:, 2:], ((delta(module(0)) + delta(module(1))) / 2)[:, 2:])
@@ -144,7 +149,7 @@ def test_inputs_that_no_task_has_get_no_residual() -> None:
 @pytest.mark.parametrize("rule", [Mean(), RegMean()])
 def test_mean_of_modules_during_a_task(rule: Consolidator) -> None:
     state, params = play(rule, [0, 1])
-    params = {**rule.start_task(state, params, module(99), {}).params, **module(2)}
+    params = {**rule.start_task(state, params, fresh(), {}).params, **module(2)}
     got = rule.deployed(state, params, finished=False)
     torch.testing.assert_close(delta(got), sum(delta(module(t)) for t in range(3)) / 3)
     assert torch.equal(got["head.weight"], params["head.weight"])
@@ -163,7 +168,7 @@ def test_mean_of_prompts_is_element_by_element() -> None:
     state, params = rule.init(), {}
     for value in (1.0, 2.0, 6.0):
         params = {name: torch.full((2, 2), value)}
-        state = rule.end_task(state, params, {})
+        state = rule.end_task(state, params, {}, torch.Generator())
     torch.testing.assert_close(rule.deployed(state, params, finished=True)[name], torch.full((2, 2), 3.0))
 
 
@@ -171,7 +176,7 @@ def test_mean_of_prompts_is_element_by_element() -> None:
 def test_blend_of_past_and_own_module_is_the_uniform_mean(rule: Consolidator) -> None:
     first = rule.start_task(rule.init(), {}, module(0), {}).past
     assert (first.together(), first.share) == ({}, 1.0)
-    past = rule.start_task(*play(rule, [0, 1]), module(99), {}).past
+    past = rule.start_task(*play(rule, [0, 1]), fresh(), {}).past
     assert past.share == pytest.approx(1 / 3)
     blend = stack_modules([past.together(), module(2)], [1.0, past.share])
     torch.testing.assert_close(delta(blend), sum(delta(module(t)) for t in range(3)) / 3)
@@ -204,7 +209,7 @@ def test_none_goes_on_with_one_module() -> None:
 
 @pytest.mark.parametrize("name", plugins.names("consolidators"))
 def test_state_survives_a_file_and_inputs_are_not_changed(name: str) -> None:
-    rule = build("consolidators", {"name": name})
+    rule = build("consolidators", {"name": name, **plugins.load("consolidators", name).examples[-1]})
     state, params = play(rule, [0, 1])
     file = io.BytesIO()
     torch.save(state, file)
@@ -218,12 +223,12 @@ def test_state_survives_a_file_and_inputs_are_not_changed(name: str) -> None:
 
 @pytest.mark.parametrize("name", plugins.names("consolidators"))
 def test_float32_modules_are_deployed_as_float32(name: str) -> None:
-    rule = build("consolidators", {"name": name})
+    rule = build("consolidators", {"name": name, **plugins.load("consolidators", name).examples[-1]})
     state, params = rule.init(), {"head.weight": torch.zeros(2, 2)}
     for task in range(2):
-        fresh = {n: t.float() for n, t in module(task).items()}
-        params = {**rule.start_task(state, params, fresh, {}).params, **fresh}
-        state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task))
+        started = rule.start_task(state, params, {n: t.float() for n, t in fresh().items()}, {}).params
+        params = {**started, **{n: t.float() for n, t in module(task).items()}}
+        state = rule.end_task(state, handed(rule, params), total_of(rule, state, params, task), torch.Generator())
         for finished in (False, True):
             out = rule.deployed(state, handed(rule, params), finished)
             assert {t.dtype for t in out.values() if t.is_floating_point()} == {torch.float32}
@@ -242,7 +247,7 @@ def test_regmean_refuses_adapters_without_lora_pairs() -> None:
 def test_regmean_without_statistics() -> None:
     rule = RegMean()
     with pytest.raises(AggregationError, match=r"no client sent 'gram\.diagonal/adapter\.layer\.lora_A'"):
-        rule.end_task(rule.init(), module(0), {})
+        rule.end_task(rule.init(), module(0), {}, torch.Generator())
 
 
 def test_regmean_bad_options() -> None:

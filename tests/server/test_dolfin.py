@@ -216,7 +216,7 @@ def play(rule: Dolfin, tasks: int, dtype: torch.dtype = torch.float64, **options
     for task in range(tasks):
         params = begin(rule, state, params, task, dtype, **options)
         params = {**params, **{n: t for n, t in module(task, dtype=dtype).items() if n.endswith(B)}}
-        state = rule.end_task(state, params, sent(rule, params, f"end {task}", **options))
+        state = rule.end_task(state, params, sent(rule, params, f"end {task}", **options), torch.Generator())
     return state, params
 
 
@@ -329,7 +329,7 @@ def test_modules_of_all_tasks_act_at_full_weight() -> None:
         params = {**begin(rule, state, params, task), **{n: t for n, t in module(task).items() if n.endswith(B)}}
         want += delta(params, V_PROJ)
         torch.testing.assert_close(delta(rule.deployed(state, params, finished=False), V_PROJ), want, rtol=0, atol=1e-12)
-        state = rule.end_task(state, params, sent(rule, params, f"end {task}"))
+        state = rule.end_task(state, params, sent(rule, params, f"end {task}"), torch.Generator())
         torch.testing.assert_close(delta(rule.deployed(state, params, finished=True), V_PROJ), want, rtol=0, atol=1e-12)
 
 
@@ -353,7 +353,7 @@ def test_threshold_rises_with_the_tasks(task: int, eps: float) -> None:
     rule = Dolfin(threshold=0.6, threshold_end=1.0, tasks=5)
     params = module("any")
     total = sent(rule, params, "end")
-    got = rule.end_task({"task": task, "past": {}, "spans": {}}, params, total)
+    got = rule.end_task({"task": task, "past": {}, "spans": {}}, params, total, torch.Generator())
     want = gpm.updated(gpm.empty(D), gram_of(f"end {K_PROJ}{A}"), eps)
     torch.testing.assert_close(projector(span_of(got).free), projector(want.free), rtol=0, atol=1e-9)
 
@@ -391,7 +391,7 @@ def test_sum_over_clients_is_the_second_moment_of_all_data() -> None:
     together, apart = {key: upper_triangle(pooled.T @ pooled)}, total.result() or {}
     a, b = (rule.start_task(rule.init(), params, {}, t).params[K_PROJ + A] for t in (together, apart))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    bases = [projector(span_of(rule.end_task(rule.init(), params, t)).free) for t in (together, apart)]
+    bases = [projector(span_of(rule.end_task(rule.init(), params, t, torch.Generator())).free) for t in (together, apart)]
     torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=1e-5)
 
 
@@ -430,7 +430,7 @@ def test_without_statistics() -> None:
     with pytest.raises(AggregationError, match=r"no client sent 'gram\.full/adapter\.layers\.0\.attention\.k_proj\.lora_A'"):
         rule.start_task(rule.init(), params, {}, {"num_samples": torch.tensor(3.0)})
     with pytest.raises(AggregationError, match="no client sent"):
-        rule.end_task(rule.init(), params, {})
+        rule.end_task(rule.init(), params, {}, torch.Generator())
 
 
 def test_adapters_that_it_cannot_design() -> None:

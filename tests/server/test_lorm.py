@@ -506,7 +506,9 @@ def our_stream(rule: Lorm, consolidator: RegMean) -> Trace:
         assert ending is not None
         assert ending.train == ()
         sent = [measured(replace(ending, **through), params, torch.from_numpy(shard(t, k))) for k in range(K)]
-        kept = consolidator.end_task(kept, params, {n: torch.stack([s[n] for s in sent]).sum(0) for n in sent[0]})
+        kept = consolidator.end_task(
+            kept, params, {n: torch.stack([s[n] for s in sent]).sum(0) for n in sent[0]}, torch.Generator()
+        )
         trace.append(products(consolidator.deployed(kept, params, finished=True)))
     return trace
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +18,20 @@ from fedsim.core import contracts
 from fedsim.core.config import build, expand
 from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, PluginError
-from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
+from fedsim.core.tensors import matching, upper_triangle
 from fedsim.laws import aggregators as rules
+from fedsim.simulation import run
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.merged import Aggregator as Merged
 from server.aggregators.regmean import Aggregator as RegMean
+from server.consolidators.mean import Consolidator as MeanOfTasks
+from server.consolidators.merged import Consolidator
+from server.consolidators.regmean import Consolidator as RegMeanOfTasks
 from server.merging.mean import Merging as Mean
 from server.merging.ties import Merging as Ties
+from tests.tiny import final_state, learned, same_bits, tiny
 
 SHAPES = {"adapter.x.lora_A": (2, 5), "adapter.x.lora_B": (3, 2), "head.bias": (4,)}
 
@@ -75,8 +83,10 @@ def test_what_cancels_takes_the_sign_that_most_numbers_have() -> None:
     assert merged(Ties(density=1.0), vectors((2, 1, -1), (-2, 1, -1)))["x"].tolist() == [0.0, 1.0, -1.0], "nor has any a majority"
 
 
-def brute_force(rows: Sequence[Sequence[float]], density: float, scale: float) -> list[float]:
+def brute_force(rows: Sequence[Sequence[float]], density: float, scale: float) -> Sequence[float]:
     """The three steps number by number, in numpy's float64."""
+    if len(rows) == 1:
+        return rows[0]
     kept = []
     for row in rows:
         count = max(1, round(density * len(row)))
@@ -109,10 +119,10 @@ def test_ties_does_not_hang_on_the_order(order: list[int], density: float) -> No
 
 
 @pytest.mark.parametrize("density", [0.02, 0.2, 0.5, 1.0])
-def test_of_one_model_the_largest_numbers_are_kept(density: float) -> None:
-    """Exactly round(density · 20) of 20 numbers move from the base, and those are the model's own."""
+def test_of_equal_models_the_largest_numbers_are_kept(density: float) -> None:
+    """Exactly round(density · 20) of 20 numbers move from the base, and those are the models' own."""
     base, (model,) = tensors(0), members(1)
-    out = merged(Ties(density=density), [model], base)
+    out = merged(Ties(density=density), [model, model], base)
     moved = torch.cat([(out[n] != t).flatten() for n, t in base.items()])
     assert int(moved.sum()) == max(1, round(density * 20))
     way = torch.cat([(model.params[n] - t).flatten() for n, t in base.items()])
@@ -238,3 +248,198 @@ def test_rules_that_there_are_not(rule: object, error: type[Exception], message:
 def test_nobody_sent_anything() -> None:
     with pytest.raises(AggregationError, match="no client sent an update"):
         Merged("ties").combine({}, tensors(0), [], torch.Generator())
+
+
+# ---------------------------------------------------------------- as a consolidator
+
+LAYERS = {"adapter.wide": (3, 5), "adapter.tall": (6, 4)}  # outputs, inputs
+RANK, TASKS = 2, 3
+
+
+def lora(task: int, width: int = RANK) -> dict[str, Tensor]:
+    """The module of a task."""
+    made = {}
+    for layer, (outputs, inputs) in LAYERS.items():
+        for name, shape in ((f"{layer}.lora_A", (width, inputs)), (f"{layer}.lora_B", (outputs, width))):
+            made[name] = torch.randn(shape, dtype=torch.float64, generator=torch_stream(task, "lora", name))
+    return made
+
+
+def unborn(module: Tensors) -> dict[str, Tensor]:
+    """A module that does nothing yet."""
+    return {n: torch.zeros_like(t) if n.endswith("lora_B") else t for n, t in module.items()}
+
+
+def played(rule: contracts.Consolidator, modules: Sequence[Tensors], draw: int = 0) -> Tensors:
+    """What is deployed after these tasks, with made-up Grams where they are asked for."""
+    state, params = rule.init(), {"head.weight": torch.ones(2, 2, dtype=torch.float64)}
+    for task, module in enumerate(modules):
+        params = {**rule.start_task(state, params, unborn(module), {}).params, **module}
+        plan, total = rule.plan(state, params), {}
+        for request in () if plan is None else plan.statistics:
+            assert request.blended and all(n.endswith("lora_A") for n in request.match)
+            for name in matching(params, request.match):
+                x = (1 + task) * torch.randn(
+                    9, params[name].shape[1], dtype=torch.float64, generator=torch_stream(task, "x", name)
+                )
+                gram, form = x.T @ x, request.options["form"]
+                total[f"gram.{form}/{name}"] = gram.diagonal() if form == "diagonal" else upper_triangle(decayed(gram, request))
+        state = rule.end_task(state, params, total, torch_stream(draw, "end", task))
+    return rule.deployed(state, params, finished=True)
+
+
+def decayed(gram: Tensor, request: StatisticRequest) -> Tensor:
+    decay = request.options["decay"]
+    return decay * gram + (1 - decay) * torch.diag(gram.diagonal())
+
+
+def products(module: Tensors) -> dict[str, Tensor]:
+    return {layer: module[f"{layer}.lora_B"] @ module[f"{layer}.lora_A"] for layer in LAYERS}
+
+
+def test_ties_over_tasks_is_ties_of_dense_products() -> None:
+    """All layers' numbers are trimmed together, and nothing of the result is lost: the brute force on B_t A_t."""
+    modules = [lora(t) for t in range(TASKS)]
+    out = played(Consolidator("ties"), modules)
+    rows = [torch.cat([d.flatten() for d in products(m).values()]).tolist() for m in modules]
+    got = torch.cat([d.flatten() for d in products(out).values()])
+    np.testing.assert_allclose(got.numpy(), brute_force(rows, 0.2, 1.0), rtol=0, atol=1e-12)
+    assert out["adapter.wide.lora_A"].shape == (3, 5) and out["adapter.tall.lora_B"].shape == (6, 4)
+    assert torch.equal(out["head.weight"], torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("rule", "alone"),
+    [
+        ("mean", MeanOfTasks()),
+        ({"name": "regmean", "decay": 0.0}, RegMeanOfTasks()),
+        ({"name": "regmean", "decay": 0.5}, RegMeanOfTasks(decay=0.5)),
+    ],
+)
+def test_a_rule_over_tasks_is_the_consolidator_of_its_name(rule: object, alone: contracts.Consolidator) -> None:
+    """What these keep in rank T·r: the same products, up to rounding."""
+    modules = [lora(t) for t in range(TASKS)]
+    close(products(played(Consolidator(rule), modules)), products(played(alone, modules)), 1e-9)
+
+
+def test_the_order_of_tasks_does_not_matter_and_one_is_itself() -> None:
+    modules = [lora(t) for t in range(TASKS)]
+    want, rule = products(played(Consolidator("ties"), modules)), Consolidator({"name": "ties", "trim": "tensor"})
+    for order in itertools.permutations(range(TASKS)):
+        close(products(played(Consolidator("ties"), [modules[t] for t in order])), want)
+    alone = played(rule, modules[:1])
+    assert all(alone[n] is t for n, t in modules[0].items()), "with its rank"
+    together = products(played(rule, [modules[0]] * 2))
+    assert {layer: int((d != 0).sum()) for layer, d in together.items()} == {"adapter.wide": 3, "adapter.tall": 5}
+
+
+def test_a_module_that_does_nothing_changes_no_sign() -> None:
+    """Zeros have no sign and are not counted: a task that learned nothing leaves the merge of the others as it is."""
+    modules = [lora(0), lora(1)]
+    close(products(played(Consolidator("ties"), [*modules, unborn(lora(2))])), products(played(Consolidator("ties"), modules)))
+
+
+def test_tensors_that_start_from_zeros_are_merged_number_by_number() -> None:
+    rows = [tensors(k) for k in (1, 2)]
+    state, rule = Consolidator("ties").init(), Consolidator({"name": "ties", "density": 1.0})
+    for own in rows:
+        params = {n: t for n, t in own.items() if n == "head.bias"} | {"adapter.0.shift": own["adapter.x.lora_A"]}
+        assert rule.start_task(state, params, {"adapter.0.shift": torch.zeros(2, 5)}, {}).past.share == 1 / (
+            1 + len(state["past"])
+        )
+        state = rule.end_task(state, params, {}, torch.Generator())
+    got = rule.deployed(state, params, finished=True)["adapter.0.shift"]
+    want = brute_force([row["adapter.x.lora_A"].flatten().tolist() for row in rows], 1.0, 1.0)
+    np.testing.assert_allclose(got.flatten().numpy(), want, rtol=0, atol=1e-14)
+    during = rule.deployed(state, params, finished=False)["adapter.0.shift"]
+    close({"x": during}, {"x": (rows[0]["adapter.x.lora_A"] + 2 * rows[1]["adapter.x.lora_A"]) / 3})
+
+
+def test_what_starts_elsewhere_is_refused() -> None:
+    rule = Consolidator("ties")
+    with pytest.raises(ConfigError, match=r"'adapter\.0\.prompt' starts from other numbers: use adapter: lora"):
+        rule.start_task(rule.init(), {}, {"adapter.0.prompt": torch.ones(2, 2)}, {})
+    with pytest.raises(ConfigError, match=r"'adapter\.wide\.weight' starts from other numbers"):
+        rule.start_task(rule.init(), {}, lora(0), {})
+
+
+def test_a_rule_over_tasks_without_its_statistics() -> None:
+    rule = Consolidator("regmean")
+    with pytest.raises(AggregationError, match=r"no client sent the gram of 'adapter\.wide\.lora_A'"):
+        rule.end_task(rule.init(), lora(0), {}, torch.Generator())
+
+
+def test_what_is_drawn_over_tasks_hangs_on_the_seed_alone() -> None:
+    """The generator of the task's end decides; deploying twice, from a state in a file too, gives the same bits."""
+    rule, modules = Consolidator(Shaken()), [lora(t) for t in range(TASKS)]
+    one, again, other = (products(played(rule, modules, draw)) for draw in (0, 0, 1))
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert all(float((one[n] - other[n]).abs().max()) > 0.1 for n in one)
+    assert all(float((one[n] - t).abs().max()) < 5 for n, t in products(played(Consolidator("mean"), modules)).items())
+
+
+@dataclass(frozen=True)
+class Shaken(Mean):
+    """Adds N(0, 1)."""
+
+    def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        return {n: t + torch.randn(t.shape, generator=draw) for n, t in super().merge(members, base, draw).items()}
+
+
+# ---------------------------------------------------------------- in runs
+
+OWN = '''
+from dataclasses import dataclass
+
+from fedsim.core import contracts
+
+
+@dataclass(frozen=True)
+class Merging(contracts.Merging):
+    """The sum of task vectors, so much of it."""
+
+    part: float = 0.5
+
+    def merge(self, members, base, draw):
+        return {n: t + self.part * sum(m.params[n] - t for m in members) for n, t in base.items()}
+'''
+
+
+@pytest.mark.parametrize("adapter", ["lora", "tangent"])
+def test_one_file_of_the_users_merges_clients_and_tasks(tmp_path: Path, adapter: str) -> None:
+    """In a run; what the file says is part of the run's identity, in both roles."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    section = f"{{name: merged, rule: {{name: {path}, part: 0.25}}}}"
+    options = [f"server.aggregator={section}", f"server.consolidator={section}"]
+    if adapter == "tangent":
+        options += ["adapter={name: tangent, targets: all-linear, rank: 2}"]
+    config = tiny(*options, output=tmp_path)
+    assert config.user_files() == [str(path)]
+    results = run(config)
+    assert np.isfinite(np.tril(results.accuracy)[np.tril_indices(2)]).all()
+    state = final_state(results.path, config)
+    assert len(state.consolidator["past"]) == 2
+    identities = [config.identity()]
+    for only in ("server.aggregator=fedavg", "server.consolidator=none"):
+        identities.append(tiny(*options, only).identity())
+    path.write_text(OWN + "\n")
+    for again in ((), ("server.aggregator=fedavg",), ("server.consolidator=none",)):
+        identities.append(tiny(*options, *again).identity())
+    assert len(set(identities)) == 6
+
+
+def test_ties_runs_in_both_roles_and_repeats(tmp_path: Path) -> None:
+    """Its preset's method on a small stream: twice the same bits; what was deployed at the end is the merge of both tasks."""
+    options = ("server.aggregator={name: merged, rule: ties}", "server.consolidator={name: merged, rule: ties}")
+    states = []
+    for name in "ab":
+        config = tiny(*options, output=tmp_path / name)
+        states.append(final_state(run(config).path, config))
+    assert same_bits(learned(states[0]), learned(states[1]))
+    past = states[0].consolidator["past"]
+    deployed = Consolidator("ties").deployed(states[0].consolidator, states[0].params, finished=True)
+    layers = [n.removesuffix(".lora_A") for n in past[0] if n.endswith(".lora_A")]
+    rows = [torch.cat([(m[f"{p}.lora_B"].double() @ m[f"{p}.lora_A"].double()).flatten() for p in layers]).tolist() for m in past]
+    got = torch.cat([(deployed[f"{p}.lora_B"] @ deployed[f"{p}.lora_A"]).flatten() for p in layers])
+    np.testing.assert_allclose(got.numpy(), brute_force(rows, 0.2, 1.0), rtol=0, atol=1e-7)

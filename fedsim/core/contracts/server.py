@@ -226,9 +226,9 @@ class Consolidator(Part, ABC):
         return None
 
     @abstractmethod
-    def end_task(self, state: State, params: Tensors, total: Tensors) -> State:
+    def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         """State after the task. `total`: the statistics of `plan` and `num_samples`, summed over the clients, float64 (empty if
-        the plan was None)."""
+        the plan was None). `draw`: what a rule that draws draws from, on the CPU; addressed by the run's seed and the task."""
 
     @abstractmethod
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
