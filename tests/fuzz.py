@@ -63,7 +63,8 @@ CHOICES = {  # words that are right somewhere
     "client.schedule": [None, "cosineannealinglr", "linearlr"], "client.schedule_options": [{}, {"T_max": "steps"}],
     "client.learners": [[], ["proximal"], [{"name": "proximal", "mu": 0.5}], ["square"]], "trackers": [[], ["tensorboard"]],
     "server.on_client_failure": ["fail", "skip"], "server.evaluate": ["round", "task"], "server.without": [[], [0], [1, 2]],
-    "server.channel": [[], ["topk"], [{"name": "topk", "share": 0.5}, "quantise"], [{"name": "quantise", "bits": 4}]],
+    "server.channel": [[], ["topk"], [{"name": "topk", "share": 0.5}, "quantise"],
+    [{"name": "clip_noise", "clip": 1.0, "noise": 0.5}]],
     "stream.group": [None, "domain"], "model.backbone": ["random", "omniglot-vit"], "model.config": [VIT, None],
 }  # fmt: skip
 ODD_TEXTS = [

@@ -17,7 +17,7 @@ from fedsim.core.contracts import Channel, Parcel
 from fedsim.core.errors import ClientFailed, FedsimError
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, bytes_up
 from fedsim.core.wire import Chain
-from fedsim.simulation import prepare, run
+from fedsim.simulation import prepare, rehearse, run
 from tests.tiny import final_state, same_bits, tiny
 
 FAIRAVG = ("server.aggregator=fairavg", "server.consolidator=none", "stream.tasks=1", "server.rounds=1", "server.evaluate=task")
@@ -316,6 +316,15 @@ def test_every_client_place_and_round_draws_for_itself() -> None:
     made = [Chain(0, {"quantise": channel("quantise", bits=4)}).sent(job(start, client=k), update(trained)) for k in (0, 0, 1)]
     first, again, other = (m.params["w"] for m in made if isinstance(m, ClientUpdate))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_clients_that_train_together_send_through_the_same_chain() -> None:
+    """Fused training rounds in another order, so its bits differ; what is sent has the same size, and is not the dense update."""
+    up = []
+    for fused, listed in (("false", "[topk, quantise]"), ("true", "[topk, quantise]"), ("true", "[]")):
+        found = rehearse(tiny(*FAIRAVG, f"runtime.fused={fused}", f"server.channel={listed}"))
+        up.append(found.costs["bytes"]["up"])
+    assert up[0] == up[1] and 20 * sum(up[0].values()) < sum(up[2].values())
 
 
 @dataclass(frozen=True)
