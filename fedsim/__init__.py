@@ -1,54 +1,133 @@
-"""fedsim: a simulator for federated continual learning with parameter-efficient modules."""
+"""fedsim: a simulator for federated continual learning with parameter-efficient modules.
+
+    from fedsim import load, run
+    results = run(load("configs/lorm.yaml", ["partition.alpha=0.1"]))
+
+What stands here is imported when it is asked for: `import fedsim` alone costs nothing. fedsim itself never imports from here.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.4.0"
+from fedsim.core.home import __version__, claim_names
 
-ROOT = str(Path(__file__).resolve().parents[1])
+if TYPE_CHECKING:
+    from fedsim.core.config import SimConfig, load
+    from fedsim.core.contracts import (
+        Adapter,
+        AdditiveAggregator,
+        AdditiveMerging,
+        Aggregator,
+        ArraySplit,
+        Calibrator,
+        Channel,
+        Consolidator,
+        Dataset,
+        Ending,
+        Head,
+        Learner,
+        LocalState,
+        Merging,
+        Outputs,
+        Parcel,
+        Partition,
+        Pool,
+        Source,
+        Statistic,
+        Step,
+        TaskStart,
+        Tracker,
+        TrainingStatistic,
+        Traits,
+    )
+    from fedsim.core.errors import FedsimError
+    from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+    from fedsim.runs.collection import Collection, collect
+    from fedsim.runs.metrics import METRICS, Metric
+    from fedsim.runs.results import Results
+    from fedsim.simulation import run
+    from fedsim.unlearning.finished import FinishedRun
+
+claim_names()
+
+__all__ = [
+    "METRICS",
+    "Adapter",
+    "AdditiveAggregator",
+    "AdditiveMerging",
+    "Aggregator",
+    "ArraySplit",
+    "Calibrator",
+    "Channel",
+    "ClientUpdate",
+    "Collection",
+    "Consolidator",
+    "Dataset",
+    "Ending",
+    "FedsimError",
+    "FinishedRun",
+    "Head",
+    "Learner",
+    "LocalState",
+    "Merging",
+    "Metric",
+    "Outputs",
+    "Parcel",
+    "Partition",
+    "Pool",
+    "Results",
+    "RoundPlan",
+    "SimConfig",
+    "Source",
+    "State",
+    "Statistic",
+    "StatisticRequest",
+    "Step",
+    "TaskStart",
+    "Tensors",
+    "Tracker",
+    "TrainingStatistic",
+    "Traits",
+    "__version__",
+    "collect",
+    "load",
+    "run",
+]  # fmt: skip
+
+_MODULE_OF = {  # name -> where it lies
+    name: module
+    for module, names in {
+        "fedsim.core.config": "SimConfig load",
+        "fedsim.core.contracts": (
+            "Adapter AdditiveAggregator AdditiveMerging Aggregator ArraySplit Calibrator Channel "
+            "Consolidator Dataset Ending Head Learner LocalState Merging Outputs Parcel Partition "
+            "Pool Source Statistic Step TaskStart Tracker TrainingStatistic Traits"
+        ),
+        "fedsim.core.errors": "FedsimError",
+        "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",
+        "fedsim.runs.collection": "Collection collect",
+        "fedsim.runs.metrics": "METRICS Metric",
+        "fedsim.runs.results": "Results",
+        "fedsim.simulation": "run",
+        "fedsim.unlearning.finished": "FinishedRun",
+    }.items()
+    for name in names.split()
+}
+_ROOMS = ("report", "sweep", "unlearning")  # packages of which a user takes more than a name
 
 
-def ours_first() -> Callable[[str], None]:
-    """A function for a worker process to call, with our `ROOT`, before it imports anything of ours: what it finds is ours then.
+if not TYPE_CHECKING:  # to which every name would be there
 
-    Made in a function, so that it travels by value: what travels by name is imported in the worker process before any line of
-    ours runs there, and would find a `clients.py` of the user's working directory.
-    """
-
-    def put_first(root: str) -> None:
-        import os
-        import sys
-
-        if root in sys.path:
-            sys.path.remove(root)
-        sys.path.insert(0, root)
-        for name in [n for n in sys.modules if n.split(".")[0] in ("fedsim", "clients", "server")]:  # a decoy, imported before us
-            ours = os.path.join(root, name.split(".")[0], "")
-            if not str(getattr(sys.modules[name], "__file__", None) or ours).startswith(ours):
-                del sys.modules[name]
-
-    return put_first
+    def __getattr__(name: str) -> Any:
+        """A public name, imported now."""
+        if name in _MODULE_OF:
+            return getattr(import_module(_MODULE_OF[name]), name)
+        if name in _ROOMS:
+            return import_module(f"fedsim.{name}")
+        raise AttributeError(f"module 'fedsim' has no attribute '{name}'")
 
 
-def _claim_names() -> None:
-    """Make `clients` and `server` mean our packages here too, where a file beside the user's script may have that name.
-
-    Raises ImportError, in one line that names the file, if it was imported before: somebody uses it.
-    """
-    for name in ("clients", "server"):
-        there, ours = sys.modules.get(name), PathFinder.find_spec(name, [ROOT])
-        if ours is None or ours.loader is None:  # not where fedsim lies: left to Python
-            continue
-        if there is None:
-            sys.modules[name] = module_from_spec(ours)
-            ours.loader.exec_module(sys.modules[name])
-        elif (file := getattr(there, "__file__", None)) and Path(file).resolve() != Path(str(ours.origin)).resolve():
-            raise ImportError(f"{file} stands in the way of fedsim, which has a package named '{name}': rename that file")
-
-
-_claim_names()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -15,17 +15,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import fedsim
 from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
+from fedsim.core.home import ROOT
 
 KINDS = ("adapters", "learners", "aggregators", "consolidators", "calibrators")  # what is mixed
 SHOWN = ("adapters", "heads", "learners", "statistics", "channels", *KINDS[2:4], "merging", *KINDS[4:])  # what the page describes
-PRESETS = Path(fedsim.__file__).parent.parent / "configs"
+PRESETS = Path(ROOT) / "configs"
 NONE = "–"  # no learner beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {
     "name": "matrix",

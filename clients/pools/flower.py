@@ -40,10 +40,10 @@ from typing import Any, ClassVar
 import torch
 
 from clients.pools import _workers
-from fedsim import ROOT, ours_first
 from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
+from fedsim.core.home import ROOT, ours_first
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.work import WorkSpec
 

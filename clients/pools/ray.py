@@ -21,9 +21,9 @@ import torch
 from clients import cluster
 from clients.cluster import last_line
 from clients.pools import _bundles, _workers
-from fedsim import ROOT, ours_first
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
+from fedsim.core.home import ROOT, ours_first
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
 from fedsim.core.work import WorkSpec
 
@@ -252,7 +252,7 @@ class _Broadcasts:
 
 
 def _worker_class() -> type[Any]:
-    """The actor's class, made in a function so that it travels by value (see `fedsim.ours_first`)."""
+    """The actor's class, made in a function so that it travels by value (see `fedsim.core.home.ours_first`)."""
 
     class FedsimWorker:
         def __init__(self, root: str, put_first: Callable[[str], None], worker: str, spec_ref: list[Any]) -> None:

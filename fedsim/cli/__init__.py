@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import fedsim
 from fedsim.cli.printing import fail
 from fedsim.core.errors import FedsimError
+from fedsim.core.home import __version__
 
 # command -> what it does; the module of that name holds add_arguments(parser) and run(args)
 COMMANDS = {
@@ -96,7 +96,7 @@ def _is_override(word: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fedsim", description="Federated continual learning with parameter-efficient modules.")
-    parser.add_argument("--version", action="version", version=f"fedsim {fedsim.__version__}")
+    parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"fedsim.cli.{name}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import fedsim
+from fedsim.core.home import __version__
 from fedsim.report import charts, theme
 from fedsim.report.data import Study
 from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option, vega_lite
@@ -46,7 +46,7 @@ def render(study: Study, figures: Sequence[Figure]) -> str:
     bundle = _bundle()
     parts = {
         "hashes": " ".join(f"'sha256-{_sha256(text)}'" for text in (bundle, script)),
-        "version": _esc(fedsim.__version__),
+        "version": _esc(__version__),
         "title": _esc(study.title),
         "style": _style((folder / "style.css").read_text(encoding="utf-8")),
         "lead": _esc(_lead(study)),

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import fedsim
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
+from fedsim.core.home import __version__
 from fedsim.data.manifest import estimate_alpha
 from fedsim.runs.results import Results
 
@@ -253,7 +253,7 @@ def verified(path: Path) -> tuple[Results, str]:
             raise RunDirError("it holds no costs")
         cost_figures(results)
         status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-        if status["fedsim"] != fedsim.__version__:  # which may have read the same config otherwise
+        if status["fedsim"] != __version__:  # which may have read the same config otherwise
             return results, results.config.identity()
         split = results.config.manifest  # its content is part of the identity
         if (split is None or Path(split).is_file()) and results.config.identity() != status["identity"]:

@@ -35,12 +35,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import fedsim
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.events import TensorsKept
 from fedsim.core.files import LOCK, held, remove_leftovers, storage_errors, write_atomic
+from fedsim.core.home import __version__
 from fedsim.runs.environment import environment
 from fedsim.runs.rows import csv_bytes
 
@@ -136,11 +136,7 @@ class RunDir:
             version = found._status("fedsim")
             raise RunDirError(
                 f"{found.path} cannot be resumed: its config.yaml or plugins/ were changed since the run began"
-                + (
-                    f", or fedsim {fedsim.__version__} reads them otherwise than fedsim {version} did"
-                    if version != fedsim.__version__
-                    else ""
-                )
+                + (f", or fedsim {__version__} reads them otherwise than fedsim {version} did" if version != __version__ else "")
             )
         if config is None:
             return found
@@ -231,7 +227,7 @@ class RunDir:
             "state": state,
             "identity": self.identity,
             "manifest_hash": manifest_hash,
-            "fedsim": fedsim.__version__,
+            "fedsim": __version__,
         }
         self.write_json("status.json", status | {"rule_object": _rule_object(self.config)})
 

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import fedsim
+from fedsim.core.home import ROOT, __version__
 
 PACKAGES = ("torch", "transformers", "ray", "flwr", "numpy", "omegaconf", "safetensors")
 
@@ -21,8 +21,8 @@ def environment() -> dict[str, Any]:
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "fedsim": fedsim.__version__,
-        "git": _git_state(Path(fedsim.__file__).resolve().parent.parent),
+        "fedsim": __version__,
+        "git": _git_state(Path(ROOT)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),

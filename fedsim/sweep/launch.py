@@ -21,10 +21,10 @@ import ray
 from filelock import Timeout
 
 from clients import cluster
-from fedsim import ROOT, ours_first
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, RunDirError, StorageError
 from fedsim.core.files import in_use
+from fedsim.core.home import ROOT, ours_first
 from fedsim.runs.collection import verified
 from fedsim.runs.results import Results
 from fedsim.sweep.job import Cost, JobResult, lock_of, note_failure
@@ -190,7 +190,7 @@ def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:
 def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[..., Any]:
     """A function of `fedsim.sweep.job` as a Ray task: called with a run and more, it gets the run's config and that.
 
-    It travels by value, see `fedsim.ours_first`.
+    It travels by value, see `fedsim.core.home.ours_first`.
     """
 
     def work(root: str, put_first: Callable[[str], None], command: list[str], name: str, cores: int, *arguments: Any) -> Any:
