@@ -15,7 +15,7 @@ from torch import Tensor
 from clients.work import Work, moved
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
-from fedsim.core.contracts import CROSS_ENTROPY, OWN, Ending, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
+from fedsim.core.contracts import CROSS_ENTROPY, OWN, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite
@@ -166,8 +166,9 @@ class Learning:
         for part in self._step:
             part.learner.stepped(part.state, params)
 
-    def end(self, params: Tensors) -> Ending:
-        """Memory and statistics of all of them, on the CPU, under their names. params: all tensors after the last step."""
+    def end(self, params: Tensors) -> tuple[Tensors | None, Tensors]:
+        """Memory (None: what it was) and statistics of all of them, on the CPU, under their names. params: all tensors after the
+        last step."""
         memory: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for part in self._parts:
@@ -176,7 +177,7 @@ class Learning:
                 memory |= {f"{PREFIX}{part.name}/{n}": t.detach().cpu() for n, t in ending.memory.items()}
             statistics |= {f"{part.name}.{n}": t.detach().cpu() for n, t in ending.statistics.items()}
         require_finite(memory, "memory")
-        return Ending(memory, statistics)
+        return (memory if any(part.keeps for part in self._parts) else None), statistics
 
 
 class _Once:

@@ -210,6 +210,7 @@ def _wired(parts: Prepared, store: ClientStore) -> Iterator[Simulation]:
             num_clients=manifest.num_clients,
             store=store,
             learners=configs.build_learners(config.client.learners),
+            sample_bytes=spec.train.sample_bytes,
         )
 
 

@@ -12,7 +12,7 @@ from fedsim.core.events import ClientDone, ClientSkipped, Event
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, Reply, RoundPlan, Tensors
 from server import gather, sampling
 from server.gather import Gathering, Round, say
-from server.ledger import charged
+from server.ledger import charged, device_bytes
 from server.state import ServerState, Simulation
 
 
@@ -74,6 +74,6 @@ def remembered(sim: Simulation, bundle: Bundle, plan: RoundPlan) -> Bundle:
     for place, result in enumerate(results):
         if isinstance(result, ClientUpdate) and result.memory is not None:
             if plan.train and result.num_samples:
-                sim.store.remember(result.client_id, result.memory)
+                sim.store.remember(result.client_id, result.memory, device_bytes(sim, result.memory))
             results[place] = replace(result, memory=None)
     return replace(bundle, results=tuple(results))

@@ -16,7 +16,8 @@ What is fixed in a head (random projections) is drawn by every client from the r
 
 Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
 same inputs); of what a channel has encoded, the bytes of its encoded form. Client memory does not travel; neither do data, names,
-and the head that an evaluation on the server uses.
+and the head that an evaluation on the server uses. What devices must store is counted beside them: memory, a buffer's samples as
+samples.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedsim.core.messages import BACKGROUND, ClientJob, ClientUpdate, Tensors, bytes_up
 from server.state import ServerState, Simulation
 
+POSITIONS = "/positions"  # the end of a memory's name that stands for samples
 _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, digest): what stays is looked at once
 
 
@@ -82,6 +84,11 @@ def _digest(tensor: Tensor) -> str:
         known = _digests[tensor] = version, content.hexdigest()
     digest: str = known[1]
     return digest
+
+
+def device_bytes(sim: Simulation, memory: Tensors) -> int:
+    """What a device stores to remember this: for positions of samples the samples themselves, and all else as it is."""
+    return sum(t.numel() * sim.sample_bytes if n.endswith(POSITIONS) else t.nbytes for n, t in memory.items())
 
 
 def mean_loss(updates: Sequence[ClientUpdate]) -> float:

@@ -37,6 +37,7 @@ class Simulation:
     num_clients: int
     store: ClientStore
     learners: Mapping[str, Learner] = field(default_factory=dict)
+    sample_bytes: int = 0  # of a training sample and its label
 
 
 @dataclass(frozen=True)

@@ -114,16 +114,18 @@ class ClientStore:
                 raise sqlite3.DatabaseError(f"what client {client} remembers is not what was written")
         return {name: torch.from_numpy(array) for name, array in sorted(safetensors.load(content).items())}
 
-    def remember(self, client: int, memory: Tensors) -> None:
+    def remember(self, client: int, memory: Tensors, size: int | None = None) -> None:
         """Keep this in place of what the client remembers, with the version to come. Nothing of it is held here.
 
-        Raises PluginError for a tensor of a type that cannot be kept.
+        size: bytes that a device stores for it; None: those of the tensors. Raises PluginError for a tensor of a type that cannot
+        be kept.
         """
         with self._errors():
             row = self._db.execute(f"SELECT bytes {_OF_CLIENT}", (client,)).fetchone() if self.stored.clients else None
             if row is None and not memory:
                 return
-            size, content = num_bytes(memory) if memory else None, _packed(client, memory)
+            content = _packed(client, memory)
+            size = None if not memory else num_bytes(memory) if size is None else size
             self._begin()
             values = (client, self.stored.version + 1, size, zlib.crc32(content), content)
             self._db.execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?, ?, ?)", values)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.config import SimConfig
@@ -23,6 +24,12 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of one sample and its label, as they lie here."""
+        arrays = (*self.inputs.values(), self.labels)
+        return sum(a.dtype.itemsize * int(np.prod(a.shape[1:])) for a in arrays)
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,6 +91,8 @@ def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Pat
             positions = memory["learner.er/positions"].tolist()
             assert len(positions) == len(set(positions)) == held[client]
             assert int(memory["learner.er/offered"]) == held[client]
+        stored = results.costs["stored"]
+        assert stored["max"] == held.max() * (8 * 8 * 1 + 8) + 16, "samples of 64 bytes with their label, and two numbers"
         assert any("holds all samples that any client ever has" in note for note in results.notes)
 
 

@@ -105,7 +105,8 @@ class Step:
 
 class Ending(NamedTuple):
     """What is left of a client's round. memory: what this client is handed when it trains next, and nobody else ever sees;
-    statistics: what travels to the server. Tensors by name."""
+    statistics: what travels to the server. Tensors by name. A memory named `positions` stands for samples of the training split,
+    which the simulator has: what a device must store is counted by the sample."""
 
     memory: Tensors = MappingProxyType({})
     statistics: Tensors = MappingProxyType({})
