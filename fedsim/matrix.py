@@ -132,15 +132,24 @@ def _presets() -> Iterator[str]:
         "`configs/<method>.yaml` is the method on `omniglot`.", "",
         "| stream | what it is |", "|---|---|", *(f"| {path.stem} | {_comment(path)} |" for path in streams), "",
     )  # fmt: skip
-    yield "| method | adapter | aggregator | consolidator | calibrator | learners | what it is |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| method | adapter | head | aggregator | consolidator | calibrator | learners | what it is |"
+    yield "|---|---|---|---|---|---|---|---|"
     for path in methods:
         config = configs.load([PRESETS / "streams" / "omniglot.yaml", path])
         section, server = config.server.aggregator, config.server
         rule = ", ".join(f"{g['match']}: {g['name']}" for g in section) if isinstance(section, list) else section["name"]
         repair = NONE if server.calibrator is None else server.calibrator["name"]
         terms = ", ".join(o["name"] for o in config.client.learners) or NONE
-        parts = (path.stem, config.adapter["name"], rule, server.consolidator["name"], repair, terms, _comment(path))
+        parts = (
+            path.stem,
+            config.adapter["name"],
+            config.head["name"],
+            rule,
+            server.consolidator["name"],
+            repair,
+            terms,
+            _comment(path),
+        )
         yield f"| {' | '.join(parts)} |"
     yield ""
 
