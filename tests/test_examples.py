@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from examples import fedavg_plain, private, scaffold
+from examples import fedavg_plain, private, replay, scaffold
+from fedsim import simulation
 from fedsim.simulation import run
-from tests.tiny import final_state, tiny
+from tests.tiny import final_state, memories, same_bits, tiny
 
 PLAIN = ("client.optimizer=sgd", "client.lr=0.05", "client.epochs=2", "server.consolidator=none", "server.rounds=3")
 
@@ -55,3 +57,23 @@ def test_private_prints_what_privacy_costs(capsys: pytest.CaptureFixture[str]) -
     assert accuracies[0] > accuracies[1] > accuracies[2] and accuracies[0] > 60
     rhos = [4 / 2 / z**2 for z in (1.0, 4.0)]
     assert epsilons == pytest.approx([math.inf, *(rho + 2 * math.sqrt(rho * math.log(1e5)) for rho in rhos)], abs=0.005)
+
+
+def test_a_learner_of_ones_own_replays_what_it_says(tmp_path: Path) -> None:
+    """The buffer is divided over the classes that the client has held, within its size; old samples join the batches."""
+    config = tiny(
+        *PLAIN, "server.aggregator=fedavg", f"client.learners=[{{name: {replay.__file__}, size: 7}}]", "partition.alpha=100",
+        output=tmp_path,
+    )  # fmt: skip
+    results = run(config)
+    parts = simulation.prepare(config)
+    for client, memory in memories(results.path, config).items():
+        positions = memory["learner.replay/positions"].numpy()
+        held = np.concatenate([parts.spec.shard(task, client) for task in range(2)])
+        classes = len(set(parts.spec.train.labels[held].tolist()))
+        _, counts = np.unique(parts.spec.train.labels[positions], return_counts=True)
+        assert set(positions) <= set(held) and 0 < len(positions) <= 7 and counts.max() <= max(1, 7 // classes)
+    without = final_state(run(tiny(*PLAIN, "server.aggregator=fedavg", output=tmp_path / "b")).path, tiny(
+        *PLAIN, "server.aggregator=fedavg", output=tmp_path / "b"
+    ))  # fmt: skip
+    assert not same_bits(dict(without.params), dict(final_state(results.path, config).params))
