@@ -3,12 +3,12 @@
     for every task of the stream:
         begin it: the consolidator says with which parameters (from statistics, if it needs any)
         for every round:
-            draw clients; the aggregator's plan says what they train and which statistics they send
+            draw clients; the aggregator's plan says what they train and which statistics they send; learners, what they are told
             the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
-            the aggregator merges; the calibrator (if any) repairs the head
+            the aggregator merges; the calibrator (if any) repairs the head; learners hear what their clients sent
             the deployed model is evaluated on every task seen
         end it: the consolidator asks for statistics (if it needs any) and merges tasks; the calibrator may look through the
-            merged model and repair the head that is deployed; the model is evaluated again
+            merged model and repair the head that is deployed; so may learners look through it; the model is evaluated again
 
 `run` is a generator. It yields events for whoever shows progress and, after every round and every task, the whole state:
 what was yielded last is all that is needed to go on from there, with what `sim.store` keeps of every client. It touches no file,
