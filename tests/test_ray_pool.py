@@ -25,7 +25,7 @@ from fedsim.core.errors import PoolError
 from fedsim.core.events import Event, RoundDone
 from fedsim.simulation import run
 from tests.readme import median_rule
-from tests.tiny import final_state, learned, same_bits, tiny
+from tests.tiny import final_state, kept, learned, same_bits, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 MEDIAN = median_rule()
@@ -99,13 +99,15 @@ def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(tmp_path: Path
             threading.Thread(target=lambda: (time.sleep(0.005), os.kill(victim, signal.SIGKILL))).start()
         yield from real(self, jobs)
 
-    serial = tiny("server.rounds=3", output=tmp_path / "serial")
-    on_ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray")
+    rule = {"aggregator": "fedavg", "consolidator": "none", "channel": [{"name": "topk", "share": 0.3}]}  # which has a memory
+    serial = tiny("server.rounds=3", output=tmp_path / "serial", server=rule)
+    on_ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray", server=rule)
     a = run(serial)
     monkeypatch.setattr(ray_pool.Pool, "train", train)
     b = run(on_ray)
     assert killed
     assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, on_ray)))
+    assert same_bits(kept(a.path), kept(b.path))
     np.testing.assert_array_equal(a.accuracy, b.accuracy)
 
 

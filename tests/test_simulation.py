@@ -27,7 +27,7 @@ from fedsim.simulation import prepare_again, prepare_data, run
 from fedsim.watch.progress import ProgressDisplay
 from server import checkpoint, gather, loop
 from tests.readme import median_rule
-from tests.tiny import final_state, learned, same_bits, stopping, tiny
+from tests.tiny import final_state, kept, learned, same_bits, stopping, tiny
 
 POOLS = {
     "ray, 1 worker": ["runtime.pool=ray", "runtime.workers=1"],
@@ -121,6 +121,7 @@ def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path) 
     a, b = run(serial), run(other)
     assert serial.identity() == other.identity()
     assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, other)))
+    assert same_bits(kept(a.path), kept(b.path))
 
 
 @pytest.mark.parametrize("fused", ["false", "true"])
@@ -217,6 +218,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
             run(config, output=stopped)
     resumed = run(resume=stopped)
     assert same_bits(learned(final_state(whole.path, config)), learned(final_state(stopped, config)))
+    assert same_bits(kept(whole.path), kept(stopped))
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
 
 

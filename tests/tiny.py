@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from fedsim.core import config as configs
@@ -84,3 +87,12 @@ def stopping(after: int) -> Any:
             raise KeyboardInterrupt
 
     return save
+
+
+def kept(run_dir: Path) -> dict[str, dict[int, Any]]:
+    """What a run keeps of every client: its memory, and the messages."""
+    with closing(sqlite3.connect(run_dir / "clients.sqlite")) as db:
+        memory = {
+            client: dict(sorted(load(tensors).items())) for client, tensors in db.execute("SELECT client, tensors FROM memory")
+        }
+        return {"memory": memory, "messages": {m: row for m, *row in db.execute("SELECT * FROM messages")}}
