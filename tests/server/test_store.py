@@ -26,12 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.pools import serial
-from clients.worker import Worker
 from fedsim.core import contracts
 from fedsim.core.config import load
 from fedsim.core.errors import ClientFailed, PluginError, RunDirError, StorageError
 from fedsim.core.events import Kept
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, RoundPlan
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, Reply, RoundPlan
 from fedsim.simulation import run
 from server import checkpoint, isolation, store
 from server.dispatch import run_clients
@@ -346,11 +345,11 @@ def parts(pool: contracts.Pool, kept_by: ClientStore, sizes: Sequence[int], **se
     config = tiny(
         "server.aggregator=fedavg", "server.consolidator=none", server={"on_client_failure": "skip", "drift": False, **server}
     )
-    chain = SimpleNamespace(received=lambda start, total, *_: total)
+    chain = SimpleNamespace(received=lambda start, totals, *_: totals)
     rule = contracts_rule(config)
     return SimpleNamespace(
         config=config, pool=pool, store=kept_by, shard_sizes=np.array([sizes]), aggregator=rule, calibrator=None,
-        consolidator=None, chain=chain, num_clients=len(sizes),
+        consolidator=None, learners={}, chain=chain, num_clients=len(sizes),
     )  # fmt: skip
 
 
@@ -389,7 +388,7 @@ def test_clients_that_fail_hold_nothing_or_only_look_remember_what_they_did() ->
         for round in range(3):
             plan = RoundPlan() if round < 2 else RoundPlan(train=())  # the last is a pass for statistics
             state = replace(state, round=round)
-            (found, state), _ = drained(run_clients(sim, state, range(CLIENTS), plan, state.params))
+            (found, state), _ = drained(run_clients(sim, state, range(CLIENTS), plan, state.params, Reply()))
             assert all(u.memory is None for u in found.updates), "nothing of it is held"
         counts = {c: dict(kept_by.memory(c)) for c in range(CLIENTS)}
     assert {c: float(m["count"]) for c, m in counts.items() if m} == {0: 2, 1: 1, 2: 1, 3: 1, 5: 2}
@@ -416,7 +415,7 @@ def test_a_memory_is_read_when_its_client_goes_out() -> None:
 
         sim, state = parts(InProcess(), kept_by, [5] * 3), ServerState(0, 0, {"head.bias": torch.zeros(1)}, None)
         for _ in range(2):
-            (_, state), _ = drained(run_clients(sim, state, range(3), RoundPlan(), state.params))
+            (_, state), _ = drained(run_clients(sim, state, range(3), RoundPlan(), state.params, Reply()))
     assert order == [f"train {c}" for c in range(3)] + [f"{do} {c}" for c in range(3) for do in ("read", "train")]
 
 
@@ -441,27 +440,31 @@ def test_isolated_runs_read_the_memory_and_leave_it(monkeypatch: pytest.MonkeyPa
 # ---------------------------------------------------------------- in a run
 
 
-class Counting(Worker):
-    """Clients that count in memory how often they have trained, and move their head by it."""
+COUNTING = """
+from dataclasses import dataclass
+import torch
+from fedsim.core import contracts
+from fedsim.core.contracts import Ending
 
-    def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
-        update = super().train_client(job)
-        if not isinstance(update, ClientUpdate) or not job.plan.train:
-            return update
-        count = job.memory.get("count", torch.zeros(1)) + 1
-        head = {n: t + 1e-3 * count if n.startswith("head.") else t for n, t in update.params.items()}
-        return replace(update, params=head, memory={"count": count, f"round {job.task}.{job.round}": torch.ones(2)})
+@dataclass(frozen=True)
+class Learner(contracts.Learner):
+    def begin(self, work, memory, context, draw):
+        return {"count": memory.get("count", torch.zeros(1)) + 1}
 
+    def corrected(self, state, gradients, params):
+        return {n: g / state["count"] for n, g in gradients.items()}
+
+    def end(self, state, work, params):
+        return Ending({"count": state["count"], f"round {work.task}.{work.round}": torch.ones(2)})
+"""
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from clients.pools import serial
 from fedsim.core.config import load
-from fedsim.simulation import run
+from fedsim.simulation import prepare, run
 from server import checkpoint
 from server.store import ClientStore
-from tests.server.test_store import Counting
 
 def killed(real, at):
     calls = []
@@ -472,39 +475,37 @@ def killed(real, at):
         return real(*args)
     return call
 
-serial.Pool.worker = Counting
-points = {"rows": (ClientStore, "commit", 3), "checkpoint": (checkpoint, "save", 3), "pruning": (ClientStore, "prune", 5)}
-for name, (where, what, at) in points.items():
+config, folder = load(sys.argv[1]), Path(sys.argv[1]).parent / "killed"
+prepare(config)  # what is imported is imported once
+for where, what, at in ((ClientStore, "commit", 2), (checkpoint, "save", 2), (ClientStore, "prune", 3)):  # it is pruned when it is opened, too
     if os.fork() == 0:
         setattr(where, what, killed(getattr(where, what), at))
-        run(load(sys.argv[1]), output=Path(sys.argv[1]).parent / name)
+        run(config, **({"resume": folder} if folder.exists() else {"output": folder}))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    print(checkpoint.load(folder / "checkpoint.pt", config.identity()).stored.version)
 """
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before a round's rows are written, after them and before the checkpoint, after that and before the pruning."""
-    monkeypatch.setattr(serial.Pool, "worker", Counting)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Before a round's rows are written; then after them and before the checkpoint; then after that and before the pruning.
+    Clients count their rounds, and make smaller steps in each."""
+    (tmp_path / "counting.py").write_text(COUNTING)
     server = {"aggregator": "fedavg", "consolidator": "none", "participation": 0.67, "evaluate": "task"}
-    config = tiny(output=tmp_path, server=server)
+    config = tiny(output=tmp_path, server=server, client={"learners": [str(tmp_path / "counting.py")]})
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     whole = run(load(tmp_path / "run.yaml"), output=tmp_path / "whole")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path / "run.yaml"], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert sum(float(m["count"]) for m in kept(tmp_path / "whole")["memory"].values()) == 2 * 2 * 2, (
-        "tasks, rounds, clients of a round"
-    )
-    for name, steps in {"rows": 2, "checkpoint": 2, "pruning": 5}.items():
-        assert final_state(tmp_path / name, config).stored.version == steps, "it was killed where it was to be"
-        resumed = run(resume=tmp_path / name)
-        assert same_bits(learned(final_state(tmp_path / name, config)), learned(final_state(tmp_path / "whole", config)))
-        assert same_bits(kept(tmp_path / name), kept(tmp_path / "whole"))
-        np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
-    assert whole.costs["stored"] == {"clients": 3, "mean": 12.0, "max": 12}
+    words = [sys.executable, "-c", KILLED, tmp_path / "run.yaml"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.split() == ["1", "2", "4"], f"versions of the checkpoints that were left: {done.stderr}"
+    resumed = run(resume=tmp_path / "killed")
+    assert same_bits(learned(final_state(tmp_path / "killed", config)), learned(final_state(tmp_path / "whole", config)))
+    assert same_bits(kept(tmp_path / "killed"), kept(tmp_path / "whole"))
+    np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+    counts = [float(memory["learner.counting/count"]) for memory in kept(tmp_path / "whole")["memory"].values()]
+    assert sum(counts) == 2 * 2 * 2, "tasks, rounds, clients of a round"
+    assert whole.costs["stored"] == {"clients": len(counts), "mean": 12.0, "max": 12}
 
 
 def test_resume_without_its_store_is_one_line_and_with_it_all_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
