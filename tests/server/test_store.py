@@ -475,9 +475,10 @@ def killed(real, at):
         return real(*args)
     return call
 
+# a store that is opened is pruned, too
 config, folder = load(sys.argv[1]), Path(sys.argv[1]).parent / "killed"
 prepare(config)  # what is imported is imported once
-for where, what, at in ((ClientStore, "commit", 2), (checkpoint, "save", 2), (ClientStore, "prune", 3)):  # it is pruned when it is opened, too
+for where, what, at in ((ClientStore, "commit", 2), (checkpoint, "save", 2), (ClientStore, "prune", 3)):
     if os.fork() == 0:
         setattr(where, what, killed(getattr(where, what), at))
         run(config, **({"resume": folder} if folder.exists() else {"output": folder}))
