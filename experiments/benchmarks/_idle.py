@@ -31,7 +31,7 @@ def work(config: SimConfig, registered: int) -> WorkSpec:
     return WorkSpec(registered, *one_each, none, np.zeros(2, np.int64), config, empty, empty, ((0,),))
 
 
-def simulation(config: SimConfig, pool: Pool, registered: int) -> Simulation:
+def simulation(config: SimConfig, pool: Pool, registered: int, store: ClientStore | None = None) -> Simulation:
     """The loop's parts, with the rules of the config."""
     return Simulation(
         config=config,
@@ -46,5 +46,5 @@ def simulation(config: SimConfig, pool: Pool, registered: int) -> Simulation:
         test_sizes=(0,),
         shard_sizes=np.ones((1, registered), np.int64),
         num_clients=registered,
-        store=ClientStore(registered),
+        store=store or ClientStore(registered),
     )
