@@ -191,12 +191,13 @@ class ClientStore:
                 f"{path} and the checkpoint beside it are of different times (after {found[2]} and {version} steps of the run): "
                 f"copy both back, or {_AGAIN}"
             )
+        rows = self._db.execute("SELECT client, version FROM memory WHERE version >= ?", (version,)).fetchall()  # from the index
         self._db.execute("BEGIN")
+        self._db.executemany("DELETE FROM memory WHERE client = ? AND version = ?", [r for r in rows if r[1] > version])
         self._db.execute("DELETE FROM messages WHERE version > ?", (version,))
-        self._db.execute("DELETE FROM memory WHERE version > ?", (version,))
         self._db.execute("UPDATE meta SET version = ?", (version,))
         self._db.execute("COMMIT")
-        self._written = [client for (client,) in self._db.execute("SELECT client FROM memory WHERE version = ?", (version,))]
+        self._written = [client for client, of in rows if of == version]
         self.prune()
         for number, with_past, content in self._db.execute("SELECT number, with_past, clients FROM messages ORDER BY number"):
             gaps_n = np.frombuffer(_unpacked(content), dtype="<u4").astype(np.int64)
