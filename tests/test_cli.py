@@ -203,6 +203,12 @@ def test_a_task_incremental_run_has_one_column() -> None:
     assert "forgetting                           10.00" in text
 
 
+def test_what_clients_store_is_said_below_their_bytes() -> None:
+    costs = {**COSTS, "stored": {"clients": 7, "mean": 1500.0, "max": 2_500_000}}
+    text = printed(100, lambda console: console.print(cli_run.bytes_table(costs)))
+    assert "7 clients store 1.5 kB on average, 2.5 MB at most" in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (999_600, "1.0 MB"), (2.5e15, "2500.0 TB")],

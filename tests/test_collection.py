@@ -370,6 +370,9 @@ def test_costs_are_sums() -> None:
         "bytes_down": 7, "bytes_down_adapter": 3, "bytes_down_head": 4, "bytes_up": 5, "bytes_up_head": 5,
         "seconds": 1.5, "seconds_a": 1.0, "seconds_b": 0.5, "client_rounds": 6,
     }  # fmt: skip
+    stored = {"clients": 2, "mean": 3.5, "max": 4}
+    figures = collections.cost_figures(Results(tiny(), (), {**costs, "stored": stored}))
+    assert {k: v for k, v in figures.items() if k.startswith("stored")} == {f"stored_{k}": v for k, v in stored.items()}
 
 
 def test_a_frame_of_real_runs_says_what_the_runs_say(run_dirs_folder: Path) -> None:

@@ -125,4 +125,7 @@ def bytes_table(costs: Mapping[str, Any]) -> Table:
     totals = [sum(down.values()), sum(up.values())]
     table.add_row("all", *map(human_bytes, [*totals, *(t / turns for t in totals)]), style="bold")
     table.caption = f"each: per client and round, of which there were {turns}"
+    if stored := costs.get("stored"):
+        each, most = human_bytes(stored["mean"]), human_bytes(stored["max"])
+        table.caption += f"\n{stored['clients']} clients store {each} on average, {most} at most"
     return table

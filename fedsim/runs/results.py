@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 Costs: TypeAlias = Mapping[
     str, Any
-]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}
+]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}, and if clients remember
+# anything "stored": {"clients": how many do at the end, "mean": bytes of each of them then, "max": of any at any time}
 
 # file -> the field of Results that holds its rows
 TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}

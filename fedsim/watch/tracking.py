@@ -3,7 +3,7 @@
     every round       accuracy/task_0, ..., accuracy/mean (percent), round/loss, round/seconds,
                       traffic/up, traffic/down (bytes since the start), drift/<measure>/<group>
     every task's end  the accuracies, seconds and traffic with the prefix task_end/, and task_end/forgetting (so far)
-    the run's end     metrics/<name>, bytes/<direction>/<kind>, seconds/<phase>
+    the run's end     metrics/<name>, bytes/<direction>/<kind>, seconds/<phase>, stored/<clients, mean or max> (bytes)
 
 all over the 0-based round of the whole stream; a task's end and the run's stand at the round that came last. What is undefined
 is left out. An event is passed on once the checkpoint holds it, so a run that is gone on in never says anything twice; one that
@@ -144,6 +144,7 @@ def of_run(results: Results) -> dict[str, float | None]:
         **{f"metrics/{name}": value for name, value in results.metrics.items()},
         **{f"bytes/{direction}/{kind}": n for direction, kinds in costs["bytes"].items() for kind, n in kinds.items()},
         **{f"seconds/{phase}": seconds for phase, seconds in costs["seconds"].items()},
+        **{f"stored/{name}": value for name, value in costs.get("stored", {}).items()},
     }
 
 
