@@ -29,7 +29,7 @@ from clients.pools import serial
 from fedsim.core import contracts
 from fedsim.core.config import load
 from fedsim.core.errors import ClientFailed, PluginError, RunDirError, StorageError
-from fedsim.core.events import Kept
+from fedsim.core.events import TensorsKept
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, Reply, RoundPlan
 from fedsim.simulation import run
 from server import checkpoint, isolation, store
@@ -434,7 +434,7 @@ def test_isolated_runs_read_the_memory_and_leave_it(monkeypatch: pytest.MonkeyPa
         _, events = drained(isolation.isolated_clients(sim, state))
         assert told == {0: 7.0, 1: 8.0}
         assert {c: float(kept_by.read(c)["count"]) for c in range(2)} == told
-    assert [e.name for e in events if isinstance(e, Kept)] == ["start", "client-0", "client-1"]
+    assert [e.name for e in events if isinstance(e, TensorsKept)] == ["start", "client-0", "client-1"]
 
 
 # ---------------------------------------------------------------- in a run
@@ -454,7 +454,7 @@ class Learner(contracts.Learner):
     def corrected(self, state, gradients, params):
         return {n: g / state["count"] for n, g in gradients.items()}
 
-    def end(self, state, work, params):
+    def end(self, state, work, params, draw):
         return Ending({"count": state["count"], f"round {work.task}.{work.round}": torch.ones(2)})
 """
 
