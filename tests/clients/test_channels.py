@@ -187,6 +187,17 @@ def test_what_is_sent_lies_within_the_clip(scale: float, clip: float) -> None:
         assert cosine > 1 - 1e-5
 
 
+@pytest.mark.parametrize("digits", [0.7, 1.7, 2.6])
+def test_a_clip_in_the_last_digits_of_the_parameters_is_kept_to(digits: float) -> None:
+    """100 numbers at 1 go up by 10 units in the last place each, and are clipped to 0.7, 1.7 or 2.6: the nearest is beyond."""
+    unit = 2.0**-23
+    clip = digits * unit * 10
+    arrived = chain(ClipNoise(clip=clip)).sent(job({"w": torch.ones(100)}), update({"w": torch.ones(100) + 10 * unit}))
+    assert isinstance(arrived, ClientUpdate)
+    assert norm({"w": arrived.params["w"].double() - 1}) <= clip
+    assert torch.equal(arrived.params["w"], torch.ones(100) + int(digits) * unit)
+
+
 def test_groups_are_clipped_by_themselves_and_the_first_match_decides() -> None:
     one = channel("clip_noise", groups=[{"match": "head.*", "clip": 3.0}, {"match": "*", "clip": 4.0}], noise=1.0)
     assert isinstance(one, ClipNoise) and one.sensitivity == 5.0
