@@ -1,9 +1,10 @@
-"""For all tests: one thread per process, no network, and the larger data where it is at hand."""
+"""For all tests: one thread per process, no network, the larger data where it is at hand, and one Ray that stays."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 for name in (
@@ -44,3 +45,35 @@ def run_dirs(tmp_path: Path) -> Path:
     path = tmp_path / "runs"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def rays() -> Iterator[Callable[[bool], None]]:
+    """`rays(True)`: Ray runs in this process, with two cores; `rays(False)`: none does."""
+    import ray
+
+    import clients.cluster  # sets what Ray reads when it starts  # noqa: F401
+
+    def wanted(running: bool) -> None:
+        if running and not ray.is_initialized():
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        elif not running and ray.is_initialized():
+            ray.shutdown()
+        deadline = time.monotonic() + 30
+        while running and ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)  # workers of the pool before are on their way out, and still have their cores
+
+    yield wanted
+    wanted(False)
+
+
+@pytest.fixture
+def one_ray(rays: Callable[[bool], None]) -> None:
+    """Ray that stays for the tests that follow: a pool joins it, and does not take the seconds that a start takes."""
+    rays(True)
+
+
+@pytest.fixture
+def no_ray(rays: Callable[[bool], None]) -> None:
+    """No Ray: for tests about its start, and for Flower, which starts its own."""
+    rays(False)

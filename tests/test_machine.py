@@ -68,7 +68,7 @@ def test_a_run_that_was_made_on_another_machine_is_read_and_not_gone_on_with(tmp
 )
 @pytest.mark.parametrize("pool", ["ray", "flower"])
 def test_more_workers_than_a_machine_holds(
-    cores: int, free: int | None, line: str, pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cores: int, free: int | None, line: str, pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ray: None
 ) -> None:
     if pool == "flower":
         pytest.importorskip("flwr")

@@ -88,7 +88,9 @@ def _without_options(lines: list[str], names: tuple[str, ...]) -> list[str]:
     return [line for i, line in enumerate(lines) if not (start < i < end and line.strip().split(":")[0] in names)]
 
 
-def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: None
+) -> None:
     killed: list[int] = []
     real = ray_pool.Pool.train
 
@@ -111,7 +113,8 @@ def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(tmp_path: Path
     np.testing.assert_array_equal(a.accuracy, b.accuracy)
 
 
-def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> None:
+def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path, no_ray: None) -> None:
+    """And the Ray that the pool has started is gone."""
     deadly = tmp_path / "deadly.py"
     deadly.write_text(
         "from dataclasses import dataclass\nimport os\nfrom fedsim.core import contracts\n"
@@ -123,9 +126,10 @@ def test_a_client_over_which_workers_keep_dying_is_an_error(tmp_path: Path) -> N
     )
     with pytest.raises(PoolError, match=r"died 2 times over client \d, task 0, round 0"):
         run(config)
+    assert not ray.is_initialized()
 
 
-def test_no_cluster_at_the_address(tmp_path: Path) -> None:
+def test_no_cluster_at_the_address(tmp_path: Path, no_ray: None) -> None:
     config = tiny("runtime.pool=ray", "runtime.address=127.0.0.1:1", output=tmp_path)
     with pytest.raises(PoolError, match=r"no Ray cluster at '127.0.0.1:1'"):
         run(config)
@@ -165,7 +169,7 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[Any]:
+def two_nodes(no_ray: None) -> Iterator[Any]:
     """A cluster of two machines of one core, the second of which can be killed."""
     from ray.cluster_utils import Cluster
 

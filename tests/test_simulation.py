@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fedsim.simulation import prepare_again, prepare_data, run
 from fedsim.watch.progress import ProgressDisplay
 from server import checkpoint, gather, loop
 from tests.readme import median_rule
-from tests.tiny import final_state, kept, learned, same_bits, stopping, tiny
+from tests.tiny import final_state, kept, learned, plain_vit, same_bits, stopping, tiny
 
 POOLS = {
     "ray, 1 worker": ["runtime.pool=ray", "runtime.workers=1"],
@@ -71,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
         "adapter": {"name": "apt", "memory": 1},
+        "head": "mixture",
     },
 }
 
@@ -113,11 +115,12 @@ def test_bytes_of_fedavg_are_what_the_formula_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path) -> None:
+def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path, rays: Callable[[bool], None]) -> None:
     if pool == "flower":
         pytest.importorskip("flwr", reason="Flower needs Python 3.11")
-    serial = tiny(output=tmp_path / "serial", **METHODS[method])
-    other = tiny(*POOLS[pool], output=tmp_path / "other", **METHODS[method])
+    rays(pool != "flower")
+    serial = tiny(output=tmp_path / "serial", model=plain_vit(), **METHODS[method])
+    other = tiny(*POOLS[pool], output=tmp_path / "other", model=plain_vit(), **METHODS[method])
     a, b = run(serial), run(other)
     assert serial.identity() == other.identity()
     assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, other)))
@@ -125,7 +128,7 @@ def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("fused", ["false", "true"])
-def test_many_clients_in_blocks_have_the_bits_of_one_by_one(fused: str, tmp_path: Path) -> None:
+def test_many_clients_in_blocks_have_the_bits_of_one_by_one(fused: str, tmp_path: Path, one_ray: None) -> None:
     """45 clients: alone in the serial pool (in bundles if they are fused), blocks that are summed on one Ray worker, on two."""
     overrides = [
         f"runtime.fused={fused}",
@@ -137,7 +140,9 @@ def test_many_clients_in_blocks_have_the_bits_of_one_by_one(fused: str, tmp_path
     where = [("runtime.pool=serial",), *(("runtime.pool=ray", f"runtime.workers={w}") for w in (1, 2))]
     states = []
     for k, pool in enumerate(where):
-        config = tiny(*overrides, *pool, "server.rounds=2", "data.train_per_class=30", output=tmp_path / str(k))
+        config = tiny(
+            *overrides, *pool, "server.rounds=2", "data.train_per_class=30", output=tmp_path / str(k), model=plain_vit()
+        )
         states.append(learned(final_state(run(config).path, config)))  # type: ignore[arg-type]
     assert same_bits(states[0], states[1])
     assert same_bits(states[0], states[2])
@@ -272,7 +277,7 @@ def test_resuming_a_finished_run_returns_its_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", ["serial", "ray"])
-def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path, one_ray: None) -> None:
     config = tiny("client.optimizer=sgd", "client.lr=1e30", "client.epochs=3", f"runtime.pool={pool}", output=tmp_path)
     with pytest.raises(ClientFailed, match=r"client 0 failed in task 0, round 0, stage (training|update): .*") as failed:
         run(config)

@@ -9,7 +9,7 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,8 +215,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkSpec:
 
 
 @pytest.fixture(scope="module")
-def pool(spec: WorkSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+def pool(spec: WorkSpec, tmp_path_factory: pytest.TempPathFactory, rays: Callable[[bool], None]) -> Iterator[Pool]:
     """One engine for the tests below, started as by a user whose folder holds a clients.py, a server.py and a fedsim.py."""
+    rays(False)
     folder = tmp_path_factory.mktemp("user")
     for decoy in ("clients.py", "server.py", "fedsim.py"):
         (folder / decoy).write_text("raise RuntimeError('the decoy was imported')\n")

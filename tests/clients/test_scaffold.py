@@ -87,7 +87,7 @@ def test_one_client_is_fedavg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learner", ["scaffold", "{name: er, size: 8}"])
-def test_stopped_at_three_points_and_on_ray(learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_at_three_points_and_on_ray(learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: None) -> None:
     """Same bits, of what was learned and of what clients remember; drawn clients, so that some sit a round out."""
 
     def config_of(name: str, *more: str) -> Any:

@@ -12,7 +12,7 @@ from tests.sweep.test_launch import logging, sweep
 
 
 def test_what_it_prints_and_leaves(
-    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sweep(tmp_path, list={"rule": {"lorm": {}, "bad": logging(tmp_path, fail="always")}}, seeds=2)
@@ -42,7 +42,7 @@ def test_what_it_prints_and_leaves(
 
 
 def test_a_dry_run_changes_nothing(
-    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -64,7 +64,7 @@ def test_a_dry_run_changes_nothing(
 
 
 def test_a_trial_does_not_take_the_table_of_a_sweep(
-    workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sweep(tmp_path, seeds=2)

@@ -86,7 +86,7 @@ def path_of(plan: SweepPlan, planned: PlannedRun) -> Path:
     return plan.folder / planned.entry.folder
 
 
-def test_runs_of_a_sweep_are_single_runs(workers: None, tmp_path: Path) -> None:
+def test_runs_of_a_sweep_are_single_runs(one_ray: None, tmp_path: Path) -> None:
     rules = {"lorm": {}, "fair": {"server.aggregator": "fairavg"}}
     plan = sweep(tmp_path, grid={"partition.alpha": [0.1, 1.0]}, list={"rule": rules})
     ended = execute(plan)
@@ -101,7 +101,7 @@ def test_runs_of_a_sweep_are_single_runs(workers: None, tmp_path: Path) -> None:
         assert of_sweep.accuracy == alone.metrics["final_average_accuracy"]
 
 
-def test_only_what_is_missing_is_made(workers: None, tmp_path: Path) -> None:
+def test_only_what_is_missing_is_made(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, grid={"partition.alpha": [0.1, 1.0]}, seeds=2)
     execute(plan)
     before = collect([plan.folder]).frame()
@@ -120,7 +120,7 @@ def test_only_what_is_missing_is_made(workers: None, tmp_path: Path) -> None:
     assert {e.run.config.partition["alpha"] for e in execute(wider)} == {10.0}
 
 
-def test_a_run_that_was_stopped_goes_on(workers: None, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_goes_on(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, set=logging(tmp_path))
     (planned,) = plan.runs
 
@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_goes_on(workers: None, tmp_path: Path) -> None:
     assert json.loads((path_of(plan, planned) / "environment.json").read_text())["resumed"]
 
 
-def test_a_failing_run_is_noted_and_the_rest_goes_on(workers: None, tmp_path: Path) -> None:
+def test_a_failing_run_is_noted_and_the_rest_goes_on(one_ray: None, tmp_path: Path) -> None:
     variants = {"good": {}, "bad": logging(tmp_path, fail="always")}
     plan = sweep(tmp_path, list={"rule": variants}, launch={"retry": 1, "jobs": 1})
     ended = execute(plan)
@@ -158,18 +158,18 @@ def test_a_failing_run_is_noted_and_the_rest_goes_on(workers: None, tmp_path: Pa
     ]
 
 
-def test_a_second_attempt_may_succeed(workers: None, tmp_path: Path) -> None:
+def test_a_second_attempt_may_succeed(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, set=logging(tmp_path, fail="once"), launch={"retry": 3})
     assert [e.outcome.state for e in execute(plan)] == ["failed", "finished"]
     assert not list((plan.folder / "failures").iterdir())
 
 
-def test_what_would_fail_again_is_not_tried_again(workers: None, tmp_path: Path) -> None:
+def test_what_would_fail_again_is_not_tried_again(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, grid={"partition.clients": [3, 100]}, launch={"retry": 5})
     assert [(e.outcome.state, e.attempt) for e in execute(plan) if e.run.config.partition["clients"] == 100] == [("failed", 1)]
 
 
-def test_a_process_that_dies_is_a_failure(workers: None, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_a_failure(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, list={"rule": {"good": {}, "dies": logging(tmp_path, fail="die once")}}, launch={"retry": 1})
     dies = [e for e in execute(plan) if e.run.entry.labels["rule"] == "dies"]
     assert [e.outcome.state for e in dies] == ["failed", "finished"]
@@ -177,7 +177,7 @@ def test_a_process_that_dies_is_a_failure(workers: None, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["rounds.csv", "config.yaml", "status.json", "checkpoint.pt", "a cut start"])
-def test_a_damaged_run_is_set_aside_and_made_again(workers: None, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_run_is_set_aside_and_made_again(one_ray: None, tmp_path: Path, damage: str) -> None:
     plan = sweep(tmp_path)
     (planned,) = plan.runs
     execute(plan)
@@ -199,7 +199,7 @@ def test_a_damaged_run_is_set_aside_and_made_again(workers: None, tmp_path: Path
     assert len(list((plan.folder / "damaged").iterdir())) == 1
 
 
-def test_a_start_that_was_cut_short_is_made_anew(workers: None, tmp_path: Path) -> None:
+def test_a_start_that_was_cut_short_is_made_anew(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path)
     path = path_of(plan, plan.runs[0])
     path.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_a_start_that_was_cut_short_is_made_anew(workers: None, tmp_path: Path) 
     assert not list(path.rglob("*.tmp"))
 
 
-def test_a_run_that_somebody_else_makes_is_waited_for(workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_somebody_else_makes_is_waited_for(one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LOOK_S", 0.1)
     plan = sweep(tmp_path, seeds=2)
     lock = lock_of(plan.folder, plan.runs[0].entry)
@@ -224,7 +224,7 @@ def test_a_run_that_somebody_else_makes_is_waited_for(workers: None, tmp_path: P
     assert sorted(states) == [(0, "elsewhere"), (0, "finished"), (1, "finished")]
 
 
-def test_no_more_runs_at_a_time_than_asked(workers: None, tmp_path: Path) -> None:
+def test_no_more_runs_at_a_time_than_asked(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, seeds=3, launch={"jobs": 1})
     going = most = 0
     for event in launch.execute(plan, plan.runs):
@@ -233,7 +233,7 @@ def test_no_more_runs_at_a_time_than_asked(workers: None, tmp_path: Path) -> Non
     assert most == 1
 
 
-def test_clients_on_ray_inside_a_sweep(workers: None, tmp_path: Path) -> None:
+def test_clients_on_ray_inside_a_sweep(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, set={"runtime.workers": 2}, launch={"pool": "ray"})
     (ended,) = execute(plan)
     assert ended.outcome.state == "finished", ended.outcome.error
@@ -245,7 +245,7 @@ def test_clients_on_ray_inside_a_sweep(workers: None, tmp_path: Path) -> None:
     assert same_bits(learned(a), learned(b))
 
 
-def test_more_gpus_than_there_are(workers: None, tmp_path: Path) -> None:
+def test_more_gpus_than_there_are(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, launch={"gpus": 0.5})
     with pytest.raises(PoolError, match=r"^seed=0 wants CPU 1, GPU 0.5, and Ray has no such machine: lower launch.gpus"):
         list(launch.execute(plan, plan.runs))
@@ -256,18 +256,18 @@ def test_more_gpus_than_there_are(workers: None, tmp_path: Path) -> None:
     [{"launch": {"memory_gb": 1e6}}, {"grid": {"runtime.threads": [1, 64]}}, {"launch": {"pool": "ray", "jobs": 3}}],
     ids=["memory", "threads", "cores"],
 )
-def test_what_would_wait_for_ever_is_refused(workers: None, tmp_path: Path, sections: dict[str, Any]) -> None:
+def test_what_would_wait_for_ever_is_refused(one_ray: None, tmp_path: Path, sections: dict[str, Any]) -> None:
     plan = sweep(tmp_path, seeds=2, **sections)
     with pytest.raises(PoolError, match=r"Ray has"):
         list(launch.execute(plan, plan.runs))
 
 
-def test_two_runs_at_a_time_with_clients_on_ray(workers: None, tmp_path: Path) -> None:
+def test_two_runs_at_a_time_with_clients_on_ray(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, seeds=4, launch={"pool": "ray", "jobs": 2})
     assert [e.outcome.state for e in execute(plan)] == ["finished"] * 4
 
 
-def test_a_rule_that_is_edited_meanwhile_is_not_taken_for_the_planned_one(workers: None, tmp_path: Path) -> None:
+def test_a_rule_that_is_edited_meanwhile_is_not_taken_for_the_planned_one(one_ray: None, tmp_path: Path) -> None:
     plan = sweep(tmp_path, set=logging(tmp_path))
     (tmp_path / "rule.py").write_text(LOGGING_RULE + "\n# edited\n")
     (ended,) = execute(plan)
@@ -277,7 +277,7 @@ def test_a_rule_that_is_edited_meanwhile_is_not_taken_for_the_planned_one(worker
     assert [e.outcome.state for e in execute(again)] == ["finished"]
 
 
-def test_a_split_from_a_file_that_moved(workers: None, tmp_path: Path) -> None:
+def test_a_split_from_a_file_that_moved(one_ray: None, tmp_path: Path) -> None:
     """The file's content counts, wherever it lies: a run keeps a copy."""
     (first,) = sweep(tmp_path).runs
     simulation.prepare(first.config).manifest.save(tmp_path / "a.json")
@@ -289,7 +289,7 @@ def test_a_split_from_a_file_that_moved(workers: None, tmp_path: Path) -> None:
     assert len(collect([plan.folder]).runs) == 1
 
 
-def test_data_that_changed_since_the_first_runs(workers: None, tmp_path: Path) -> None:
+def test_data_that_changed_since_the_first_runs(one_ray: None, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
     def write() -> None:
@@ -309,7 +309,7 @@ def test_data_that_changed_since_the_first_runs(workers: None, tmp_path: Path) -
         verify(plan, plan.runs[1:])
 
 
-def test_a_run_without_costs_is_made_again(workers: None, tmp_path: Path) -> None:
+def test_a_run_without_costs_is_made_again(one_ray: None, tmp_path: Path) -> None:
     """What `fedsim results` leaves out is not finished for a sweep."""
     plan = sweep(tmp_path)
     execute(plan)
