@@ -25,9 +25,9 @@ from torch import Tensor
 from experiments.benchmarks import machine
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.messages import ClientUpdate, Tensors, num_bytes
+from fedsim.core.names import HEAD_WEIGHT as HEAD
 from fedsim.core.tensors import LORA_A, LORA_B, matching, upper_triangle
 from server.aggregators.lorm import Aggregator
-from server.merging.regmean import HEAD
 
 # r rank, d inputs, m outputs of a layer, D width, C classes, N rows
 BLOCKS, WIDTH, HIDDEN, RANK, CLASSES = 12, 768, 3072, 16, 100
