@@ -437,6 +437,8 @@ def test_ties_runs_in_both_roles_and_repeats(tmp_path: Path) -> None:
         config = tiny(*options, output=tmp_path / name)
         states.append(final_state(run(config).path, config))
     assert same_bits(learned(states[0]), learned(states[1]))
+    drawn = torch.randint(2**63 - 1, (), generator=torch_stream(0, "consolidate", 1))  # of the run's seed and the last task
+    assert states[0].consolidator["seed"] == int(drawn)
     past = states[0].consolidator["past"]
     deployed = Consolidator("ties").deployed(states[0].consolidator, states[0].params, finished=True)
     layers = [n.removesuffix(".lora_A") for n in past[0] if n.endswith(".lora_A")]
