@@ -6,7 +6,9 @@ Shapes: b rows of a batch, m samples replayed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ class Learner(contracts.Learner):
     size: of a client's buffer, in samples. batch_size: samples replayed in a step; null: as many as `client.batch_size`.
     """
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 4}, {"size": 3, "batch_size": 1})
     size: int = 200
     batch_size: int | None = None
 

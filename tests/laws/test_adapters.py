@@ -17,6 +17,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import BackboneLike, Slots, Traits
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
+from tests.laws.one import against
 
 Hooked = Any
 
@@ -121,6 +122,5 @@ def test_a_good_one_keeps_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(what: str, law: str, says: str) -> None:
-    found = broken(Shift(what))
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against("adapters", Shift(what), law)
+    assert re.search(says, told), told

@@ -17,6 +17,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import IntArray, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.calibrators.nearest_mean import Calibrator as NearestMean
+from tests.laws.one import against
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,8 @@ def test_good_ones_keep_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(what: str, law: str, says: str) -> None:
-    found = broken(Changed(what))
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against("calibrators", Changed(what), law)
+    assert re.search(says, told), told
 
 
 def test_an_order_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:

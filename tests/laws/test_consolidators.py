@@ -16,6 +16,7 @@ from fedsim.core.contracts import TaskStart
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import with_prefix
 from server.consolidators.mean import Consolidator as Mean
+from tests.laws.one import against
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,8 @@ def test_a_good_one_keeps_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(what: str, law: str, says: str) -> None:
-    found = broken(Changed(what))
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against("consolidators", Changed(what), law)
+    assert re.search(says, told), told
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fedsim import laws
 from fedsim.core import contracts
 from fedsim.core.messages import Tensors
 from fedsim.models.heads.linear import Head as Linear
+from tests.laws.one import against
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,5 @@ def test_a_good_one_keeps_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(what: str, law: str, says: str) -> None:
-    found = broken(Changed(what))
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against("heads", Changed(what), law)
+    assert re.search(says, told), told

@@ -15,6 +15,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
 from fedsim.core.errors import PartitionError
 from fedsim.laws import partitions
+from tests.laws.one import against
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,8 @@ def test_a_good_one_keeps_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(partition: contracts.Partition, law: str, says: str) -> None:
-    found = broken(partition)
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against("partitions", partition, law)
+    assert re.search(says, told), told
 
 
 def test_one_that_comes_to_no_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from fedsim import laws
 from fedsim.core import plugins
 
 ELSEWHERE = ("aggregators",)  # tests/server/test_aggregators.py
-LAWFUL = ("adapters", "calibrators", "consolidators", "heads", "merging", "partitions", "sources", "statistics")
+LAWFUL = (
+    "adapters", "calibrators", "channels", "consolidators", "heads", "learners", "merging", "partitions", "sources", "statistics",
+)  # fmt: skip
 FROM_FILES = ("huggingface", "npz", "text")  # sources of data that the tests of the kind bring along
 
 

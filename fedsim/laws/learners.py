@@ -1,0 +1,347 @@
+"""The laws that every learner keeps, or says in its `exempt` why it cannot.
+
+A learner is played through two small tasks of two rounds with three clients, both of its halves, as the server's loop does: a
+small random ViT with LoRA, synthetic images, the mean of the clients' tensors after every round.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients import fused, local
+from clients.samples import Samples
+from clients.work import Received, Work
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import TEACHER, ArraySplit, IntArray, Learner
+from fedsim.core.errors import ClientFailed
+from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.rng import torch_stream
+from fedsim.core.sums import BlockSum
+from fedsim.data.sources.synthetic import Source as Synthetic
+from fedsim.laws.comparing import (
+    EXACT,
+    ROUNDED,
+    expect_bits,
+    expect_close,
+    expect_finite,
+    expect_unchanged,
+    same,
+    through_file,
+)
+from fedsim.laws.frame import Law, LawBroken
+from fedsim.models import model as models
+from fedsim.models.model import Model
+
+NAME = "it"  # the learner's, in memory and context
+TASKS: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4, 5))
+ROUNDS, CLIENTS, PER_CLASS = 2, 3, 5
+RUN: Mapping[str, Any] = {
+    "data": {"source": "synthetic", "classes": 6, "train_per_class": PER_CLASS, "image_size": 8},
+    "stream": {"tasks": len(TASKS)},
+    "partition": {"name": "iid", "clients": CLIENTS},
+    "model": {
+        "backbone": "random",
+        "config": {
+            "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+            "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6,
+        },
+    },
+    "adapter": {"name": "lora", "rank": 2, "targets": "all-linear"},
+    "client": {"epochs": 1, "batch_size": 2, "lr": 0.05, "optimizer": "sgd", "weight_decay": 0.0},
+    "server": {"rounds": ROUNDS},
+    "runtime": {"pool": "serial", "device": "cpu", "kernels": "torch"},
+}  # fmt: skip
+
+
+class Watched(Samples):
+    """Samples that note which of them were looked at."""
+
+    def __init__(self, split: ArraySplit) -> None:
+        super().__init__(split, torch.device("cpu"))
+        self.seen = set[int]()
+
+    def batch(self, positions: IntArray) -> tuple[dict[str, Tensor], Tensor]:
+        self.seen |= set(positions.tolist())
+        return super().batch(positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where clients run: a model and the data, as in one worker process."""
+
+    config: SimConfig
+    model: Model
+    samples: Watched
+
+    @classmethod
+    def new(cls) -> Place:
+        config, split = _run()
+        return cls(config, models.build(config, sum(map(len, TASKS))), Watched(split))
+
+
+@cache
+def _run() -> tuple[SimConfig, ArraySplit]:
+    return configs.from_dict(RUN), Synthetic(classes=6, train_per_class=PER_CLASS, image_size=8).load().train
+
+
+def shard(split: ArraySplit, task: int, client: int) -> IntArray:
+    """Positions of a client's samples of a task: unequal parts of every class."""
+    own = [np.flatnonzero(split.labels == c)[client::CLIENTS] for c in TASKS[task]]
+    return np.concatenate(own)[: 5 - client]
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One round of a task: what clients were sent and sent back, and the server's half before and after (closing: a pass)."""
+
+    task: int
+    round: int
+    works: Sequence[Work]
+    updates: Sequence[ClientUpdate]
+    state: State
+    total: Tensors
+    after: State
+
+    def __str__(self) -> str:
+        return f"task {self.task}, round {self.round}"
+
+
+Train = Callable[[Sequence[Work]], Sequence[ClientUpdate | ClientFailed]]
+
+
+def one_by_one(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
+    """Client after client."""
+    return [local.train(work) for work in works]
+
+
+@dataclass(eq=False)
+class Game:
+    """A learner played through both tasks. train: how clients are trained; kept: what becomes of memories and states between
+    rounds; beside: further learners."""
+
+    learner: Learner
+    train: Train = one_by_one
+    kept: Callable[[Any, str, str], Any] = lambda value, what, when: value
+    beside: Mapping[str, Learner] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+
+    def play(self) -> list[Round]:
+        place = Place.new()
+        state, memories = None, dict[int, Tensors]()
+        params: Tensors = place.model.init_adapter(torch_stream(0, "adapter")) | place.model.init_head()
+        teacher: Tensors = {}
+        for task in range(len(TASKS)):
+            state = self.learner.opened(deepcopy(state), deepcopy(params), task)
+            for number in range(ROUNDS):
+                when = f"task {task}, round {number}"
+                state = self.kept(state, "server's state", when)
+                plan = RoundPlan(context=self._context(state, teacher))
+                jobs = [ClientJob(k, task, number, params, plan, memory=memories.get(k, {})) for k in range(CLIENTS)]
+                works = self._works(place, jobs)
+                updates = _all_there(self.train(works), when)
+                memories |= {u.client_id: self.kept(u.memory, "memory", when) for u in updates if u.memory is not None}
+                total = summed(self.learner, updates, f"{NAME}.")
+                after = self.learner.heard(deepcopy(state), deepcopy(total), CLIENTS)
+                self.rounds.append(Round(task, number, works, updates, state, total, after))
+                state, params = after, _mean(params, updates)
+            state = self._closed(place, state, params, task)
+            teacher = params
+        return self.rounds
+
+    def _context(self, state: State, teacher: Tensors) -> dict[str, Tensors]:
+        told = {f"learner.{NAME}": self.learner.context(deepcopy(state))}
+        needs = f"context {TEACHER}" in self.learner.traits.needs
+        return told | ({TEACHER: teacher} if needs and teacher else {})
+
+    def _works(self, place: Place, jobs: Sequence[ClientJob]) -> list[Work]:
+        received = Received.on(place.model.device, jobs[0].params, jobs[0].plan)
+        out = []
+        for job in jobs:
+            positions, seen = shard(_run()[1], job.task, job.client_id), [c for task in TASKS[: job.task + 1] for c in task]
+            learners = {NAME: self.learner, **self.beside}
+            out.append(Work(place.model, place.samples, positions, TASKS[job.task], seen, job, place.config, received, learners))
+        return out
+
+    def _closed(self, place: Place, state: State, params: Tensors, task: int) -> State:
+        plan = self.learner.closing(deepcopy(state), deepcopy(params))
+        if plan is None:
+            return state
+        if plan.train:
+            raise LawBroken(f"the end of task {task}: its plan trains {', '.join(plan.train)}: it is a pass, with train=()")
+        works = self._works(place, [ClientJob(k, task, ROUNDS, params, plan) for k in range(CLIENTS)])
+        updates = _all_there(one_by_one([replace(work, learners={}) for work in works]), f"the end of task {task}")
+        return self.learner.closed(deepcopy(state), deepcopy(params), summed(self.learner, updates, ""))
+
+
+def plain(learner: Learner) -> list[Round]:
+    """As it is played without anything odd, once for all laws of a learner."""
+    if not _played or _played[0][0] is not learner:
+        _played[:] = [(learner, Game(learner).play())]
+    return _played[0][1]
+
+
+_played: list[tuple[Learner, list[Round]]] = []  # the latest
+
+
+def summed(learner: Learner, updates: Sequence[ClientUpdate], prefix: str) -> Tensors:
+    """The sum of what `lift` makes of the clients' statistics. Raises LawBroken where there is none."""
+    own = [({n.removeprefix(prefix): t for n, t in u.statistics.items() if n.startswith(prefix)}, u.num_samples) for u in updates]
+    lifted = [learner.lift(statistics, samples) for statistics, samples in own]
+    layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in one.items())) for one in lifted}
+    if len(layouts) > 1:
+        raise LawBroken("lift gives different names or shapes for different clients, so that they cannot be summed")
+    if narrow := [n for n, t in lifted[0].items() if t.dtype != torch.float64]:
+        raise LawBroken(f"lift gives '{narrow[0]}' as {lifted[0][narrow[0]].dtype}: sums are kept in float64")
+    total = BlockSum()
+    for place, one in enumerate(lifted):
+        total.add(place, 1, one)
+    return total.result() or {}
+
+
+def _all_there(results: Sequence[ClientUpdate | ClientFailed], when: str) -> list[ClientUpdate]:
+    out = []
+    for result in results:
+        if isinstance(result, ClientFailed):
+            raise LawBroken(f"{when}: client {result.client_id} fails in the stage {result.stage}: {result.reason}")
+        out.append(result)
+    return out
+
+
+def _mean(params: Tensors, updates: Sequence[ClientUpdate]) -> Tensors:
+    return {n: torch.stack([u.params.get(n, t) for u in updates]).mean(0) for n, t in params.items()}
+
+
+def expect_same(got: Sequence[Round], want: Sequence[Round], what: str, tolerance: float | None = None) -> None:
+    """The clients' tensors, statistics and memories of all rounds, bit for bit or to a tolerance."""
+    for ours, theirs in zip(got, want, strict=True):
+        for a, b in zip(ours.updates, theirs.updates, strict=True):
+            when = f"{ours}, client {a.client_id}, {what}"
+            for part in ("params", "statistics", "memory"):
+                one, other = getattr(a, part) or {}, getattr(b, part) or {}
+                if tolerance is None:
+                    expect_bits(one, other, f"{when}, its {part}")
+                else:
+                    expect_close(one, other, f"{when}, its {part}", tolerance)
+
+
+# ---------------------------------------------------------------- the laws
+
+
+def _works(learner: Learner) -> None:
+    for number, done in enumerate(plain(learner)):
+        for update in done.updates:
+            expect_finite(update.params, f"{done}, client {update.client_id}")
+            if not np.isfinite(update.metrics["loss"]):
+                raise LawBroken(f"{done}, client {update.client_id}: the loss is {update.metrics['loss']} in round {number}")
+
+
+def _deterministic(learner: Learner) -> None:
+    expect_same(Game(learner).play(), plain(learner), "played twice")
+
+
+def _beside(learner: Learner) -> None:
+    """The engine's own: what is not there moves no bit."""
+    expect_same(Game(learner, beside={"null": Learner()}).play(), plain(learner), "beside a learner that does nothing")
+
+
+def _any_worker(learner: Learner) -> None:
+    def elsewhere(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
+        """Every client in a new worker, which knows the learner from its pickle; the last one first."""
+        moved = []
+        for work in reversed(works):
+            place = Place.new()
+            known = {n: pickle.loads(pickle.dumps(one)) for n, one in work.learners.items()}
+            moved.append(replace(work, model=place.model, samples=place.samples, learners=known))
+        return one_by_one(moved)[::-1]
+
+    expect_same(Game(learner, elsewhere).play(), plain(learner), "in a worker of its own")
+
+
+def _fused(learner: Learner) -> None:
+    if learner.alone:
+        return
+    for done in plain(learner):
+        notes: list[str] = []
+        results = _all_there(fused.train(done.works, notes.append), f"{done}, trained together")
+        if notes:
+            raise LawBroken(f"{done}: {notes[0]} (say so in `alone`)")
+        expect_same([replace(done, updates=results)], [done], "together against one by one", ROUNDED)
+
+
+def _memory_file(learner: Learner) -> None:
+    for done in plain(learner):
+        for update in done.updates:
+            for name, value in (update.memory or {}).items():
+                if not isinstance(value, Tensor) or value.device.type != "cpu":
+                    raise LawBroken(f"{done}, client {update.client_id}: memory '{name}' is no tensor on the CPU")
+    stopped = Game(learner, kept=through_file).play()
+    expect_same(stopped, plain(learner), "with memory and server's state from files")
+
+
+def _held(learner: Learner) -> None:
+    def watched(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
+        out = []
+        for work in works:
+            samples = Watched(_run()[1])
+            out.append(local.train(replace(work, samples=samples)))
+            held = {p for task in range(work.task + 1) for p in shard(_run()[1], task, work.client_id).tolist()}
+            if strange := sorted(samples.seen - held):
+                raise LawBroken(
+                    f"task {work.task}, round {work.round}: client {work.client_id} looks at sample {strange[0]}, which it has "
+                    "never held"
+                )
+        return out
+
+    Game(learner, watched).play()
+
+
+def _no_mutation(learner: Learner) -> None:
+    def watched(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
+        out = []
+        for work in works:
+            given = {"parameters": work.params, "memory": work.job.memory, "context": dict(work.received.context)}
+            before = deepcopy(given)
+            out.append(local.train(work))
+            expect_unchanged(given, before, f"task {work.task}, round {work.round}, client {work.client_id}")
+        return out
+
+    for done in Game(learner, watched).play():
+        given = {"state": done.state, "total": done.total, "parameters": done.works[0].params}
+        before = deepcopy(given)
+        learner.context(given["state"])
+        learner.heard(given["state"], given["total"], CLIENTS)
+        learner.opened(given["state"], given["parameters"], done.task + 1)
+        learner.closing(given["state"], given["parameters"])
+        expect_unchanged(given, before, f"{done}, the server's half")
+
+
+def _order(learner: Learner) -> None:
+    for done in plain(learner):
+        turned = summed(learner, list(reversed(done.updates)), f"{NAME}.")
+        expect_close(turned, done.total, f"{done}, clients summed in reversed order", EXACT)
+        again = learner.heard(deepcopy(done.state), deepcopy(done.total), CLIENTS)
+        if not same(again, done.after):
+            raise LawBroken(f"{done}, heard twice: the new states differ")
+
+
+LAWS: tuple[Law[Learner], ...] = (
+    Law("works", "clients train in every round, the first without teacher and memory among them, to finite tensors", _works),
+    Law("deterministic", "the same rounds give the same bits", _deterministic),
+    Law("beside", "a learner that does nothing beside it changes no bit", _beside),
+    Law("any_worker", "a client gives the same bits in a worker of its own, whoever trained there before", _any_worker),
+    Law("fused", "clients that train together give what each gives alone, up to rounding, unless it trains `alone`", _fused),
+    Law("memory_file", "memory and the server's state, written to a file and read back, go on with the same bits", _memory_file),
+    Law("held", "a client looks at no sample that it has not held in this task or before", _held),
+    Law("no_mutation", "parameters, memory, context, states and totals that go in are not changed", _no_mutation),
+    Law("order", "what clients send adds up in any order, and the same total gives the same state", _order),
+)
