@@ -188,9 +188,10 @@ def _tables() -> Iterator[str]:
     running = sum(v is None for v in verdicts.values())
     yield from (
         "## What goes with what", "",
-        f"Of {len(verdicts)} mixes of adapter, aggregator, consolidator and calibrator, {running} run; a test runs each of them",
-        "on a small stream, with every learner in turn. The others are refused before any training, with the reason. A pair",
-        "is marked ✓ if there are other parts with which it runs, else with a number: the reason that is given.", "",
+        f"Of {len(verdicts)} mixes of adapter, aggregator, consolidator and calibrator, {running} run, as `make matrix` shows",
+        "on a small stream, with every learner in turn; the tests play every pair of parts. The others are refused before",
+        "any training, with the reason. A pair is marked ✓ if there are other parts with which it runs, else with a number:",
+        "the reason that is given.", "",
     )  # fmt: skip
     yield from ("Parts know nothing of each other, they meet in words; of those above:", "")
     yield from (*(f"- {word}: {meaning};" for word, meaning in WORDS.items()), "")
