@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from examples import fedavg_plain, private, replay, scaffold
-from fedsim import simulation
+from examples import fedavg_plain, median, private, replay, scaffold
+from fedsim import laws, simulation
+from fedsim.core import plugins
 from fedsim.simulation import run
 from tests.tiny import final_state, memories, same_bits, tiny
 
@@ -57,6 +59,23 @@ def test_private_prints_what_privacy_costs(capsys: pytest.CaptureFixture[str]) -
     assert accuracies[0] > accuracies[1] > accuracies[2] and accuracies[0] > 60
     rhos = [4 / 2 / z**2 for z in (1.0, 4.0)]
     assert epsilons == pytest.approx([math.inf, *(rho + 2 * math.sqrt(rho * math.log(1e5)) for rho in rhos)], abs=0.005)
+
+
+def test_the_median_stands_what_fedavg_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of nine clients send five times the opposite: FedAvg falls, the median hardly moves."""
+    median.main()
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    honest, attacked = ({line[0]: float(line[place]) for line in lines} for place in (2, -1))
+    assert min(honest.values()) > 60
+    assert attacked["fedavg"] < 45 < honest["median"] - 5 < attacked["median"]
+
+
+@pytest.mark.parametrize(("example", "kinds"), [(median, ["aggregators", "channels"]), (replay, ["learners"])])
+def test_plugins_of_examples_keep_the_laws_of_their_kinds(example: ModuleType, kinds: list[str]) -> None:
+    path = str(example.__file__)
+    assert plugins.kinds_of(path) == kinds
+    for kind in kinds:
+        assert [(r.name, r.explanation) for r in laws.check_named(kind, path) if not r.ok] == []
 
 
 def test_a_learner_of_ones_own_replays_what_it_says(tmp_path: Path) -> None:
