@@ -48,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kinds(name: str, wanted: str | None) -> list[str]:
-    """The kinds that a name or a file has a plug-in of, or the one that is wanted."""
+    """The kinds that a name or a file has a plug-in of, those that have laws, or the one that is wanted."""
+    from fedsim import laws
     from fedsim.core import plugins
 
     if wanted is None:
-        return plugins.kinds_of(name)
+        found = plugins.kinds_of(name)
+        return [kind for kind in found if laws.are_there(kind)] or found
     if wanted not in plugins.KINDS:
         raise ConfigError(f"unknown kind '{wanted}'.{did_you_mean(wanted, plugins.KINDS)}")
     return [wanted]

@@ -48,11 +48,15 @@ class LawResult:
 
 def laws_of(kind: str) -> tuple[Law[Any], ...]:
     """The laws of a kind of plug-ins. Raises PluginError where there are none."""
-    name = f"fedsim.laws.{kind}"
-    if importlib.util.find_spec(name) is None:
+    if not are_there(kind):
         raise PluginError(f"there are no laws of {kind}: try them in a run")
-    found: tuple[Law[Any], ...] = importlib.import_module(name).LAWS
+    found: tuple[Law[Any], ...] = importlib.import_module(f"fedsim.laws.{kind}").LAWS
     return found
+
+
+def are_there(kind: str) -> bool:
+    """Whether a kind of plug-ins has laws."""
+    return importlib.util.find_spec(f"fedsim.laws.{kind}") is not None
 
 
 def check(kind: str, plugin: Any) -> list[LawResult]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import cli
+from fedsim import cli, laws
+from fedsim.cli import check as cli_check
 from fedsim.core import plugins
 from fedsim.core.errors import PluginError
 
@@ -93,6 +94,14 @@ def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "empty.py").write_text("from fedsim.core.contracts import Aggregator\n")
     with pytest.raises(PluginError, match="defines no plug-in: its class is named like its contract, one of Aggregator, "):
         plugins.kinds_of(str(tmp_path / "empty.py"))
+
+
+def test_kinds_without_laws(capsys: pytest.CaptureFixture[str]) -> None:
+    """A tracker has none; of two kinds of one name, the one that has some is checked."""
+    code, out = check(capsys, "tensorboard")
+    assert (code, "there are no laws of trackers: try them in a run" in out) == (2, True)
+    assert [kind for kind in plugins.kinds_of("flower") if laws.are_there(kind)] == ["aggregators"]
+    assert cli_check._kinds("flower", None) == ["aggregators"]
 
 
 def test_a_name_of_several_kinds() -> None:
