@@ -17,7 +17,7 @@ from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.contracts import CALIBRATOR, RULE, Aggregator, Calibrator, IntArray, Learner, lifts_of
 from fedsim.core.errors import ClientFailed
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, Tensors
 from fedsim.core.sums import PartSums
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
@@ -37,7 +37,7 @@ class Worker:
         self.train_samples = Samples(spec.train, device)
         self.test_samples = Samples(spec.test, device)
         self._told = set[str]()  # notes, without their numbers
-        self._received: tuple[ClientJob, Received] | None = None  # of the latest round
+        self._received: tuple[Tensors, RoundPlan, Received] | None = None  # of the latest round: as it came, and on the device
         self._rule: Aggregator | None = None
         self._calibrator: Calibrator | None = None
         self._source: Tensors | None = None  # what is merged into the model now, as it came and on the device
@@ -100,9 +100,9 @@ class Worker:
     def _on_device(self, job: ClientJob) -> Received:
         """What the job was sent; moved once for all jobs of a round."""
         known = self._received
-        if known is None or known[0].params is not job.params or known[0].plan is not job.plan:
-            known = self._received = job, Received.on(self.model.device, job.params, job.plan)
-        return known[1]
+        if known is None or known[0] is not job.params or known[1] is not job.plan:
+            known = self._received = job.params, job.plan, Received.on(self.model.device, job.params, job.plan)
+        return known[2]
 
     def _summed(self, results: Sequence[ClientUpdate | ClientFailed], reply: Reply) -> dict[str, Tensors] | None:
         rule = self._known_rule() if RULE in reply.sums else None
