@@ -44,7 +44,7 @@ from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
 from fedsim.core.home import ROOT, ours_first
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.work import WorkSpec
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
@@ -155,6 +155,7 @@ def job_to_record(job: ClientJob, arrays: Any = None) -> RecordDict:
     return RecordDict(
         {
             "job": ConfigRecord({"kind": "train", "client-id": job.client_id, "task": job.task, "round": job.round}),
+            "reply": ConfigRecord({"sums": list(job.reply.sums), "observed": list(job.reply.observed)}),
             "plan": _plan_to_config(job.plan),
             "params": arrays(job.params),
             "memory": tensors_to_arrays(job.memory),
@@ -174,6 +175,7 @@ def record_to_job(record: RecordDict) -> ClientJob:
         params=_tensors(record, "params"),
         plan=_config_to_plan(record.config_records["plan"], context),
         memory=_tensors(record, "memory"),
+        reply=_config_to_reply(record.config_records["reply"]),
     )
 
 
@@ -274,6 +276,13 @@ def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
     return ConfigRecord(
         {"train": globs, "statistics": json.dumps(requests), "share": share, "beside": plan.beside, "repeat": plan.repeat}
     )
+
+
+def _config_to_reply(config: ConfigRecord) -> Reply:
+    sums, observed = config["sums"], config["observed"]
+    assert isinstance(sums, list)
+    assert isinstance(observed, list)
+    return Reply(tuple(map(str, sums)), tuple(int(k) for k in observed))
 
 
 def _config_to_plan(config: ConfigRecord, context: Mapping[str, Tensors]) -> RoundPlan:

@@ -28,7 +28,7 @@ from clients.pools import flower, serial
 from clients.worker import Worker
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, StatisticRequest
+from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, StatisticRequest
 from fedsim.core.work import WorkSpec
 from fedsim.simulation import prepare, prepare_data
 from tests.tiny import tiny
@@ -101,7 +101,12 @@ plans = st.builds(
     share=st.floats(0, 1),
 )
 small = st.integers(0, 10_000)
-jobs = st.builds(ClientJob, client_id=small, task=small, round=small, params=tensors(), plan=plans, memory=tensors())
+replies = st.builds(
+    Reply, sums=st.lists(st.text(max_size=8), max_size=2).map(tuple), observed=st.lists(small, max_size=2).map(tuple)
+)
+jobs = st.builds(
+    ClientJob, client_id=small, task=small, round=small, params=tensors(), plan=plans, memory=tensors(), reply=replies
+)
 updates = st.builds(
     ClientUpdate,
     client_id=small,
