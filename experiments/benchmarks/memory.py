@@ -1,6 +1,6 @@
 """What a round with client memory costs: 100 clients a round of 1 000 and of 1 000 000 registered ones, all of which remember.
 
-    python -m experiments.benchmarks.memory [--rounds 40] [--numbers 256]
+    python -m experiments.benchmarks.memory [--rounds 40] [--numbers 256] [--repeats 3]
 
 Clients without model and data read what they remember and write as much anew. A round is all of it: draw, read, run, write,
 FedAvg, commit, checkpoint, prune; in the run's own loop, serial, with the files of a run directory. Every case in a process of
@@ -113,24 +113,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--numbers", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("REGISTERED", "FOLDER"), help="measure one in this process")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(play(int(args.one[0]), args.numbers, args.rounds, Path(args.one[1]))))
         return
-    rows: dict[str, Any] = {}
-    for registered in REGISTERED:
-        with tempfile.TemporaryDirectory() as folder:
-            words = ["--rounds", str(args.rounds), "--numbers", str(args.numbers), "--one", str(registered), folder]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "experiments.benchmarks.memory", *words]
-            done = subprocess.run(command, env=env, check=True, capture_output=True, encoding="utf-8")
-        rows[f"{registered} clients"] = json.loads(done.stdout.splitlines()[-1])
-        print(registered, rows[f"{registered} clients"], flush=True)
+    found: dict[int, list[dict[str, float]]] = {registered: [] for registered in REGISTERED}
+    for _ in range(args.repeats):  # in turns: what else the machine does changes slowly
+        for registered, runs in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                words = ["--rounds", str(args.rounds), "--numbers", str(args.numbers), "--one", str(registered), folder]
+                env = {**os.environ, "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, "-m", "experiments.benchmarks.memory", *words]
+                done = subprocess.run(command, env=env, check=True, capture_output=True, encoding="utf-8")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            print(registered, runs[-1], flush=True)
+    rows = {f"{r} clients": {name: statistics.median(run[name] for run in runs) for name in runs[0]} for r, runs in found.items()}
     few, many = rows.values()
     growth = {name: many[name] / few[name] for name in ("seconds", "bytes", "checkpoint_bytes")}
     print(f"a million over a thousand: {growth}")
-    told = {"sampled": SAMPLED, "bytes_each": 4 * args.numbers, "rounds": args.rounds, "registered": rows, "growth": growth}
+    told = {
+        "sampled": SAMPLED,
+        "bytes_each": 4 * args.numbers,
+        "rounds": args.rounds,
+        "repeats": args.repeats,
+        "registered": rows,
+        "growth": growth,
+    }
     print(machine.write("memory", told))
 
 
