@@ -14,7 +14,7 @@ from examples import fedavg_plain, median, private, replay, scaffold
 from fedsim import laws, simulation
 from fedsim.core import plugins
 from fedsim.simulation import run
-from tests.tiny import final_state, memories, same_bits, tiny
+from tests.tiny import final_state, kept, same_bits, tiny
 
 PLAIN = ("client.optimizer=sgd", "client.lr=0.05", "client.epochs=2", "server.consolidator=none", "server.rounds=3")
 
@@ -86,7 +86,7 @@ def test_a_learner_of_ones_own_replays_what_it_says(tmp_path: Path) -> None:
     )  # fmt: skip
     results = run(config)
     parts = simulation.prepare(config)
-    for client, memory in memories(results.path, config).items():
+    for client, memory in kept(results.path)["memory"].items():
         positions = memory["learner.replay/positions"].numpy()
         held = np.concatenate([parts.spec.shard(task, client) for task in range(2)])
         classes = len(set(parts.spec.train.labels[held].tolist()))

@@ -69,6 +69,10 @@ METHODS: dict[str, dict[str, Any]] = {
             "participation": 0.67,
         },
     },
+    "learners": {  # both halves, context, memory of clients, replayed samples, corrected gradients
+        "server": {"aggregator": "fairavg", "consolidator": "none", "participation": 0.67},
+        "client": {"optimizer": "sgd", "lr": 0.05, "learners": [{"name": "er", "size": 8}, "scaffold"]},
+    },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
         "adapter": {"name": "apt", "memory": 1},
@@ -208,7 +212,7 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
     assert same_bits(*states)
 
 
-@pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels"])
+@pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels", "learners"])
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,10 +20,8 @@ from torch import Tensor
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.models import vit
-from fedsim.runs.directory import RunDir
 from server import checkpoint
 from server.state import ServerState
-from server.store import ClientStore
 
 VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -71,13 +69,6 @@ def plain_vit() -> dict[str, Any]:
 def final_state(run_dir: Path, config: SimConfig) -> ServerState:
     """What the last checkpoint of a run holds."""
     return checkpoint.load(run_dir / "checkpoint.pt", config.identity())
-
-
-def memories(run_dir: Path, config: SimConfig) -> dict[int, dict[str, Tensor]]:
-    """What clients remember at the end of a run, by client."""
-    state, count = final_state(run_dir, config), int(config.partition["clients"])
-    with ClientStore(count, RunDir.open(run_dir).store, config.identity(), state.stored) as store:
-        return {client: memory for client in range(count) if (memory := store.read(client))}
 
 
 def same_bits(a: Any, b: Any) -> bool:

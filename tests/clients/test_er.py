@@ -19,7 +19,7 @@ from fedsim.core.messages import ClientUpdate
 from fedsim.simulation import prepare, run
 from tests.clients.test_fused import Here, require_same, work
 from tests.clients.works import step_of
-from tests.tiny import memories, tiny
+from tests.tiny import kept, tiny
 
 
 def test_every_sample_is_kept_with_the_same_probability() -> None:
@@ -87,7 +87,7 @@ def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Pat
         )  # fmt: skip
         results = run(config)
         held = prepare(config).manifest.sizes.sum(axis=0)
-        for client, memory in memories(results.path, config).items():
+        for client, memory in kept(results.path)["memory"].items():
             positions = memory["learner.er/positions"].tolist()
             assert len(positions) == len(set(positions)) == held[client]
             assert int(memory["learner.er/offered"]) == held[client]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from fedsim.core.contracts import LocalState
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
 from fedsim.simulation import prepare, run
-from server import checkpoint
 from tests.clients.test_fused import Here, doubled, require_same, work
-from tests.tiny import final_state, learned, memories, same_bits, stopping, tiny
+from tests.tiny import final_state, kept, tiny
 
 SGD = ("client.optimizer=sgd", "client.lr=0.05", "server.aggregator=fairavg", "server.consolidator=none")
 
@@ -66,7 +64,7 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients(tmp_path: Path) 
     """All take part: after every round of a task c = 1/N Σ c_i. Both start anew in a new task."""
     config = tiny(*SGD, "client.learners=[scaffold]", output=tmp_path)
     results = run(config)
-    common, own = final_state(results.path, config).learners["scaffold"], memories(results.path, config)
+    common, own = final_state(results.path, config).learners["scaffold"], kept(results.path)["memory"]
     assert len(own) == 3 and all(int(m["learner.scaffold/task"]) == 1 for m in own.values())
     assert common
     for name, c in common.items():
@@ -84,32 +82,6 @@ def test_one_client_is_fedavg(tmp_path: Path) -> None:
         states.append(final_state(run(config).path, config).params)
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("learner", ["scaffold", "{name: er, size: 8}"])
-def test_stopped_at_three_points_and_on_ray(learner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: None) -> None:
-    """Same bits, of what was learned and of what clients remember; drawn clients, so that some sit a round out."""
-
-    def config_of(name: str, *more: str) -> Any:
-        return tiny(
-            *SGD, "server.rounds=2", "partition.clients=5", "server.participation=0.6", f"client.learners=[{learner}]", *more,
-            output=tmp_path / name,
-        )  # fmt: skip
-
-    whole = config_of("whole")
-    path = run(whole).path
-    want = learned(final_state(path, whole)), memories(path, whole)
-    for after in (1, 3, 5):
-        config, folder = config_of("cut"), tmp_path / f"stopped-{after}"
-        with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, "save", stopping(after))
-            with pytest.raises(KeyboardInterrupt):
-                run(config, output=folder)
-        run(resume=folder)
-        assert same_bits(want, (learned(final_state(folder, config)), memories(folder, config)))
-    on_ray = config_of("ray", "runtime.pool=ray", "runtime.workers=2")
-    path = run(on_ray).path
-    assert same_bits(want, (learned(final_state(path, on_ray)), memories(path, on_ray)))
 
 
 @pytest.mark.parametrize(
