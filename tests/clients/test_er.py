@@ -74,9 +74,9 @@ def test_together_is_as_one_by_one_with_a_buffer() -> None:
     for update in got:
         assert isinstance(update, ClientUpdate)
         if update.num_samples:
-            kept = update.memory
-            assert len(kept["learner.er/positions"]) == 4
-            assert int(kept["learner.er/offered"]) == 3 + update.num_samples and int(kept["learner.er/task"]) == 1
+            after = update.memory
+            assert len(after["learner.er/positions"]) == 4
+            assert int(after["learner.er/offered"]) == 3 + update.num_samples and int(kept["learner.er/task"]) == 1
 
 
 def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Path) -> None:
