@@ -62,15 +62,17 @@ def require(config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, tr
 
 
 def require_learners(
-    config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, trained: Sequence[str], learners: Mapping[str, Learner]
+    config: SimConfig, model: Model, spec: WorkSpec, params: Tensors, first: RoundPlan, learners: Mapping[str, Learner]
 ) -> None:
     """Raise ConfigError for a learner that fails in the first round of the first task: a batch or two of the client that holds
-    most, without memory, with what the learners' server halves tell then, through the channels and back to the server."""
+    most, without memory, with what the first round's plan and the learners' server halves tell, through the channels and back to
+    the server."""
     if not learners:
         return
     states = {name: _asked(name, rule.opened, None, params, 0) for name, rule in learners.items()}
     context = {f"{LEARNER}.{name}": _asked(name, rule.context, states[name]) for name, rule in learners.items()}
-    plan = RoundPlan(train=tuple(trained), context={name: tensors for name, tensors in context.items() if tensors})
+    told = {name: tensors for name, tensors in {**first.context, **context}.items() if tensors}
+    plan = RoundPlan(train=first.train, context=told)
     client = max(range(spec.num_clients), key=lambda k: len(spec.shard(0, k)))
     shard, classes = spec.shard(0, client)[: config.client.batch_size + 1], spec.task_classes[0]
     job = ClientJob(client, 0, 0, params, plan)

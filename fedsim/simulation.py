@@ -21,7 +21,7 @@ from fedsim.core.contracts import Aggregator, Consolidator, TaskStart, require_f
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
 from fedsim.core.events import Event, Note, RunDirOpened, TensorsKept
-from fedsim.core.messages import StatisticRequest, Tensors
+from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.data import door
@@ -174,14 +174,14 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     suitable.require_clients(config, manifest)
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
-    state, trained = first_state(config, model, rule)
+    state, trained, plan = first_state(config, model, rule)
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     learners = configs.build_learners(config.client.learners)
     told = [note for learner in learners.values() for note in learner.suits(config, manifest.sizes)]
     told += on_the_wire(config, rule, state.params, trained, manifest)
     probe.require(config, model, spec, state.params, trained)
-    probe.require_learners(config, model, spec, state.params, trained, learners)
+    probe.require_learners(config, model, spec, state.params, plan, learners)
     told += hardware.too_many_threads(config.runtime.threads)
     notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
     spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
@@ -269,8 +269,9 @@ def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
         raise ModelError(f"adapter {config.adapter['name']} cannot be made: {one_line(e)}") from e
 
 
-def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[ServerState, list[str]]:
-    """Where every run starts, a fresh adapter and a fresh head; and the tensors that clients train in some round of a task."""
+def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[ServerState, list[str], RoundPlan]:
+    """Where every run starts, a fresh adapter and a fresh head; the tensors that clients train in some round of a task; and the
+    rule's plan for the first."""
     params: Tensors = fresh_adapter(config, model, 0) | model.init_head()
     consolidator: Consolidator = configs.build("consolidators", config.server.consolidator)
     start: Any = consolidator.start_task(consolidator.init(), params, {}, {})  # rules that do not suit these tensors say so now
@@ -284,7 +285,7 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     check_statistics(plans[0].statistics)
     trained = {n for plan in plans for n in planning.trained(start.frozen, params, plan)}
     first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
-    return first, [n for n in params if n in trained]
+    return first, [n for n in params if n in trained], plans[0]
 
 
 def on_the_wire(

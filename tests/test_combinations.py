@@ -98,7 +98,7 @@ def test_a_calibrator_of_the_users_own(tmp_path: Path) -> None:
         "    factor: float = 0.0\n"
         "    def init(self):\n"
         "        return {'calls': 0}\n"
-        "    def plan(self, state, round, last):\n"
+        "    def plan(self, state, round, last, classes):\n"
         "        assert last == (round == 1)\n"
         "        return RoundPlan(train=(), statistics=(StatisticRequest('class_moments', ('head.weight',)),))\n"
         "    def calibrate(self, state, params, updates, classes, draw):\n"

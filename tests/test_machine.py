@@ -31,7 +31,9 @@ GB = 10**9
         ("cuda:x", "runtime.device 'cuda:x' is unknown"),
     ],
 )
-def test_a_device_that_is_not_there(device: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there(
+    device: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ray: None
+) -> None:
     monkeypatch.setattr(simulation, "prepare", lambda *_: pytest.fail("data and model were read"))
     for pool in ("serial", "ray"):
         with pytest.raises(ConfigError, match=line):

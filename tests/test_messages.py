@@ -40,7 +40,7 @@ def test_counted_bytes_are_the_serialised_ones(round: int) -> None:
     config = tiny()
     manifest, spec, _ = prepare_data(config)
     rule = build_aggregator(config.server.aggregator)
-    state, _ = first_state(config, models.build(config, len(manifest.class_order)), rule)
+    state, *_ = first_state(config, models.build(config, len(manifest.class_order)), rule)
     job = ClientJob(0, 0, round, state.params, rule.plan(rule.init(state.params), round))
     with Pool(spec) as pool:
         ((update,),) = (bundle.results for bundle in pool.train([job]))

@@ -44,7 +44,7 @@ def _tokenizer() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         words.save(str(Path(folder) / "tokenizer.json"))
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(told))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
         yield folder
 
 

@@ -294,7 +294,7 @@ def test_lean_is_the_class_token_of_all(kind: str) -> None:
 def test_blocks_below_are_told_and_left_out(options: dict[str, Any], count: int, lean: bool) -> None:
     body, adapter = ours(double=False), tangent.Adapter(**options)
     w, x = direction(body, adapter), pixels(body)
-    assert lower.traces(body.encoder, list(w)) == count
+    assert lower.untouched(body.encoder, list(w)) == count
     with adapter.applied(body, w):
         want = body.image_features(x, lean)
     if not count:
@@ -307,9 +307,9 @@ def test_blocks_below_are_told_and_left_out(options: dict[str, Any], count: int,
 
 def test_untouched_blocks_of_a_final_norm_alone_and_of_other_encoders() -> None:
     """The norm comes after the last block, so that what can be kept ends below that; elsewhere nobody knows."""
-    assert lower.traces(ours().encoder, ["layernorm.tangent_weight"]) == 2
+    assert lower.untouched(ours().encoder, ["layernorm.tangent_weight"]) == 2
     bert = model(BERT, {"name": "none"}, double=False).backbone.encoder
-    assert lower.traces(bert, ["layernorm.tangent_weight"]) == 0
+    assert lower.untouched(bert, ["layernorm.tangent_weight"]) == 0
 
 
 @pytest.mark.parametrize("form", ["applied", "merged"])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clients import samples as stored
 from fedsim.core.config import SimConfig, build
-from fedsim.core.contracts import sent
+from fedsim.core.contracts import statistic
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, Reply, Tensors
 from fedsim.core.rng import torch_stream
@@ -91,7 +91,7 @@ def make_params(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def asked_for(update: ClientUpdate, classes: Sequence[int]) -> ClientUpdate:
     """The update to a plan that asks for these classes alone."""
-    count_C = sent(update, "class_moments.count/head.weight")
+    count_C = statistic(update, "class_moments.count/head.weight")
     if len(count_C) == len(classes):
         return update
     found = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 from fedsim import laws
 from fedsim.core.config import build_aggregator
 from fedsim.core.errors import AggregationError, ConfigError
-from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.laws import aggregators as rules
 from fedsim.laws import made_up
@@ -52,6 +52,26 @@ def test_plan_is_the_union_with_names_written_out() -> None:
         StatisticRequest("gram", subjects, {"form": "projected", "decay": 0.5}, blended=True),
         StatisticRequest("class_moments", ("head.weight",), {"form": "scalar"}, blended=True),
     )
+
+
+@dataclass(frozen=True)
+class Telling(FedAvg):
+    """Tells clients something."""
+
+    what: str = "a"
+
+    def plan(self, state: State, round: int) -> RoundPlan:
+        return RoundPlan(context={self.what: {"x": torch.ones(1)}})
+
+
+def test_clients_are_told_what_any_of_the_rules_tells() -> None:
+    rule = Grouped(
+        (
+            ("adapter.*", Telling("a")),
+            ("head.*", Telling("b")),
+        )
+    )
+    assert rule.plan(rule.init(made_up.make_params()), 0).context.keys() == {"a", "b"}
 
 
 def test_equal_requests_of_two_groups_are_one_pass() -> None:
