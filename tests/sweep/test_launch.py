@@ -26,7 +26,7 @@ from fedsim.sweep import launch
 from fedsim.sweep.job import lock_of
 from fedsim.sweep.launch import Begun, Ended
 from fedsim.sweep.plan import PlannedRun, SweepPlan, expand, verify
-from tests.tiny import TINY, final_state, learned, same_bits
+from tests.tiny import TINY, final_state, learned, plain_vit, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGING_RULE = '''
@@ -63,7 +63,8 @@ class Aggregator(contracts.Aggregator):
 
 
 def sweep(folder: Path, output: str = "out", **sections: Any) -> SweepPlan:
-    (folder / "base.yaml").write_text(json.dumps(TINY))
+    """A sweep of tiny runs, with a backbone that a new process loads without transformers."""
+    (folder / "base.yaml").write_text(json.dumps({**TINY, "model": plain_vit()}))
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"base": "base.yaml", **sections}, sort_keys=False))
     return expand(folder / "sweep.yaml", output=folder / output)
 
