@@ -54,7 +54,8 @@ def run_clients(
     assert lifts is not None, "the server has all parts at hand"
     gathering = Gathering(reply, lifts, server.on_client_failure == "skip")
     for bundle in sim.pool.train(jobs):
-        state = yield from say(state, bundle.notes)
+        if bundle.notes:
+            state = yield from say(state, bundle.notes)
         for result in gathering.add(remembered(sim, bundle, plan)):
             if isinstance(result, ClientFailed) and server.on_client_failure == "skip":
                 yield ClientSkipped(result)
@@ -70,10 +71,10 @@ def run_clients(
 def remembered(sim: Simulation, bundle: Bundle, plan: RoundPlan) -> Bundle:
     """The bundle without what its clients remember, which goes into the store. Training reads and writes memory: who fails, holds
     no samples or trains nothing remembers what it did before."""
-    results = list(bundle.results)
-    for place, result in enumerate(results):
+    changed: dict[int, ClientUpdate] = {}
+    for place, result in enumerate(bundle.results):
         if isinstance(result, ClientUpdate) and result.memory is not None:
             if plan.train and result.num_samples:
                 sim.store.remember(result.client_id, result.memory, device_bytes(sim, result.memory))
-            results[place] = replace(result, memory=None)
-    return replace(bundle, results=tuple(results))
+            changed[place] = replace(result, memory=None)
+    return replace(bundle, results=tuple(changed.get(k, r) for k, r in enumerate(bundle.results))) if changed else bundle

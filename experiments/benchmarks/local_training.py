@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from clients import kept, local
+from clients import local, lower_states
 from clients.samples import Samples
 from clients.work import Work
 from experiments.benchmarks import machine
@@ -254,7 +254,7 @@ def measured_keeping(case: Case, repeats: int) -> dict[str, Any]:
     every_step = with_fedsim(case, split, start, torch_only, targets)
 
     def uncached() -> dict[str, Tensor]:
-        with patch.object(kept, "lower", lambda *args: None):
+        with patch.object(lower_states, "lower_states", lambda *args: None):
             return every_step()
 
     runs = {
