@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 from fedsim.simulation import run
-from tests.tiny import tiny
-results = [run(tiny("stream.tasks=1", "server.rounds=1", "runtime.workers=1", f"runtime.pool={pool}", output=HERE / pool))
-           for pool in POOLS]
+from tests.tiny import plain_vit, tiny
+short = ("stream.tasks=1", "server.rounds=1", "runtime.workers=1")
+results = [run(tiny(*short, f"runtime.pool={pool}", output=HERE / pool, model=plain_vit())) for pool in POOLS]
 assert all(r.rows == results[0].rows for r in results)
 import clients.worker, server.loop
 print("done")

@@ -25,23 +25,21 @@ from fedsim.core.errors import PoolError
 from fedsim.core.events import Event, RoundDone
 from fedsim.simulation import run
 from tests.readme import median_rule
-from tests.tiny import final_state, kept, learned, same_bits, tiny
+from tests.tiny import final_state, kept, learned, plain_vit, same_bits, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 MEDIAN = median_rule()
 
 
-def fedsim(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as a user runs it from some folder."""
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as a user starts it from some folder."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "fedsim.cli", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_sigterm_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
     """What batch systems send at the end of the time; Ray by itself would abort with a stack trace."""
-    config = tiny("runtime.pool=ray", "runtime.workers=1", "server.rounds=300")
+    config = tiny("runtime.pool=ray", "runtime.workers=1", "server.rounds=300", model=plain_vit())
     (tmp_path / "long.yaml").write_text(config.to_yaml())
     words = [sys.executable, "-m", "fedsim.cli", "run", "long.yaml", "--output", "out"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -62,18 +60,18 @@ def test_a_rule_and_decoys_in_the_users_folder(tmp_path: Path) -> None:
     for decoy in ("clients.py", "server.py"):
         (tmp_path / decoy).write_text("raise RuntimeError('the decoy was imported')\n")
     (tmp_path / "my_rule.py").write_text(MEDIAN)
-    config = tiny("runtime.pool=ray", "runtime.workers=2")
+    config = tiny("runtime.pool=ray", "runtime.workers=1", model=plain_vit())
     (tmp_path / "mine.yaml").write_text(config.to_yaml().replace("name: lorm", "name: ./my_rule.py"))
-    plain = tiny()
+    plain = tiny(model=plain_vit())
     lorm_only = ("decay", "head_decay", "keep_unseen", "ridge", "gram", "train", "start", "form")
     text = (tmp_path / "mine.yaml").read_text().splitlines()
     (tmp_path / "mine.yaml").write_text("\n".join(_without_options(text, lorm_only)))
-    done = fedsim("run", "mine.yaml", "--output", "out", cwd=tmp_path)
+    done = python("-m", "fedsim.cli", "run", "mine.yaml", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "inal average accuracy" in done.stdout
     assert (tmp_path / "out" / "plugins" / "my_rule.py").read_text() == MEDIAN
 
-    by_hand = run(tiny(f"server.aggregator.name={tmp_path / 'my_rule.py'}", output=tmp_path / "serial"))
+    by_hand = run(tiny(f"server.aggregator.name={tmp_path / 'my_rule.py'}", output=tmp_path / "serial", model=plain_vit()))
     import pandas as pd
 
     frame = pd.read_csv(tmp_path / "out" / "rounds.csv")
@@ -102,8 +100,9 @@ def test_a_worker_that_dies_is_replaced_and_its_clients_run_again(
         yield from real(self, jobs)
 
     rule = {"aggregator": "fedavg", "consolidator": "none", "channel": [{"name": "topk", "share": 0.3}]}  # which has a memory
-    serial = tiny("server.rounds=3", output=tmp_path / "serial", server=rule)
-    on_ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray", server=rule)
+    same: dict[str, Any] = {"server": rule, "model": plain_vit()}
+    serial = tiny("server.rounds=3", output=tmp_path / "serial", **same)
+    on_ray = tiny("server.rounds=3", "runtime.pool=ray", "runtime.workers=2", output=tmp_path / "ray", **same)
     a = run(serial)
     monkeypatch.setattr(ray_pool.Pool, "train", train)
     b = run(on_ray)
@@ -137,7 +136,10 @@ def test_no_cluster_at_the_address(tmp_path: Path, no_ray: None) -> None:
 
 
 def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same bits as in this process; and without an address, a cluster that happens to be there is left alone."""
+    """Same bits as in this process; and without an address, a cluster that happens to be there is left alone.
+
+    In one new process, which has Ray once from outside and then of its own: this one's Ray began without a token.
+    """
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what Ray >= 2.59 starts clusters with, and what whoever joins must say
     notes = tempfile.mkdtemp(prefix="fedsim")  # where Ray notes that it runs: no other test sees it
     monkeypatch.setenv("RAY_TMPDIR", notes)
@@ -152,19 +154,20 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
         while "Ray runtime started" not in (tmp_path / "head.log").read_text():
             assert cluster.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.2)
-        (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
+        (tmp_path / "tiny.yaml").write_text(tiny(model=plain_vit()).to_yaml())
         runs = {"joined": ["runtime.pool=ray", f"runtime.address=127.0.0.1:{port}"], "own": ["runtime.pool=ray"]}
         if importlib.util.find_spec("flwr") is not None:
             runs["flower"] = ["runtime.pool=flower"]
-        for output, overrides in runs.items():
-            done = fedsim("run", "tiny.yaml", "runtime.workers=1", *overrides, "--output", output, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+        words = [["run", "tiny.yaml", "runtime.workers=1", *told, "--output", output] for output, told in runs.items()]
+        script = f"from fedsim.cli import main\nfor words in {words!r}:\n    assert main(words) == 0, words"
+        done = python("-c", script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     finally:
         os.killpg(cluster.pid, signal.SIGKILL)  # the head and all that it started
         cluster.wait(30)
         log.close()
         shutil.rmtree(notes, ignore_errors=True)
-    serial = run(tiny(output=tmp_path / "serial"))
+    serial = run(tiny(output=tmp_path / "serial", model=plain_vit()))
     for output in runs:
         assert (tmp_path / output / "rounds.csv").read_text() == (serial.path / "rounds.csv").read_text()  # type: ignore[operator]
 
@@ -198,7 +201,7 @@ def test_a_machine_that_dies_and_then_more_workers_than_places(
             if len(rounds) == 2:
                 two_nodes()
 
-    config = tiny("runtime.pool=ray", "runtime.workers=2", "server.rounds=3", output=tmp_path)
+    config = tiny("runtime.pool=ray", "runtime.workers=2", "server.rounds=3", output=tmp_path, model=plain_vit())
     ended = run(config, progress=kill)  # the replacement finds no place, and gets no work
     assert len(rounds) == 6
     with pytest.raises(
@@ -206,5 +209,5 @@ def test_a_machine_that_dies_and_then_more_workers_than_places(
         match=r"no place for \d of 2 workers in 2 s: each asks for CPU 1, and Ray has CPU \d \(\d free\): lower runtime.w",
     ):
         run(config)
-    serial = run(tiny("server.rounds=3", output=tmp_path / "serial"))
+    serial = run(tiny("server.rounds=3", output=tmp_path / "serial", model=plain_vit()))
     assert same_bits(learned(final_state(ended.path, config)), learned(final_state(serial.path, serial.config)))  # type: ignore[arg-type]

@@ -555,13 +555,13 @@ LOADED = """
 import sys
 from pathlib import Path
 from fedsim.simulation import run
-from tests.tiny import tiny
+from tests.tiny import plain_vit, tiny
 allowed = {allowed!r}
 def hook(event, arguments):
     if event == "socket.getaddrinfo" or (event == "socket.connect" and not isinstance(arguments[1], (str, bytes))):
         raise SystemExit(f"network: {{event}} {{arguments}}")
 sys.addaudithook(hook)
-run(tiny(output=Path({output!r}), trackers={trackers!r}))
+run(tiny("stream.tasks=1", output=Path({output!r}), trackers={trackers!r}, model=plain_vit()))
 found = sorted({{name.split(".")[0] for name in sys.modules}} & {{"tensorboard", "wandb", "mlflow"}})
 assert found == allowed, found
 if "mlflow" in found:

@@ -26,15 +26,15 @@ from fedsim.unlearning import measure as measuring
 from fedsim.unlearning.finished import FinishedRun
 from fedsim.unlearning.measure import measure, membership_auc
 from fedsim.unlearning.remove import remove
-from tests.tiny import tiny
+from tests.tiny import plain_vit, tiny
 
 KEEP = "server.unlearning=true"
 PROMPTS = ("adapter={name: prefix, length: 2}",)
 ONE_ROUND = ("server.rounds=1", "server.aggregator=fedavg")
 
 
-def finished(path: Path, *overrides: str) -> FinishedRun:
-    config = tiny("partition.min_samples=3", *overrides, output=path)
+def finished(path: Path, *overrides: str, **sections: Any) -> FinishedRun:
+    config = tiny("partition.min_samples=3", *overrides, output=path, **sections)
     results = run(config)
     assert results.path is not None
     return FinishedRun(results.path)
@@ -264,9 +264,9 @@ def test_one_task_only(tmp_path: Path) -> None:
 
 def test_vectors_are_the_same_from_every_pool_and_after_a_stop(tmp_path: Path, one_ray: None) -> None:
     same = (KEEP, "server.aggregator=fedavg")
-    serial = finished(tmp_path / "serial", *same)
-    ray = finished(tmp_path / "ray", *same, "runtime.pool=ray", "runtime.workers=2")
-    stopped = tiny("partition.min_samples=3", *same, output=tmp_path / "stopped")
+    serial = finished(tmp_path / "serial", *same, model=plain_vit())
+    ray = finished(tmp_path / "ray", *same, "runtime.pool=ray", "runtime.workers=2", model=plain_vit())
+    stopped = tiny("partition.min_samples=3", *same, output=tmp_path / "stopped", model=plain_vit())
 
     class Stop(Exception): ...
 

@@ -30,8 +30,10 @@ from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
 from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, StatisticRequest
 from fedsim.core.work import WorkSpec
-from fedsim.simulation import prepare, prepare_data
-from tests.tiny import tiny
+from fedsim.simulation import prepare, prepare_data, run
+from tests.test_simulation import METHODS, ON_FLOWERS_ENGINE
+from tests.tiny import final_state, kept, plain_vit, same_bits, tiny
+from tests.tiny import learned as learned_by_run
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 SHAPES = ((), (1,), (3,), (2, 3), (0,), (0, 4), (2, 0, 3))
@@ -206,6 +208,56 @@ def test_the_spec_comes_back_and_its_arrays_map_one_file(tmp_path: Path) -> None
     assert (tmp_path / "spec").stat().st_size < 20_000
     back.train.inputs["pixel_values"][:] = 0  # a private page: neither the file nor another reader sees it
     np.testing.assert_array_equal(flower.read_spec(tmp_path).train.inputs["pixel_values"], spec.train.inputs["pixel_values"])
+
+
+class Wire:
+    """In the place of the engine: each message travels, is worked on in this process, and the answer travels back."""
+
+    def __init__(self, spec: WorkSpec, worker: str) -> None:
+        self.grid, self.nodes = self, [1]
+        self._folder, self._worker = tempfile.mkdtemp(prefix="wire", dir=spec.config.runtime.output), worker
+        self._answers: list[Any] = []
+        flower.write_spec(spec, Path(self._folder))
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        for message in messages:
+            message.content = travelled(message.content)
+            answer = flower.serve(message, self._folder, self._worker)
+            answer.content = travelled(answer.content)
+            self._answers.append(answer)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, _: Any) -> list[Any]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    def close(self) -> None:
+        flower._worker.cache_clear()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ON_FLOWERS_ENGINE])
+def test_flowers_messages_carry_whole_runs(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the serial pool, for the methods that tests/test_simulation.py does not run on Flower's own engine."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    monkeypatch.setattr(flower, "_Engine", Wire)
+    for name in ("_task_id", "_run_id", "_node_id"):  # which the engine sets, and messages bear
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    served, real = set[str](), flower.serve
+
+    def serve(message: Any, folder: str, worker: str) -> Any:
+        served.add(message.metadata.message_type)
+        return real(message, folder, worker)
+
+    monkeypatch.setattr(flower, "serve", serve)
+    runs = []
+    for pool in ("serial", "flower"):
+        config = tiny(f"runtime.pool={pool}", output=tmp_path / pool, model=plain_vit(), **METHODS[method])
+        path = run(config).path
+        assert path is not None
+        runs.append((learned_by_run(final_state(path, config)), kept(path)))
+    assert served == {"train", "evaluate"}
+    assert same_bits(*runs)
 
 
 # ---------------------------------------------------------------- the engine
