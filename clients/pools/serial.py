@@ -14,6 +14,11 @@ from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
 from fedsim.core.work import WorkSpec
 
 
+def _loaded(job: ClientJob) -> ClientJob:
+    """With what the client remembers, which is read when it goes out and not before."""
+    return replace(job, memory=dict(job.memory.items()))
+
+
 class Pool(contracts.Pool):
     """Runs jobs in order, with the same number of torch threads as a worker of any other pool has."""
 
@@ -27,7 +32,7 @@ class Pool(contracts.Pool):
 
     def train(self, jobs: Sequence[ClientJob]) -> Iterator[Bundle]:
         for start, some in bundles(jobs, len(jobs), self._fused):
-            loaded = [replace(job, memory=dict(job.memory.items())) for job in some]  # read when a client goes out, not before
+            loaded = [job if isinstance(job.memory, dict) else _loaded(job) for job in some]
             with torch_defaults(self._threads):
                 bundle = self._worker.train(start, loaded)
             yield bundle
