@@ -264,8 +264,9 @@ def test_what_would_wait_for_ever_is_refused(one_ray: None, tmp_path: Path, sect
 
 
 def test_two_runs_at_a_time_with_clients_on_ray(one_ray: None, tmp_path: Path) -> None:
-    plan = sweep(tmp_path, seeds=4, launch={"pool": "ray", "jobs": 2})
-    assert [e.outcome.state for e in execute(plan)] == ["finished"] * 4
+    """Neither of two waits for the other's workers; a third gets those of one that ended."""
+    plan = sweep(tmp_path, seeds=3, launch={"pool": "ray", "jobs": 2})
+    assert [e.outcome.state for e in execute(plan)] == ["finished"] * 3
 
 
 def test_a_rule_that_is_edited_meanwhile_is_not_taken_for_the_planned_one(one_ray: None, tmp_path: Path) -> None:
@@ -338,13 +339,13 @@ def merges(folder: Path) -> int:
 
 
 def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
-    """The first sweep is killed; then two are started at once over the same folder. Every merge of every run is made once, but
-    for the rounds that were going when the process died."""
-    plan = sweep(tmp_path, set=logging(tmp_path, wait_s=0.15), seeds=6)
-    total = 6 * TINY["stream"]["tasks"] * TINY["server"]["rounds"]
+    """The first sweep is killed in its second run; then two are started at once over the same folder. Every merge of every run is
+    made once, but for the round that was going when the process died."""
+    plan = sweep(tmp_path, set=logging(tmp_path, wait_s=0.15), seeds=4, launch={"jobs": 1})
+    total = 4 * TINY["stream"]["tasks"] * TINY["server"]["rounds"]
     first = command(tmp_path)
     deadline = time.monotonic() + 120
-    while merges(tmp_path) < 5:
+    while merges(tmp_path) < 5:  # of 4 in a run
         assert time.monotonic() < deadline, first.communicate()[0] if first.poll() is not None else "no progress"
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
@@ -353,21 +354,21 @@ def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
     both = [command(tmp_path), command(tmp_path)]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert total <= merges(tmp_path) <= total + 2  # two cores: two rounds may have been going
+    assert total <= merges(tmp_path) <= total + 1
     frame = collect([plan.folder]).frame()
-    assert sorted(frame["seed"]) == list(range(6))
+    assert sorted(frame["seed"]) == list(range(4))
     assert not list(plan.folder.rglob("*.tmp"))
-    for planned in plan.runs[:2]:
+    for planned in plan.runs[:2]:  # one was finished, one went on
         alone = run(planned.config, output=tmp_path / "alone" / planned.entry.folder)
         assert alone.rows == Results.load(path_of(plan, planned)).rows
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c(tmp_path: Path, how: signal.Signals) -> None:
-    sweep(tmp_path, set=logging(tmp_path, wait_s=0.3), seeds=4)
+@pytest.mark.parametrize(("how", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_ctrl_c(tmp_path: Path, how: signal.Signals, jobs: int) -> None:
+    sweep(tmp_path, set=logging(tmp_path, wait_s=0.3), seeds=4, launch={"jobs": jobs})
     process = command(tmp_path)
     deadline = time.monotonic() + 120
-    while merges(tmp_path) < 2 and time.monotonic() < deadline:
+    while merges(tmp_path) < jobs and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(how)
     output = process.communicate(timeout=60)[0]
