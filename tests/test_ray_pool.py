@@ -154,7 +154,7 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
         while "Ray runtime started" not in (tmp_path / "head.log").read_text():
             assert cluster.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.2)
-        (tmp_path / "tiny.yaml").write_text(tiny(model=plain_vit()).to_yaml())
+        (tmp_path / "tiny.yaml").write_text(tiny("stream.tasks=1", model=plain_vit()).to_yaml())
         runs = {"joined": ["runtime.pool=ray", f"runtime.address=127.0.0.1:{port}"], "own": ["runtime.pool=ray"]}
         if importlib.util.find_spec("flwr") is not None:
             runs["flower"] = ["runtime.pool=flower"]
@@ -167,7 +167,7 @@ def test_joining_a_cluster_that_runs_already(tmp_path: Path, monkeypatch: pytest
         cluster.wait(30)
         log.close()
         shutil.rmtree(notes, ignore_errors=True)
-    serial = run(tiny(output=tmp_path / "serial", model=plain_vit()))
+    serial = run(tiny("stream.tasks=1", output=tmp_path / "serial", model=plain_vit()))
     for output in runs:
         assert (tmp_path / output / "rounds.csv").read_text() == (serial.path / "rounds.csv").read_text()  # type: ignore[operator]
 
