@@ -76,7 +76,7 @@ def test_together_is_as_one_by_one_with_a_buffer() -> None:
         if update.num_samples:
             after = update.memory
             assert len(after["learner.er/positions"]) == 4
-            assert int(after["learner.er/offered"]) == 3 + update.num_samples and int(kept["learner.er/task"]) == 1
+            assert int(after["learner.er/offered"]) == 3 + update.num_samples and int(after["learner.er/task"]) == 1
 
 
 def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Path) -> None:
