@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -216,14 +216,16 @@ class _Step:
         losses = [] if bundle.replaces else [self._cross_entropies(logits_abC, labels_ab, [len(p) for p in own])]
         if bundle.looks:
             outputs = Outputs(features_abD, logits_abC)
-            losses.append(torch.stack([self._terms(k, positions[k], labels_ab, outputs) for k in range(len(own))]))
+            parts = {n: self.leaves[n].unbind() for n in bundle.trained}  # once: K looks cost K times as much backward
+            losses.append(torch.stack([self._terms(k, positions[k], labels_ab, outputs, parts) for k in range(len(own))]))
         return sum(losses[1:], losses[0])
 
-    def _terms(self, k: int, positions: IntArray, labels_ab: Tensor, outputs: Outputs) -> Tensor:
-        """What client k's learners add to its loss."""
+    def _terms(
+        self, k: int, positions: IntArray, labels_ab: Tensor, outputs: Outputs, parts: Mapping[str, Sequence[Tensor]]
+    ) -> Tensor:
+        """What client k's learners add to its loss. parts: the clients' tensors."""
         rows, bundle = self.slots.rows[k], self.bundle
-        own = {n: t[k] for n, t in self.leaves.items()}
-        own = {n: own[n] for n in bundle.trained}
+        own = {n: clients[k] for n, clients in parts.items()}
         inputs = {n: t.view(len(self.slots.rows), -1, *t.shape[1:])[k, :rows] for n, t in self._inputs.items()}
         mine = Outputs(*(t[k, :rows] for t in outputs))
         terms = bundle.learning[k].terms(inputs, positions, labels_ab[k, :rows], mine, own, lambda params: self._other(k, params))
@@ -238,15 +240,13 @@ class _Step:
             common = self._common[id(params)]
             return Outputs(*(t[k * width : k * width + rows] for t in common))
         own = {n: t[k * width : k * width + rows] for n, t in self._inputs.items()}
-        drawn = None if self._drawn is None else self._drawn[k]
-        return local.through(model, self.frame, params, lambda: model.features(own, local.redrawn(model, drawn), lean=True))
+        augment = None if self._drawn is None else local.redrawn(model, self._drawn[k])
+        return local.through(model, self.frame, params, lambda: model.features(own, augment, lean=True))
 
     def _features(self) -> Tensor:
         """Of the whole batch, augmented as before."""
-        model, drawn = self.bundle.model, self._drawn
-        again = [torch.Generator(model.device) for _ in drawn] if drawn is not None else []
-        for generator, state in zip(again, drawn or (), strict=True):
-            generator.set_state(state)
+        model = self.bundle.model
+        again = [local.redrawn(model, drawn) for drawn in self._drawn or ()]
         return model.stacked_features(self._inputs, self.slots, again)
 
     def _cross_entropies(self, logits_abC: Tensor, labels_ab: Tensor, own: Sequence[int]) -> Tensor:

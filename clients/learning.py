@@ -15,13 +15,13 @@ from torch import Tensor
 from clients.work import Work, moved
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
-from fedsim.core.contracts import CROSS_ENTROPY, OWN, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
+from fedsim.core.contracts import CROSS_ENTROPY, LEARNER, OWN, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
-from fedsim.core.tensors import matching, require_finite
+from fedsim.core.tensors import matching, require_finite, without_prefix
 from fedsim.models.logits import masked_cross_entropy
 
-PREFIX = "learner."  # of what is a learner's in a client's memory: `learner.<name>/<tensor>`
+PREFIX = f"{LEARNER}."  # of what is a learner's in a client's memory: `learner.<name>/<tensor>`
 
 
 def statistic_of(request: StatisticRequest) -> contracts.Statistic:
@@ -102,7 +102,7 @@ class Learning:
     def _begun(self, name: str, learner: Learner, keeps: bool) -> _Part:
         work, prefix = self.work, f"{PREFIX}{name}/"
         part = _Part(name, learner, work.draw(f"learner {name}"), keeps)
-        memory = {n.removeprefix(prefix): t for n, t in work.job.memory.items() if n.startswith(prefix)} if keeps else {}
+        memory = without_prefix(work.job.memory, prefix) if keeps else {}
         part.state = learner.begin(work, moved(memory, work.model.device), Told(name, work), part.draw)
         return part
 
@@ -115,11 +115,6 @@ class Learning:
             parts.append(added)
             end += len(added)
         return np.concatenate(parts) if end > len(own) else own
-
-    @property
-    def own_rows(self) -> int:
-        """Rows of the current batch that are the client's own."""
-        return self._own.stop
 
     def cross_entropy(self, logits_bC: Tensor, labels_b: Tensor) -> Tensor:
         """Over the client's own rows and the task's classes."""

@@ -114,15 +114,14 @@ def _other(work: Work, frame: Frame, inputs: Tensors, drawn: Tensor | None) -> C
     """Runs other tensors on a batch: with the augmentation that it had (drawn: the state of its generator before), no dropout."""
 
     def run(params: Tensors) -> Outputs:
-        return through(work.model, frame, params, lambda: work.model.features(inputs, redrawn(work.model, drawn), lean=True))
+        augment = None if drawn is None else redrawn(work.model, drawn)
+        return through(work.model, frame, params, lambda: work.model.features(inputs, augment, lean=True))
 
     return run
 
 
-def redrawn(model: Model, drawn: Tensor | None) -> torch.Generator | None:
-    """A generator in the state that another one had; None for none."""
-    if drawn is None:
-        return None
+def redrawn(model: Model, drawn: Tensor) -> torch.Generator:
+    """A generator in the state that another one had."""
     generator = torch.Generator(model.device)
     generator.set_state(drawn)
     return generator

@@ -20,7 +20,7 @@ from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, Tensors
 from fedsim.core.sums import PartSums
 from fedsim.core.wire import Chain
-from fedsim.core.work import WorkSpec
+from fedsim.core.work import WorkSpec, seen_classes
 from fedsim.models import model as models
 from fedsim.models.logits import predict
 
@@ -93,7 +93,7 @@ class Worker:
     def _work(self, job: ClientJob) -> Work:
         spec = self.spec
         shard = round_shard(spec.shard(job.task, job.client_id), spec.config, job)
-        classes, seen = spec.task_classes[job.task], sorted({c for task in spec.task_classes[: job.task + 1] for c in task})
+        classes, seen = spec.task_classes[job.task], seen_classes(spec.task_classes, job.task)
         received = self._on_device(job)
         return Work(self.model, self.train_samples, shard, classes, seen, job, spec.config, received, self.learners)
 

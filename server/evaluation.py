@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedsim.core.contracts import Pool
 from fedsim.core.events import ClassRow, Row
 from fedsim.core.messages import EvalJob, Tensors
+from fedsim.core.work import seen_classes
 
 SMALL = 16  # samples: a slice below that has more overhead than work
 
@@ -40,11 +41,6 @@ def slices(size: int, batch: int) -> list[tuple[int, int]]:
     every worker in a task's first evaluation too. They do not depend on the number of workers."""
     count = max(-(-size // batch), min(4, size // SMALL))
     return [(i * size // count, (i + 1) * size // count) for i in range(count)]
-
-
-def seen_classes(task_classes: Sequence[Sequence[int]], task: int) -> list[int]:
-    """Head rows of the classes of tasks 0..task, ascending."""
-    return sorted({c for classes in task_classes[: task + 1] for c in classes})
 
 
 def accuracies(rows: Sequence[Row]) -> tuple[float, ...]:

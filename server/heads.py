@@ -14,8 +14,8 @@ from fedsim.core.events import Event
 from fedsim.core.messages import State, Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import with_prefix
+from fedsim.core.work import seen_classes
 from server.dispatch import statistics_pass
-from server.evaluation import seen_classes
 from server.gather import Round
 from server.state import ServerState, Simulation
 

@@ -3,14 +3,14 @@
 The bytes are those of the run's own messages with clients that keep what they were sent, as a deployment would send them; that a
 simulator hands out references, or sums on the way, changes nothing.
 
-Down, to every client of a round or of a statistics pass, those that fail included: the parameters (adapter, head), and, where the
-plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself; and the context that
-learners and rules tell (control variates, a teacher). Of these only
-tensors that it does not have: a client keeps the last message that it got and the last one whose work looks through past
-modules, and what has been in every such message since is not sent again. So it gets what changed since it last took part, and a
-past module once, or never if it had it as parameters in the pass at that task's end. It is an upper bound in three places: a
-fresh adapter is counted whole, where a seed would do; what was left out of a message and comes back in a later one is sent again
-to those who missed both; and a calibrator's pass at a task's end is sent the merged model that is deployed, whole.
+Down, to every client of a round or of a statistics pass, those that fail included: the parameters (adapter, head); where the
+plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself; and the context
+that learners and rules tell (control variates, a teacher). Of these only tensors that it does not have: a client keeps the last
+message that it got and the last one that works with past modules or context, and what has been in every such message since is not
+sent again. So it gets what changed since it last took part, and a past module once, or never if it had it as parameters in the
+pass at that task's end. It is an upper bound in three places: a fresh adapter is counted whole, where a seed would do; what was
+left out of a message and comes back in a later one is sent again to those who missed both; and a calibrator's pass at a task's
+end is sent the merged model that is deployed, whole.
 
 What is fixed in a head (random projections) is drawn by every client from the run's seed, and does not travel.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from torch import Tensor
@@ -77,6 +77,14 @@ class _Partial:
         if self.tensors is None:
             return None
         return dict(self.tensors) if self.owned else {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+
+def summed(terms: Iterable[Tensors]) -> dict[str, Tensor]:
+    """The sum of terms at the places 0, 1, 2, …; empty of nothing."""
+    total = BlockSum()
+    for place, term in enumerate(terms):
+        total.add(place, 1, term)
+    return total.result() or {}
 
 
 class PartSums:

@@ -88,6 +88,11 @@ def with_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     return {n: t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The same, by what follows the prefix in their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 def same_layout(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Same names, shapes and types."""
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].dtype == b[n].dtype for n in a)

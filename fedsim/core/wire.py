@@ -17,7 +17,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.contracts import RULE, Channel, Parcel, require_covered
 from fedsim.core.errors import ClientFailed, ConfigError, FedsimError, PluginError, one_line
 from fedsim.core.messages import ClientJob, ClientUpdate, Tensors
-from fedsim.core.tensors import require_finite, same_layout, with_prefix
+from fedsim.core.tensors import require_finite, same_layout, without_prefix
 
 MEMORY = "channel."  # before the names of what channels remember
 
@@ -68,7 +68,7 @@ class Chain:
         for place, (name, channel) in enumerate(self.channels.items()):
             require_covered(name, channel, update.statistics)
             prefix = f"{MEMORY}{place}.{plugins.short_name(name)}/"
-            own = {n.removeprefix(prefix): t for n, t in with_prefix(job.memory, prefix).items()}
+            own = without_prefix(job.memory, prefix)
             draw = rng.torch_stream(self.seed, "channel", place, job.client_id, job.task, job.round, *_passing(job))
             before = parcel
             parcel, new = channel.send(start, before, own if update.num_samples else {}, draw)

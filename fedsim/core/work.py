@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ class ArraySplit:
         """Of one sample and its label, as they lie here."""
         arrays = (*self.inputs.values(), self.labels)
         return sum(a.dtype.itemsize * int(np.prod(a.shape[1:])) for a in arrays)
+
+
+def seen_classes(task_classes: Sequence[Sequence[int]], task: int) -> list[int]:
+    """Head rows of the classes of tasks 0..task, ascending."""
+    return sorted({c for classes in task_classes[: task + 1] for c in classes})
 
 
 @dataclass(frozen=True, eq=False)

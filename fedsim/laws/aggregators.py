@@ -22,7 +22,6 @@ from fedsim.core.contracts import AdditiveAggregator, Aggregator
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import matching, same_layout
 from fedsim.laws.comparing import (
     ROUNDED,
@@ -32,6 +31,7 @@ from fedsim.laws.comparing import (
     expect_unchanged,
     layout_difference,
     same,
+    sum_of_lifts,
     through_file,
 )
 from fedsim.laws.frame import Law, LawBroken
@@ -236,8 +236,8 @@ def _additive(rule: Aggregator) -> None:
         _, want = _merge(rule, scene, updates)
         for cuts in ((CLIENTS,), (1, CLIENTS), (4, 5, CLIENTS), tuple(range(1, CLIENTS + 1))):
             bundles = [updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
-            partial_sums = [_sum([rule.lift(u) for u in bundle]) for bundle in bundles]
-            _, out = rule.finish(deepcopy(scene.state), deepcopy(scene.params), _sum(partial_sums), scene.draw())
+            partial_sums = [sum_of_lifts([rule.lift(u) for u in bundle]) for bundle in bundles]
+            _, out = rule.finish(deepcopy(scene.state), deepcopy(scene.params), sum_of_lifts(partial_sums), scene.draw())
             expect_close(out, want, f"round {scene.round}, summed in bundles of {', '.join(str(len(b)) for b in bundles)}")
 
 
@@ -288,16 +288,3 @@ class _ReadOnly(Sequence[ClientUpdate]):
     def __getitem__(self, index: slice) -> Sequence[ClientUpdate]: ...
     def __getitem__(self, index: int | slice) -> ClientUpdate | Sequence[ClientUpdate]:
         return self._items[index] if isinstance(index, int) else _ReadOnly(self._items[index])
-
-
-def _sum(terms: Sequence[Tensors]) -> dict[str, Tensor]:
-    layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in term.items())) for term in terms}
-    if len(layouts) > 1:
-        raise LawBroken("lift gives different names or shapes for different clients, so that they cannot be summed")
-    narrow = [n for n, t in terms[0].items() if t.dtype != torch.float64]
-    if narrow:
-        raise LawBroken(f"lift gives '{narrow[0]}' as {terms[0][narrow[0]].dtype}: sums are kept in float64")
-    total = BlockSum()
-    for place, term in enumerate(terms):
-        total.add(place, 1, term)
-    return total.result() or {}

@@ -17,9 +17,17 @@ from torch import Tensor
 from fedsim.core.contracts import Calibrator
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.sums import BlockSum
 from fedsim.core.tensors import same_layout
-from fedsim.laws.comparing import ROUNDED, expect_bits, expect_close, expect_finite, expect_unchanged, layout_difference, same
+from fedsim.laws.comparing import (
+    ROUNDED,
+    expect_bits,
+    expect_close,
+    expect_finite,
+    expect_unchanged,
+    layout_difference,
+    same,
+    sum_of_lifts,
+)
 from fedsim.laws.comparing import through_file as read_back
 from fedsim.laws.frame import Law, LawBroken
 from fedsim.laws.made_up import CLASSES, make_params, some_clients, synthesise
@@ -92,19 +100,7 @@ def again(
 
 def summed(rule: Calibrator, bundles: Sequence[Sequence[ClientUpdate]]) -> Tensors:
     """The sum of what is lifted, bundle by bundle. Raises LawBroken where it cannot be summed."""
-    lifted = [[rule.lift(update) for update in bundle] for bundle in bundles]
-    layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in one.items())) for bundle in lifted for one in bundle}
-    if len(layouts) > 1:
-        raise LawBroken("lift gives different names or shapes for different clients, so that they cannot be summed")
-    if narrow := [n for n, t in lifted[0][0].items() if t.dtype != torch.float64]:
-        raise LawBroken(f"lift gives '{narrow[0]}' as {lifted[0][0][narrow[0]].dtype}: sums are kept in float64")
-    total = BlockSum()
-    for place, bundle in enumerate(lifted):
-        part = BlockSum()
-        for k, one in enumerate(bundle):
-            part.add(k, 1, one)
-        total.add(place, 1, part.result() or {})
-    return total.result() or {}
+    return sum_of_lifts([sum_of_lifts([rule.lift(update) for update in bundle]) for bundle in bundles])
 
 
 def _updates(plan: RoundPlan, params: Tensors, classes: Sequence[int]) -> list[ClientUpdate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core.messages import Tensors
+from fedsim.core.sums import summed
 from fedsim.laws.frame import LawBroken
 
 EXACT, ROUNDED = 1e-9, 1e-4  # tolerances, relative to 1 + |value|, in float64 and in float32
@@ -97,3 +98,14 @@ def same(a: Any, b: Any) -> bool:
     if is_dataclass(a) and not isinstance(a, type):
         return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return type(a) is type(b) and bool(a == b)
+
+
+def sum_of_lifts(terms: Sequence[Tensors]) -> dict[str, Tensor]:
+    """The sum of what `lift` gave of several clients. Raises LawBroken where there is none."""
+    layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in term.items())) for term in terms}
+    if len(layouts) > 1:
+        raise LawBroken("lift gives different names or shapes for different clients, so that they cannot be summed")
+    narrow = [n for n, t in terms[0].items() if t.dtype != torch.float64]
+    if narrow:
+        raise LawBroken(f"lift gives '{narrow[0]}' as {terms[0][narrow[0]].dtype}: sums are kept in float64")
+    return summed(terms)

@@ -17,7 +17,7 @@ from clients.learning import statistic_of
 from fedsim.core.contracts import Consolidator, TaskStart, lift_statistics
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.sums import BlockSum
+from fedsim.core.sums import summed
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, matching, with_prefix
 from fedsim.laws.comparing import (
     EXACT,
@@ -108,11 +108,11 @@ def _total(plan: RoundPlan, params: Tensors, task: int) -> Tensors:
     for request in plan.statistics:
         if not statistic_of(request).additive:
             raise LawBroken(f"task {task}: the statistic '{request.name}' is not additive, and clients are summed for it")
-    total = BlockSum()
-    for place, client in enumerate(some_clients(CLIENTS * TASKS)[task * CLIENTS : (task + 1) * CLIENTS]):
+    terms = []
+    for client in some_clients(CLIENTS * TASKS)[task * CLIENTS : (task + 1) * CLIENTS]:
         statistics = {n: t for request in plan.statistics for n, t in synthesise(request, client, params).items()}
-        total.add(place, 1, lift_statistics(ClientUpdate(client.client_id, len(client), {}, statistics)))
-    return total.result() or {}
+        terms.append(lift_statistics(ClientUpdate(client.client_id, len(client), {}, statistics)))
+    return summed(terms)
 
 
 def deployed(rule: Consolidator, scene: Scene, finished: bool = True) -> Tensors:

@@ -26,7 +26,7 @@ from fedsim.core.contracts import TEACHER, ArraySplit, IntArray, Learner
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.sums import BlockSum
+from fedsim.core.tensors import without_prefix
 from fedsim.data.sources.synthetic import Source as Synthetic
 from fedsim.laws.comparing import (
     EXACT,
@@ -36,6 +36,7 @@ from fedsim.laws.comparing import (
     expect_finite,
     expect_unchanged,
     same,
+    sum_of_lifts,
     through_file,
 )
 from fedsim.laws.frame import Law, LawBroken
@@ -195,17 +196,7 @@ _played: list[tuple[Learner, list[Round]]] = []  # the latest
 
 def summed(learner: Learner, updates: Sequence[ClientUpdate], prefix: str) -> Tensors:
     """The sum of what `lift` makes of the clients' statistics. Raises LawBroken where there is none."""
-    own = [({n.removeprefix(prefix): t for n, t in u.statistics.items() if n.startswith(prefix)}, u.num_samples) for u in updates]
-    lifted = [learner.lift(statistics, samples) for statistics, samples in own]
-    layouts = {tuple(sorted((n, tuple(t.shape)) for n, t in one.items())) for one in lifted}
-    if len(layouts) > 1:
-        raise LawBroken("lift gives different names or shapes for different clients, so that they cannot be summed")
-    if narrow := [n for n, t in lifted[0].items() if t.dtype != torch.float64]:
-        raise LawBroken(f"lift gives '{narrow[0]}' as {lifted[0][narrow[0]].dtype}: sums are kept in float64")
-    total = BlockSum()
-    for place, one in enumerate(lifted):
-        total.add(place, 1, one)
-    return total.result() or {}
+    return sum_of_lifts([learner.lift(without_prefix(u.statistics, prefix), u.num_samples) for u in updates])
 
 
 def _all_there(results: Sequence[ClientUpdate | ClientFailed], when: str) -> list[ClientUpdate]:

@@ -21,6 +21,7 @@ from fedsim.core.contracts import Slots
 from fedsim.core.errors import FedsimError, ModelError, one_line
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD, HEAD_WEIGHT
+from fedsim.core.tensors import without_prefix
 from fedsim.models import backbone as backbones
 from fedsim.models import inject, lower, transform
 from fedsim.models.backbone import Backbone
@@ -220,4 +221,4 @@ def _own_tokens(mask: Tensor, clients: int) -> list[int]:
 
 
 def _adapter_tensors(params: Tensors) -> dict[str, Tensor]:
-    return {n.removeprefix(ADAPTER): t for n, t in params.items() if n.startswith(ADAPTER)}
+    return without_prefix(params, ADAPTER)

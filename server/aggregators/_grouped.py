@@ -12,7 +12,7 @@ from fedsim.core import contracts, rng
 from fedsim.core.contracts import AdditiveAggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.tensors import matching
+from fedsim.core.tensors import matching, without_prefix
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Aggregator(contracts.AdditiveAggregator):
         outcomes, draws = [], rng.split(draw, len(self.groups))
         rules = zip(self._additive_rules(), state["names"], state["states"], draws, strict=True)
         for k, (rule, own, inner, its_draw) in enumerate(rules):
-            share = {n.removeprefix(f"{k}/"): t for n, t in total.items() if n.startswith(f"{k}/")}
+            share = without_prefix(total, f"{k}/")
             outcomes.append(rule.finish(inner, {n: params[n] for n in own}, share, its_draw))
         return _side_by_side(state, params, outcomes)
 

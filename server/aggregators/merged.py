@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.contracts import AdditiveMerging, Member
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from server.merging import _rule
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Aggregator(contracts.AdditiveAggregator):
     rule: str | dict[str, Any] | contracts.Merging
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, contracts.Merging):
-            object.__setattr__(self, "rule", configs.expand("merging", self.rule, "rule"))
+        object.__setattr__(self, "rule", _rule.described(self.rule))
         said = dict(self.merging.exempt)
         if "one_member" in said:
             said["one_client"] = said.pop("one_member")
@@ -42,11 +41,7 @@ class Aggregator(contracts.AdditiveAggregator):
     @cached_property
     def merging(self) -> contracts.Merging:
         """The rule itself."""
-        found: Any = self.rule
-        if not isinstance(found, contracts.Merging):
-            found = configs.build("merging", found)
-        assert isinstance(found, contracts.Merging)
-        return found
+        return _rule.built(self.rule)
 
     @property
     def additive(self) -> bool:

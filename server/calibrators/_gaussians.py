@@ -32,7 +32,7 @@ from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import from_upper_triangle
-from server.evaluation import seen_classes
+from fedsim.core.work import seen_classes
 
 SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
     "diagonal": ("full", "variance"),

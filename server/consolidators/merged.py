@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.contracts import Member, Past, TaskStart
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import RoundPlan, State, Tensors
 from fedsim.core.tensors import with_prefix
-from server.merging import _products
+from server.merging import _products, _rule
 from server.merging.mean import mean_module
 
 
@@ -42,17 +41,12 @@ class Consolidator(contracts.Consolidator):
     rule: str | dict[str, Any] | contracts.Merging
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, contracts.Merging):
-            object.__setattr__(self, "rule", configs.expand("merging", self.rule, "rule"))
+        object.__setattr__(self, "rule", _rule.described(self.rule))
 
     @cached_property
     def merging(self) -> contracts.Merging:
         """The rule itself."""
-        found: Any = self.rule
-        if not isinstance(found, contracts.Merging):
-            found = configs.build("merging", found)
-        assert isinstance(found, contracts.Merging)
-        return found
+        return _rule.built(self.rule)
 
     def init(self) -> State:
         return {"past": [], "statistics": [], "seed": 0}

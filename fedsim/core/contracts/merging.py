@@ -10,7 +10,7 @@ import torch
 
 from fedsim.core.contracts.traits import Part
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
-from fedsim.core.sums import BlockSum
+from fedsim.core.sums import summed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,4 @@ class AdditiveMerging(Merging):
         """What `merge` gives, from the sum of what `lift` gave."""
 
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
-        total = BlockSum()
-        for place, member in enumerate(members):
-            total.add(place, 1, self.lift(member))
-        return self.finish(base, total.result() or {}, draw)
+        return self.finish(base, summed(map(self.lift, members)), draw)

@@ -18,8 +18,8 @@ from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import AggregationError, PluginError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.numbers import IntArray
-from fedsim.core.sums import BlockSum, Lift
-from fedsim.core.tensors import stack_modules
+from fedsim.core.sums import Lift, summed
+from fedsim.core.tensors import stack_modules, without_prefix
 
 # Parts of a run for which updates are summed (`Reply.sums`): the aggregator, the calibrator, a pass as it is; `learner.<name>`
 # for what its `end` sent in a round, `closing.<name>` for the pass at a task's end
@@ -85,10 +85,7 @@ class AdditiveAggregator(Aggregator):
     ) -> tuple[State, Tensors]:
         """The same from whole updates: `finish` of the sum of their `lift`."""
         require_updates(updates)
-        total = BlockSum()
-        for place, update in enumerate(updates):
-            total.add(place, 1, self.lift(update))
-        return self.finish(state, params, total.result() or {}, draw)
+        return self.finish(state, params, summed(map(self.lift, updates)), draw)
 
 
 def is_additive(rule: Aggregator) -> TypeGuard[AdditiveAggregator]:
@@ -141,8 +138,7 @@ def _lifted(learner: Learner, prefix: str, update: ClientUpdate) -> Tensors | No
     """A learner's part of an update that is based on data."""
     if not update.num_samples:
         return None
-    own = {n.removeprefix(prefix): t for n, t in update.statistics.items() if n.startswith(prefix)}
-    return learner.lift(own, update.num_samples)
+    return learner.lift(without_prefix(update.statistics, prefix), update.num_samples)
 
 
 @dataclass(frozen=True)
@@ -287,10 +283,7 @@ class Calibrator(Part):
         of an additive calibrator: `finish` of the sum of their `lift`."""
         if not self.additive:
             return state, params
-        total = BlockSum()
-        for place, update in enumerate(updates):
-            total.add(place, 1, self.lift(update))
-        return self.finish(state, params, total.result() or {}, classes, draw)
+        return self.finish(state, params, summed(map(self.lift, updates)), classes, draw)
 
     def finish(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
