@@ -101,7 +101,8 @@ def test_wheel_holds_packages_data_and_command(tmp_path: Path) -> None:
     wanted = {
         "fedsim/py.typed", "clients/py.typed", "server/py.typed", "fedsim/assets/omniglot/omniglot_28.npz",
         "fedsim/assets/omniglot/LICENSE", "fedsim/assets/omniglot_vit/model.safetensors",
-        "fedsim/assets/omniglot_vit/config.json",
+        "fedsim/assets/omniglot_vit/config.json", "fedsim/assets/fashion_mnist/fashion_mnist_28.npz",
+        "fedsim/assets/fashion_mnist/LICENSE",
     }  # fmt: skip
     for package in ("fedsim", "clients", "server"):
         wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}

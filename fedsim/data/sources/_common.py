@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import zipfile
 import zlib
@@ -44,6 +45,14 @@ def read_npz(path: Path, wanted: Sequence[str] | None = None) -> dict[str, NDArr
             return {key: file[key] for key in file.files if wanted is None or key in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
         raise DataError(f"{path} cannot be read as .npz: {' '.join(str(e).split())} (damaged? copy or download it again)") from e
+
+
+def read_embedded(name: str, file: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Arrays of a .npz file that the package carries in assets/<name>/. Raises DataError when the installation lacks it."""
+    with importlib.resources.as_file(importlib.resources.files("fedsim") / "assets" / name / file) as path:
+        if not Path(path).is_file():
+            raise DataError(f"the embedded {file} is missing ({path}): install fedsim again")
+        return read_npz(path, wanted)
 
 
 def require(arrays: Arrays, keys: Sequence[str], path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedsim.core import contracts
 from fedsim.core.contracts import ArraySplit, Dataset
-from fedsim.core.errors import ConfigError, DataError, did_you_mean
+from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.data.sources import _common
 from fedsim.data.streams import rows
 
@@ -74,11 +72,7 @@ def _check_names(alphabets: list[Any]) -> None:
 
 
 def _read(wanted: list[str] | None) -> dict[str, NDArray[Any]]:
-    resource = importlib.resources.files("fedsim") / "assets" / "omniglot" / "omniglot_28.npz"
-    with importlib.resources.as_file(resource) as path:
-        if not Path(path).is_file():
-            raise DataError(f"the embedded Omniglot is missing ({path}): install fedsim again")
-        return _common.read_npz(path, wanted)
+    return _common.read_embedded("omniglot", "omniglot_28.npz", wanted)
 
 
 def _split(arrays: dict[str, NDArray[Any]], split: str, new_id: NDArray[np.int64]) -> ArraySplit:
