@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clients import local, optim
-from clients.learning import Learning, asked_for
+from clients.learning import Learning, asked_for, fitting, with_foreign
 from clients.work import Work
 from fedsim.core import contracts
 from fedsim.core.config import ClientConfig
@@ -202,23 +202,38 @@ class _Step:
     def losses(self, own: Sequence[IntArray]) -> Tensor:
         """Each client's loss on its own batch, (a,). A short batch is filled with samples of its client, which do not count."""
         bundle, slots = self.bundle, self.slots
-        positions = [learning.joined(p) for learning, p in zip(bundle.learning, own, strict=False)]
-        slots.rows = [len(p) for p in positions]
-        slots.width = max(slots.rows)
-        self._inputs, labels = bundle.samples.batch(np.concatenate([np.resize(p, slots.width) for p in positions]))
+        positions, labels_ab = self._batch(own)
         looked = bundle.looks and bundle.model.augments
         self._drawn = [g.get_state() for g in bundle.augment[: len(own)]] if looked else None
         self._common = {}
         features = bundle.model.stacked_features(self._inputs, slots, bundle.augment)
         features_abD = features.view(len(own), slots.width, -1)
         logits_abC = bundle.model.stacked_logits(features_abD, self.params)
-        labels_ab = labels.view(len(own), -1)
         losses = [] if bundle.replaces else [self._cross_entropies(logits_abC, labels_ab, [len(p) for p in own])]
         if bundle.looks:
             outputs = Outputs(features_abD, logits_abC)
             parts = {n: self.leaves[n].unbind() for n in bundle.trained}  # once: K looks cost K times as much backward
             losses.append(torch.stack([self._terms(k, positions[k], labels_ab, outputs, parts) for k in range(len(own))]))
         return sum(losses[1:], losses[0])
+
+    def _batch(self, own: Sequence[IntArray]) -> tuple[list[IntArray], Tensor]:
+        """Every client's positions, and the labels of the slots (a, b), whose inputs it notes."""
+        bundle, slots = self.bundle, self.slots
+        positions = [learning.joined(p) for learning, p in zip(bundle.learning, own, strict=False)]
+        made = [learning.synthetic(p) for learning, p in zip(bundle.learning, positions, strict=False)]
+        slots.rows = [len(p) + (len(m.labels) if m else 0) for p, m in zip(positions, made, strict=True)]
+        slots.width = max(slots.rows)
+        self._inputs, labels = bundle.samples.batch(np.concatenate([np.resize(p, slots.width) for p in positions]))
+        for k, synthetic in enumerate(made):
+            if synthetic is None:
+                continue
+            rows = slice(k * slots.width + len(positions[k]), k * slots.width + slots.rows[k])
+            synthetic = fitting(synthetic, self._inputs, labels)
+            for name, tensor in self._inputs.items():
+                tensor[rows] = synthetic.inputs[name]
+            labels[rows] = synthetic.labels
+            positions[k] = with_foreign(positions[k], synthetic)
+        return positions, labels.view(len(own), -1)
 
     def _terms(
         self, k: int, positions: IntArray, labels_ab: Tensor, outputs: Outputs, parts: Mapping[str, Sequence[Tensor]]

@@ -1,12 +1,13 @@
 """The learners of one client's round: what they add to its steps, and what is left of them. `local` and `fused` share it, so that
 a learner is written once."""
 
-# b rows of a batch: the client's own, then those that learners replay
+# b rows of a batch: the client's own, then those that learners replay, then synthetic ones
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,18 @@ from torch import Tensor
 from clients.work import Work, moved
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
-from fedsim.core.contracts import CROSS_ENTROPY, LEARNER, OWN, IntArray, Learner, LocalState, Outputs, Step, TrainingStatistic
+from fedsim.core.contracts import (
+    CROSS_ENTROPY,
+    LEARNER,
+    OWN,
+    IntArray,
+    Learner,
+    LocalState,
+    Outputs,
+    Step,
+    Synthetic,
+    TrainingStatistic,
+)
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite, without_prefix
@@ -62,9 +74,33 @@ class Told(dict[str, Tensors]):
         )
 
 
+class Batch(NamedTuple):
+    """Of a step. positions: in the training split, −1 for a synthetic sample; inputs: raw; labels: head rows."""
+
+    positions: IntArray
+    inputs: Tensors
+    labels: Tensor
+
+
+def fitting(made: Synthetic, inputs: Tensors, labels: Tensor) -> Synthetic:
+    """Synthetic samples for a batch of such inputs and labels, on their device. Raises ModelError for another kind of samples."""
+    for name in {**inputs, **made.inputs}:
+        got, want = made.inputs.get(name), inputs.get(name)
+        if got is None or want is None or (got.dtype, got.shape) != (want.dtype, (len(made.labels), *want.shape[1:])):
+            told = " and ".join("none" if t is None else f"{t.dtype} {tuple(t.shape[1:])}" for t in (want, got))
+            raise ModelError(f"synthetic samples must be as the data's are: '{name}' of the data and of theirs is {told}")
+    moved_inputs = {n: made.inputs[n].to(t.device) for n, t in inputs.items()}
+    return Synthetic(moved_inputs, made.labels.to(labels))
+
+
+def with_foreign(positions: IntArray, made: Synthetic) -> IntArray:
+    """Positions of a batch that synthetic samples have joined."""
+    return np.concatenate([positions, np.full(len(made.labels), -1, positions.dtype)])
+
+
 @dataclass
 class _Part:
-    """A learner at work. `rows`: those that it added to the current batch."""
+    """A learner at work. `rows`, `made`: those that it replays in the current batch, and its synthetic ones."""
 
     name: str
     learner: Learner
@@ -72,6 +108,7 @@ class _Part:
     keeps: bool  # a memory of its own; not where a rule asked for it
     state: LocalState = field(default_factory=dict)
     rows: slice = field(default_factory=lambda: slice(0, 0))
+    made: slice = field(default_factory=lambda: slice(0, 0))
 
     def does(self, method: str) -> bool:
         """Whether the learner has this method of its own."""
@@ -90,8 +127,8 @@ class Learning:
         listed = work.learners if work.steps else {}
         self._parts = [self._begun(n, learner, n in listed) for n, learner in {**listed, **asked}.items()]
         self._start = {n: work.params[n] for n in work.trained}
-        self._replay, self._loss, self._correct, self._step = (
-            [p for p in self._parts if p.does(method)] for method in ("replay", "loss", "corrected", "stepped")
+        self._replay, self._make, self._loss, self._correct, self._step = (
+            [p for p in self._parts if p.does(method)] for method in ("replay", "synthetic", "loss", "corrected", "stepped")
         )
         self.replaces = any(CROSS_ENTROPY in p.learner.traits.takes for p in self._parts)
         self.corrects = bool(self._correct)
@@ -116,6 +153,31 @@ class Learning:
             end += len(added)
         return np.concatenate(parts) if end > len(own) else own
 
+    def synthetic(self, positions: IntArray) -> Synthetic | None:
+        """What learners make for the batch at these positions, of which `joined` gave those behind the client's own."""
+        found, end = list[Synthetic](), len(positions)
+        for part in self._make:
+            made = part.learner.synthetic(part.state, positions[self._own], part.draw)
+            part.made = slice(end, end + (len(made.labels) if made else 0))
+            end = part.made.stop
+            if made:
+                found.append(made)
+        if len(found) < 2:
+            return found[0] if found else None
+        inputs = {n: torch.cat([made.inputs[n] for made in found]) for n in found[0].inputs}
+        return Synthetic(inputs, torch.cat([made.labels for made in found]))
+
+    def batch(self, own: IntArray) -> Batch:
+        """The client's own samples at these positions, and what learners add."""
+        positions = self.joined(own)
+        inputs, labels = self.work.samples.batch(positions)
+        made = self.synthetic(positions)
+        if made is None:
+            return Batch(positions, inputs, labels)
+        made = fitting(made, inputs, labels)
+        inputs = {n: torch.cat([t, made.inputs[n]]) for n, t in inputs.items()}
+        return Batch(with_foreign(positions, made), inputs, torch.cat([labels, made.labels]))
+
     def cross_entropy(self, logits_bC: Tensor, labels_b: Tensor) -> Tensor:
         """Over the client's own rows and the task's classes."""
         if len(labels_b) > self._own.stop:
@@ -137,7 +199,7 @@ class Learning:
         for part in self._loss:
             step = Step(
                 inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
-                part.draw, once,
+                part.made, part.draw, once,
             )  # fmt: skip
             term = part.learner.loss(part.state, step)
             if term is not None:

@@ -76,8 +76,7 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: LowerSt
     losses: list[Tensor] = []
     with Frame(lambda: beside(model, work), lambda: model.applied(local, dropout)) as frame:
         for own in work.batches():
-            positions = learning.joined(own)
-            inputs, labels = work.samples.batch(positions)
+            positions, inputs, labels = learning.batch(own)
             drawn = augment.get_state() if learning.looks and model.augments else None
             if below is None:
                 features = model.features(inputs, augment, lean=True)

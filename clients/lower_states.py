@@ -37,8 +37,8 @@ class LowerStates:
         return self.states.nbytes + 2 * self.positions.nbytes + self.order.nbytes
 
     def features(self, model: Model, inputs: Tensors, positions: IntArray, lean: bool = False) -> Tensor:
-        """`model.features` of the batch at these positions of the split. What is not of the shard (replayed samples) goes through
-        the lower blocks anew."""
+        """`model.features` of the batch at these positions of the split. What is not of the shard (replayed samples, synthetic
+        ones at −1) goes through the lower blocks anew."""
         place = np.searchsorted(self.positions, positions, sorter=self.order).clip(max=len(self.order) - 1)
         rows, device = self.order[place], self.states.device
         states = self.states[torch.from_numpy(rows).to(device)]

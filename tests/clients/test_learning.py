@@ -14,7 +14,7 @@ from torch import Tensor
 from clients import local
 from clients.work import Received, Work
 from fedsim.core import contracts
-from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Outputs, Step
+from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Outputs, Step, Synthetic
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
 from fedsim.simulation import run
@@ -31,7 +31,10 @@ EVERY_WAY = {
 
 @dataclass(frozen=True)
 class Busy(contracts.Learner):
-    """Uses all that a learner has: replays from its memory, asks two teachers, corrects gradients, follows steps, remembers."""
+    """Uses all that a learner has: replays from its memory, makes samples up, asks two teachers, corrects gradients, follows
+    steps, remembers. image: shape of those that it makes up; empty: none."""
+
+    image: tuple[int, ...] = (8, 8)
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         own = {n: 1.1 * t for n, t in work.params.items()}
@@ -41,10 +44,20 @@ class Busy(contracts.Learner):
         stored: IntArray = state["stored"]
         return stored[torch.randperm(len(stored), generator=draw)[: 1 + len(positions) // 2].numpy()]
 
+    def synthetic(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> Synthetic | None:
+        count = len(positions) % 3
+        if not self.image or not count:
+            return None
+        pixels = torch.randint(256, (count, *self.image), generator=draw, dtype=torch.uint8)
+        return Synthetic({"pixel_values": pixels}, torch.arange(count) - 1)
+
     def loss(self, state: LocalState, step: Step) -> Tensor:
+        made = step.synthetic
+        assert made.stop - made.start == step.labels.shape[0] - step.replayed.stop
         terms = [(step.logits - step.model(state[who]).logits).square().mean() for who in ("teacher", "own")]
         features = (step.features - step.model(state["teacher"]).features)[step.replayed].square().mean()
         drift = torch.stack([(t - step.start[n]).square().sum() for n, t in step.params.items()]).sum()
+        drift = drift + (step.logits[made, 2] * (step.labels[made] + 2)).sum()
         noise = float(torch.rand((), generator=step.draw))
         return (
             terms[0] + 0.5 * terms[1] + features + noise * drift + step.logits[step.replayed, step.labels[step.replayed]].mean()
@@ -78,7 +91,7 @@ def busy(*overrides: str, **options: Any) -> Here:
         for k in range(len(here.jobs))
     ]
     jobs = [replace(j, plan=plan, memory=m) for j, m in zip(here.jobs, memories, strict=True)]
-    return replace(here, jobs=jobs, learners={"busy": Busy()})
+    return replace(here, jobs=jobs, learners={"busy": Busy(() if options.get("text") else (8, 8))})
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
@@ -168,6 +181,42 @@ def test_what_a_step_shows() -> None:
 
 
 @dataclass(frozen=True)
+class Painter(contracts.Learner):
+    """Makes grey images up, as many as it is told; notes what a step shows of them."""
+
+    count: int = 2
+    dtype: torch.dtype = torch.uint8
+    seen: list[Step] = field(default_factory=list)
+
+    def synthetic(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> Synthetic | None:
+        pixels = torch.full((self.count, 8, 8), 10 * self.count, dtype=self.dtype)
+        return Synthetic({"pixel_values": pixels}, torch.full((self.count,), -1)) if self.count else None
+
+    def loss(self, state: LocalState, step: Step) -> None:
+        self.seen.append(step)
+
+
+def test_synthetic_samples_join_the_batch() -> None:
+    """Behind the replayed ones, each learner's together; the cross-entropy and its draws do not see them."""
+    painters = {"a": Painter(2), "none": Painter(0), "b": Painter(3)}
+    here = replace(work("client.epochs=1", "client.batch_size=7"), learners={"w": Watcher(), **painters})
+    update = local.train(here.works()[2])
+    for a, none, b in zip(*(p.seen for p in painters.values()), strict=True):
+        replayed = 1 if a.own.stop > 2 else 0
+        end = a.own.stop + replayed
+        assert [p.synthetic.start - end for p in (a, none, b)] == [0, 2, 2]
+        assert [p.synthetic.stop - end for p in (a, none, b)] == [2, 2, 5]
+        assert a.positions[end:].tolist() == [-1] * 5 == a.labels[end:].tolist() and (a.positions[:end] >= 0).all()
+        shown = a.inputs["pixel_values"][end:]
+        assert shown.float().mean((1, 2)).tolist() == [20, 20, 30, 30, 30]
+        assert a.features.shape[0] == a.logits.shape[0] == end + 5
+    bare = local.train(replace(here, learners={}).works()[2])
+    assert isinstance(update, ClientUpdate) and isinstance(bare, ClientUpdate)
+    for name, tensor in bare.params.items():
+        torch.testing.assert_close(update.params[name], tensor)
+
+
+@dataclass(frozen=True)
 class Wishful(contracts.Learner):
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         return {"teacher": context["teacher"]}
@@ -191,6 +240,7 @@ class Forgets(contracts.Learner):
         (Wishful(), "learner odd looks for the context 'teacher', which nobody sends in task 1, round 1 (there is nothing)"),
         (Renames(), "learner odd: 'corrected' must give gradients of the same names, "),
         (Forgets(), "memory 'learner.odd/x' holds NaN or infinity"),
+        (Painter(dtype=torch.float32), "of theirs is torch.uint8 (8, 8) and torch.float32 (8, 8)"),
     ],
 )
 def test_what_goes_wrong_is_one_line(learner: contracts.Learner, reason: str) -> None:

@@ -20,6 +20,7 @@ from fedsim.core.contracts.clients import (
     Seen,
     Statistic,
     Step,
+    Synthetic,
     TrainingStatistic,
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
@@ -101,6 +102,7 @@ __all__ = [
     "Source",
     "Statistic",
     "Step",
+    "Synthetic",
     "TaskStart",
     "TrackedRun",
     "Tracker",

@@ -39,6 +39,14 @@ class Outputs(NamedTuple):
     logits: Tensor
 
 
+class Synthetic(NamedTuple):
+    """Samples that nobody holds, for a batch. inputs: raw, by name, as the data's are (`pixel_values` uint8); labels: head rows,
+    −1 for none."""
+
+    inputs: Tensors
+    labels: Tensor
+
+
 class ClientWork(Protocol):
     """What a learner sees of a client's round: before its first step, and after the last.
 
@@ -80,10 +88,11 @@ class ClientWork(Protocol):
 class Step:
     """What a learner sees of a training step.
 
-    The batch is the client's own part, then the samples that learners replay, each learner's together. `own` and `replayed` are
-    the rows of the one and of those that this learner added. inputs: the raw batch; positions: of its samples in the training
-    split; labels: head rows; features and logits as in `Outputs`, with gradients. params: the tensors being trained; start: the
-    same, as received. classes, seen: head rows of the current task, and of all tasks so far.
+    The batch is the client's own part, then the samples that learners replay, each learner's together, then the synthetic ones in
+    the same way. `own` are the rows of the first; `replayed` and `synthetic` those that this learner added. inputs: the raw
+    batch; positions: of its samples in the training split, −1 for a synthetic one; labels: head rows, −1 for none; features and
+    logits as in `Outputs`, with gradients. params: the tensors being trained; start: the same, as received. classes, seen: head
+    rows of the current task, and of all tasks so far.
     draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
     gradient; once per batch for one mapping, however many learners ask.
     """
@@ -99,6 +108,7 @@ class Step:
     seen: Sequence[int]
     own: slice
     replayed: slice
+    synthetic: slice
     draw: torch.Generator
     model: Callable[[Tensors], Outputs]
 
@@ -120,7 +130,7 @@ class Learner(Part):
     computed, and no bit of the run moves.
 
         state = begin(work, memory, context, draw)
-        every step:  replay -> loss (added to the others') -> gradients -> corrected -> clipping, optimizer -> stepped
+        every step:  replay, synthetic -> loss (added to the others') -> gradients -> corrected -> clipping, optimizer -> stepped
         memory, statistics = end(state, work, params, draw)
 
     It is a function of what it is handed: a state lives for one round of one client and may be written into, all that outlasts
@@ -155,6 +165,11 @@ class Learner(Part):
     def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
         """Positions of samples that join the batch at these positions: of samples that this client has held."""
         return positions[:0]
+
+    def synthetic(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> Synthetic | None:
+        """Samples that nobody holds, which join the batch at these positions; None for none. The cross-entropy does not see them;
+        they are augmented as the others are."""
+        return None
 
     def loss(self, state: LocalState, step: Step) -> Tensor | None:
         """A scalar that is added to the loss; None for nothing."""
