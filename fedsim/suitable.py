@@ -44,9 +44,9 @@ class Chosen:
         return {self.kind, str(self), *self.traits.gives}
 
 
-def require(config: SimConfig, rule: Aggregator) -> None:
-    """Raise ConfigError for parts that cannot work together, in one line; nothing is loaded for it."""
-    line = obstacle(chosen_parts(config, rule), run_words(config), config)
+def require(config: SimConfig, rule: Aggregator, tasks: int | None = None) -> None:
+    """Raise ConfigError for parts that cannot work together, in one line. tasks: how many, once it is known."""
+    line = obstacle(chosen_parts(config, rule), run_words(config, tasks), config)
     if line is not None:
         raise ConfigError(line)
 
@@ -82,10 +82,10 @@ def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
     return found
 
 
-def run_words(config: SimConfig) -> dict[str, str]:
-    """Words that the run itself gives -> the key and value that give them."""
+def run_words(config: SimConfig, tasks: int | None = None) -> dict[str, str]:
+    """Words that the run itself gives -> the key and value that give them. tasks: how many, once it is known."""
     stream, server = config.stream, config.server
-    several_tasks = stream.tasks != 1 and not stream.joint
+    several_tasks = tasks > 1 if tasks is not None else stream.tasks != 1 and not stream.joint
     found = [
         ("several tasks", "stream.tasks", several_tasks),
         (f"context {contracts.TEACHER}", "stream.tasks", several_tasks),  # the last task's model

@@ -35,13 +35,22 @@ def masked(logits_bC: Tensor, labels_b: Tensor, classes: Sequence[int]) -> tuple
     """The columns of `classes`, (b, S), and where the labels stand among them, (b,)."""
     if not len(classes):
         raise ModelError("cross-entropy over no classes: a task must have at least one class")
-    start = classes[0]
-    if list(classes) == list(range(start, start + len(classes))):
-        return logits_bC[:, start : start + len(classes)], labels_b.long() - start
-    rows_S = torch.as_tensor(classes, device=logits_bC.device)
+    if _side_by_side(classes):
+        return columns(logits_bC, classes), labels_b.long() - classes[0]
     place_C = torch.full((logits_bC.shape[1],), -1, device=logits_bC.device)
-    place_C[rows_S] = torch.arange(len(classes), device=logits_bC.device)
-    return logits_bC[:, rows_S], place_C[labels_b.long()]
+    place_C[torch.as_tensor(classes, device=logits_bC.device)] = torch.arange(len(classes), device=logits_bC.device)
+    return columns(logits_bC, classes), place_C[labels_b.long()]
+
+
+def columns(logits_bC: Tensor, classes: Sequence[int]) -> Tensor:
+    """Those of `classes`, in this order, (b, S)."""
+    if _side_by_side(classes):
+        return logits_bC[:, classes[0] : classes[0] + len(classes)]
+    return logits_bC[:, torch.as_tensor(classes, device=logits_bC.device)]
+
+
+def _side_by_side(classes: Sequence[int]) -> bool:
+    return list(classes) == list(range(classes[0], classes[0] + len(classes)))
 
 
 def predict(logits_bC: Tensor, classes: Sequence[int]) -> Tensor:
