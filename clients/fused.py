@@ -48,7 +48,8 @@ def obstacle(work: Work) -> str | None:
         if mixes:
             return f"layer '{name}' of the backbone normalises over the batch, so clients would see each other's samples"
     learners = {**work.learners, **asked_for(work.plan, list(work.job.params))}
-    return next((f"learner {name}: {learner.alone}" for name, learner in learners.items() if learner.alone), None)
+    blocks = next((f"learner {n} looks at the encoder's blocks" for n, learner in learners.items() if learner.blocks), None)
+    return blocks or next((f"learner {n}: {learner.alone}" for n, learner in learners.items() if learner.alone), None)
 
 
 def bundles(steps: Sequence[int], most: int) -> list[list[int]]:

@@ -133,6 +133,7 @@ class Learning:
         self.replaces = any(CROSS_ENTROPY in p.learner.traits.takes for p in self._parts)
         self.corrects = bool(self._correct)
         self.looks = bool(self._loss)
+        self.blocks = any(p.learner.blocks for p in self._loss)
         self.follows = bool(self._correct or self._step)
         self._own = slice(0, 0)
 
@@ -192,14 +193,20 @@ class Learning:
         outputs: Outputs,
         params: Tensors,
         run: Callable[[Tensors], Outputs],
+        blocks: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """What learners add to the loss of a batch. run: other tensors on the same inputs."""
+        """What learners add to the loss of a batch. run: other tensors on the same inputs; blocks: what came out of them."""
         work, once = self.work, _Once(run)
+        whole = {**work.params, **params}
+
+        def head(features: Tensor, params: Tensors | None = None) -> Tensor:
+            return work.model.logits(features, whole if params is None else params)
+
         terms = []
         for part in self._loss:
             step = Step(
                 inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
-                part.made, part.draw, once,
+                part.made, part.draw, once, head, blocks,
             )  # fmt: skip
             term = part.learner.loss(part.state, step)
             if term is not None:
@@ -230,11 +237,37 @@ class Learning:
         statistics: dict[str, Tensor] = {}
         for part in self._parts:
             ending = part.learner.end(part.state, self.work, params, part.draw)
-            if part.keeps:
-                memory |= {f"{PREFIX}{part.name}/{n}": t.detach().cpu() for n, t in ending.memory.items()}
+            if part.keeps and ending.memory is not None:
+                memory |= _kept(part.name, ending.memory)
+            elif part.keeps:
+                memory |= _prefixed(part.name, self.work.job.memory)
             statistics |= {f"{part.name}.{n}": t.detach().cpu() for n, t in ending.statistics.items()}
         require_finite(memory, "memory")
         return (memory if any(part.keeps for part in self._parts) else None), statistics
+
+
+def reviewed(work: Work) -> tuple[Tensors | None, Tensors]:
+    """Memory (None: what it was) and statistics, on the CPU, of the learner whose review a pass at a task's end is."""
+    name, before = work.plan.review, work.job.memory
+    prefix = f"{PREFIX}{name}/"
+    own = moved(without_prefix(before, prefix), work.model.device)
+    ending = work.learners[name].review(work, own, Told(name, work), work.draw(f"learner {name}"))
+    statistics = {f"{name}.{n}": t.detach().cpu() for n, t in ending.statistics.items()}
+    if ending.memory is None:
+        return None, statistics
+    memory = {n: t for n, t in before.items() if not n.startswith(prefix)} | _kept(name, ending.memory)
+    require_finite(memory, "memory")
+    return memory, statistics
+
+
+def _kept(name: str, memory: Tensors) -> dict[str, Tensor]:
+    """What a learner remembers, as it stands in the client's memory."""
+    return {f"{PREFIX}{name}/{n}": t.detach().cpu() for n, t in memory.items()}
+
+
+def _prefixed(name: str, memory: Tensors) -> dict[str, Tensor]:
+    """A learner's part of the client's memory, under its whole names."""
+    return {n: t for n, t in memory.items() if n.startswith(f"{PREFIX}{name}/")}
 
 
 class _Once:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from clients import optim
-from clients.learning import Learning, follows, statistic_of
+from clients.learning import Learning, follows, reviewed, statistic_of
 from clients.lower_states import LowerStates, lower_states
 from clients.work import Work, batches
-from fedsim.core.contracts import Outputs
+from fedsim.core.contracts import Outputs, WorkStatistic
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite, stack_modules, with_prefix
+from fedsim.models import lower
 from fedsim.models.model import Model
 
 
@@ -55,7 +56,7 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
             update = {n: local[n].cpu() for n in work.trained}
             require_finite(update, "trained tensor")
         with stage("statistics"):
-            memory, statistics = learning.end(local)
+            memory, statistics = reviewed(work) if work.plan.review else learning.end(local)
             statistics = {**statistics, **collect(work, local, below)}
             require_finite(statistics, "statistic")
     except StageFailed as e:
@@ -74,19 +75,22 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: LowerSt
     parameters = {n: local[n] for n in work.trained}
     optimizer, schedule = optim.build(client, parameters, work.steps, fused_step=work.config.runtime.kernels == "onednn")
     losses: list[Tensor] = []
-    with Frame(lambda: beside(model, work), lambda: model.applied(local, dropout)) as frame:
+    below = None if learning.blocks else below
+    shown: AbstractContextManager[list[Tensor]] = lower.watching(model.backbone.encoder) if learning.blocks else nullcontext([])
+    with shown as blocks, Frame(lambda: beside(model, work), lambda: model.applied(local, dropout)) as frame:
         for own in work.batches():
             positions, inputs, labels = learning.batch(own)
             drawn = augment.get_state() if learning.looks and model.augments else None
+            blocks.clear()
             if below is None:
-                features = model.features(inputs, augment, lean=True)
+                features = model.features(inputs, augment, lean=not learning.blocks)
             else:
                 features = below.features(model, inputs, positions, lean=True)
             outputs = Outputs(features, model.logits(features, local))
             terms = [] if learning.replaces else [learning.cross_entropy(outputs.logits, labels)]
             if learning.looks:
                 other = _other(work, frame, inputs, drawn)
-                terms += learning.terms(inputs, positions, labels, outputs, parameters, other)
+                terms += learning.terms(inputs, positions, labels, outputs, parameters, other, tuple(blocks))
             loss = sum(terms[1:], terms[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -187,7 +191,20 @@ def collect(work: Work, local: Tensors, below: LowerStates | None = None) -> dic
         through = dict(local)
         if blended and background:
             through |= stack_modules([background, with_prefix(local, "adapter.")], [1.0, plan.share])
-        out |= one_pass(work, local, through, requests, below)
+        out |= _measured(work, local, through, requests)
+        in_pass = [r for r in requests if not isinstance(statistic_of(r), WorkStatistic)]
+        out |= one_pass(work, local, through, in_pass, below) if in_pass else {}
+    return out
+
+
+def _measured(work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest]) -> dict[str, Tensor]:
+    """Statistics that look at the client's work themselves."""
+    out: dict[str, Tensor] = {}
+    for request in requests:
+        statistic = statistic_of(request)
+        if isinstance(statistic, WorkStatistic):
+            found = statistic.measured(work, through, matching(local, request.match))
+            out |= {f"{request.name}.{key}": value for key, value in found.items()}
     return out
 
 

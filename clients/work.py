@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, sample_gradients
 from clients.samples import Samples
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
@@ -122,6 +123,17 @@ class Work:
     def labels(self, positions: IntArray) -> Tensor:
         """Head rows, on the device."""
         return self.samples.batch(positions)[1]
+
+    def gradients(
+        self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[IntArray, Tensors]]:
+        """Every sample's own gradient of these tensors, (b, …), chunk by chunk with the samples' positions, in evaluation.
+
+        loss: logits (b, C) and labels (b,) -> the loss of each sample, (b,). Small chunks: b copies of all tensors are held."""
+        size = max(1, min(MOST_TOGETHER, MOST_NUMBERS // max(1, sum(params[n].numel() for n in names))))
+        for some in batches(positions, size):
+            inputs, labels = self.samples.batch(some)
+            yield some, sample_gradients(self.model, inputs, labels, params, names, loss)
 
     @torch.no_grad()
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:

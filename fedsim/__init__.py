@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Tracker,
         TrainingStatistic,
         Traits,
+        WorkStatistic,
     )
     from fedsim.core.errors import FedsimError
     from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
@@ -90,6 +91,7 @@ __all__ = [
     "Tracker",
     "TrainingStatistic",
     "Traits",
+    "WorkStatistic",
     "__version__",
     "collect",
     "load",
@@ -103,7 +105,7 @@ _MODULE_OF = {  # name -> where it lies
         "fedsim.core.contracts": (
             "Adapter AdditiveAggregator AdditiveMerging Aggregator ArraySplit Calibrator Channel "
             "Consolidator Dataset Ending Head Learner LocalState Merging Outputs Parcel Partition "
-            "Pool Source Statistic Step TaskStart Tracker TrainingStatistic Traits"
+            "Pool Source Statistic Step TaskStart Tracker TrainingStatistic Traits WorkStatistic"
         ),
         "fedsim.core.errors": "FedsimError",
         "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",

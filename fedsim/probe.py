@@ -85,7 +85,8 @@ def require_learners(
         raise ConfigError(f"client.learners: a client's first round would fail in stage {update.stage}: {update.reason}")
     lifts = lifts_of([f"{LEARNER}.{name}" for name in learners], None, None, learners) or {}
     for (name, rule), lift in zip(learners.items(), lifts.values(), strict=True):
-        _asked(name, rule.heard, states[name], _asked(name, lift, update) or {}, spec.num_clients)
+        state = _asked(name, rule.heard, states[name], _asked(name, lift, update) or {}, spec.num_clients)
+        _asked(name, rule.merged, state, params, params, 1, spec.num_clients)
 
 
 def _asked(name: str, half: Callable[..., Any], *args: Any) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from fedsim.core.contracts import CLOSING, LEARNER, TEACHER, Learner
 from fedsim.core.events import Event
-from fedsim.core.messages import State, Tensors
+from fedsim.core.messages import RoundPlan, State, Tensors
 from server.dispatch import statistics_pass
+from server.gather import Round
 from server.state import ServerState, Simulation
 
 
@@ -24,22 +25,49 @@ def context(sim: Simulation, state: ServerState) -> Mapping[str, Tensors]:
     return {name: tensors for name, tensors in {**told, TEACHER: state.teacher}.items() if tensors}
 
 
-def heard(sim: Simulation, state: ServerState, totals: Mapping[str, Tensors]) -> State:
-    """The learners' states after a round, from the sums of what clients sent them."""
-    heard = {name: totals[f"{LEARNER}.{name}"] for name in hearing(sim.learners) if f"{LEARNER}.{name}" in totals}
-    return state.learners | {
-        name: sim.learners[name].heard(state.learners[name], t, sim.num_clients) for name, t in heard.items()
-    }
-
-
-def closed(sim: Simulation, state: ServerState, deployed: Tensors) -> Generator[Event, None, ServerState]:
-    """The learners' states after a task, each with the statistics pass that it asks for, and the teacher of the next one."""
+def merged(sim: Simulation, state: ServerState, params: Tensors, round: Round) -> tuple[State, Tensors]:
+    """The learners' states after a round, from the sums of what clients sent, and the merged parameters as they leave them."""
+    states, taken = dict(state.learners), sum(u.num_samples > 0 for u in round.updates)
     for name, rule in sim.learners.items():
-        plan = rule.closing(state.learners[name], deployed)
-        part = f"{CLOSING}.{name}"
-        total, state = yield from statistics_pass(sim, state, plan, deployed, part)
+        total = round.totals.get(f"{LEARNER}.{name}")
+        if total is not None:
+            states[name] = rule.heard(states[name], total, sim.num_clients)
+        states[name], params = rule.merged(states[name], state.params, params, taken, sim.num_clients)
+    return states, params
+
+
+def closed(sim: Simulation, state: ServerState, deployed: Tensors) -> Generator[Event, None, tuple[Tensors, ServerState]]:
+    """What is evaluated after a task, and the learners' states, each with the pass over clients that it asks for; `deployed`
+    itself is the teacher of the next task."""
+    for name, rule in sim.learners.items():
+        plan = closing(name, rule, state.learners[name], deployed)
+        if plan is not None:
+            plan = replace(plan, context={**plan.context, **context(sim, state)})
+        total, state = yield from statistics_pass(sim, state, plan, deployed, f"{CLOSING}.{name}")
         state = replace(state, learners={**state.learners, name: rule.closed(state.learners[name], deployed, total)})
-    return replace(state, teacher=deployed) if wants_teacher(sim.learners) else state
+    if wants_teacher(sim.learners):
+        state = replace(state, teacher=deployed)
+    for name, rule in sim.learners.items():
+        deployed = rule.deployed(state.learners[name], deployed)
+    return deployed, state
+
+
+def closing(name: str, rule: Learner, state: State, deployed: Tensors) -> RoundPlan | None:
+    """The pass at a task's end: what the server half asks for, and the client half's review if it has one."""
+    plan = rule.closing(state, deployed)
+    if not reviews(rule):
+        return plan
+    return replace(plan or RoundPlan(train=()), review=name)
+
+
+def reviews(rule: Learner) -> bool:
+    """Whether its clients look through the model that a task's end deploys."""
+    return type(rule).review is not Learner.review
+
+
+def changes_model(rule: Learner) -> bool:
+    """Whether its server half changes parameters that were merged, or what is deployed."""
+    return any(getattr(type(rule), method) is not getattr(Learner, method) for method in ("merged", "deployed"))
 
 
 def hearing(learners: Mapping[str, Learner]) -> list[str]:

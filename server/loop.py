@@ -5,10 +5,10 @@
         for every round:
             draw clients; the aggregator's plan says what they train and which statistics they send; learners, what they are told
             the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
-            the aggregator merges; the calibrator (if any) repairs the head; learners hear what their clients sent
+            the aggregator merges; learners hear what their clients sent; the calibrator (if any) repairs the head
             the deployed model is evaluated on every task seen
         end it: the consolidator asks for statistics (if it needs any) and merges tasks; the calibrator may look through the
-            merged model and repair the head that is deployed; so may learners look through it; the model is evaluated again
+            merged model and repair the head that is deployed, and so may learners; the model is evaluated again
 
 `run` is a generator. It yields events for whoever shows progress and, after every round and every task, the whole state:
 what was yielded last is all that is needed to go on from there, with what `sim.store` keeps of every client. It touches no file,
@@ -73,6 +73,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
     draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
     aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round, draw)
+    told, params = learners.merged(sim, state, params, round)
     calibrator = state.calibrator
     if repair is not None:
         calibrator, params = heads.calibrate(sim, state, params, round)
@@ -80,7 +81,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)
     state = replace(state, aggregator=aggregator, calibrator=calibrator, params=params, drifts=drifts, seconds=spent)
-    state = replace(state, learners=learners.heard(sim, state, round.totals))
+    state = replace(state, learners=told)
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
@@ -106,7 +107,7 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
-    state = yield from learners.closed(sim, state, deployed)
+    deployed, state = yield from learners.closed(sim, state, deployed)
     rows, state = measure(sim, state, deployed, "task_end")
     yield TaskDone(state.task, rows, accuracies(rows), time.perf_counter() - start)
     return replace(state, task=state.task + 1, round=0)

@@ -88,8 +88,9 @@ def asked(
         plans += [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
         plans.append(calibrator.closing(calibrator.init(), classes))
     plans += [method.closing(method.opened(None, begun, 0), begun) for method in methods.values()]
+    reviewing = [name for name, method in methods.items() if learners.reviews(method)]
     requests = [request.name for plan in plans if plan is not None for request in plan.statistics]
-    return [*dict.fromkeys((*requests, *learners.hearing(methods)))]
+    return [*dict.fromkeys((*requests, *learners.hearing(methods), *reviewing))]
 
 
 def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:

@@ -49,6 +49,7 @@ class RoundPlan:
     give. share: weight of the client's own module beside the background.
     beside: the module is trained on top of the background, which stays as it is.
     repeat: times `client.epochs` that is trained.
+    review: the learner that looks through the parameters in a pass at a task's end; the loop says so, no rule.
     """
 
     train: tuple[str, ...] = ("*",)
@@ -57,6 +58,7 @@ class RoundPlan:
     share: float = 1.0
     beside: bool = False
     repeat: int = 1
+    review: str = ""
 
     @property
     def background(self) -> Tensors:

@@ -58,6 +58,12 @@ def expect_unchanged(given: Mapping[str, Any], before: Mapping[str, Any], when: 
             raise LawBroken(f"{when}: the {what} that it was given changed under its hands: return new values")
 
 
+def expect_layout(got: Tensors, want: Tensors, when: str) -> None:
+    """Names, shapes and types are the same."""
+    if {n: (t.shape, t.dtype) for n, t in got.items()} != {n: (t.shape, t.dtype) for n, t in want.items()}:
+        raise LawBroken(f"{when}: {layout_difference(got, want)}")
+
+
 def layout_difference(got: Tensors, want: Tensors) -> str:
     """The first difference in names, shapes or types."""
     lost, new = [n for n in want if n not in got], [n for n in got if n not in want]

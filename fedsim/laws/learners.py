@@ -22,9 +22,10 @@ from clients.samples import Samples
 from clients.work import Received, Work
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import TEACHER, ArraySplit, IntArray, Learner
+from fedsim.core.contracts import CLOSING, TEACHER, ArraySplit, IntArray, Learner, lifts_of
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.names import HEAD
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import without_prefix
 from fedsim.data.sources.synthetic import Source as Synthetic
@@ -34,6 +35,7 @@ from fedsim.laws.comparing import (
     expect_bits,
     expect_close,
     expect_finite,
+    expect_layout,
     expect_unchanged,
     same,
     sum_of_lifts,
@@ -154,9 +156,16 @@ class Game:
                 total = summed(self.learner, updates, f"{NAME}.")
                 after = self.learner.heard(deepcopy(state), deepcopy(total), CLIENTS)
                 self.rounds.append(Round(task, number, works, updates, state, total, after))
-                state, params = after, _mean(params, updates)
-            state = self._closed(place, state, params, task)
+                merged = _mean(params, updates)
+                state, params = self.learner.merged(deepcopy(after), params, merged, len(updates), CLIENTS)
+                expect_layout(params, merged, when)
+            state, updates = self._closed(place, state, params, teacher, memories, task)
+            memories |= {u.client_id: self.kept(u.memory, "memory", f"the end of task {task}") for u in updates if u.memory}
             teacher = params
+            deployed = self.learner.deployed(deepcopy(state), params)
+            expect_layout(deployed, params, f"the end of task {task}, what is deployed")
+            if odd := [n for n, t in params.items() if not n.startswith(HEAD) and not torch.equal(deployed[n], t)]:
+                raise LawBroken(f"the end of task {task}: '{odd[0]}' is deployed changed, but only the head may differ")
         return self.rounds
 
     def _context(self, state: State, teacher: Tensors) -> dict[str, Tensors]:
@@ -173,15 +182,22 @@ class Game:
             out.append(Work(place.model, place.samples, positions, TASKS[job.task], seen, job, place.config, received, learners))
         return out
 
-    def _closed(self, place: Place, state: State, params: Tensors, task: int) -> State:
+    def _closed(
+        self, place: Place, state: State, params: Tensors, teacher: Tensors, memories: Mapping[int, Tensors], task: int
+    ) -> tuple[State, list[ClientUpdate]]:
         plan = self.learner.closing(deepcopy(state), deepcopy(params))
-        if plan is None:
-            return state
-        if plan.train:
+        if plan is not None and plan.train:
             raise LawBroken(f"the end of task {task}: its plan trains {', '.join(plan.train)}: it is a pass, with train=()")
-        works = self._works(place, [ClientJob(k, task, ROUNDS, params, plan) for k in range(CLIENTS)])
-        updates = _all_there(one_by_one([replace(work, learners={}) for work in works]), f"the end of task {task}")
-        return self.learner.closed(deepcopy(state), deepcopy(params), summed(self.learner, updates, ""))
+        if type(self.learner).review is not Learner.review:
+            plan = replace(plan or RoundPlan(train=()), review=NAME)
+        total, updates = {}, list[ClientUpdate]()
+        if plan is not None:
+            plan = replace(plan, context={**plan.context, **self._context(state, teacher)})
+            jobs = [ClientJob(k, task, ROUNDS, params, plan, memory=memories.get(k, {})) for k in range(CLIENTS)]
+            updates = _all_there(one_by_one(self._works(place, jobs)), f"the end of task {task}")
+            lifted = lifts_of([f"{CLOSING}.{NAME}"], None, None, {NAME: self.learner}) or {}
+            total = sum_of_lifts([parts for u in updates for lift in lifted.values() if (parts := lift(u)) is not None])
+        return self.learner.closed(deepcopy(state), deepcopy(params), total), updates
 
 
 def plain(learner: Learner) -> list[Round]:
@@ -312,7 +328,9 @@ def _no_mutation(learner: Learner) -> None:
         learner.context(given["state"])
         learner.heard(given["state"], given["total"], CLIENTS)
         learner.opened(given["state"], given["parameters"], done.task + 1)
+        learner.merged(given["state"], given["parameters"], given["parameters"], CLIENTS, CLIENTS)
         learner.closing(given["state"], given["parameters"])
+        learner.deployed(given["state"], given["parameters"])
         expect_unchanged(given, before, f"{done}, the server's half")
 
 

@@ -1,24 +1,27 @@
 """The laws that every statistic keeps: what a pass over samples gives is what its formula says, however it is cut into batches.
 
 A statistic is held against them on a model of two linear layers that is fed with a client's made-up inputs, and on those of its
-subjects that it takes.
+subjects that it takes; one that asks a client's work for gradients, on the tensors of a linear head.
 
 Shapes: N samples, I inputs of a layer, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.contracts import Statistic
+from fedsim.core.contracts import IntArray, Outputs, Statistic, WorkStatistic
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
-from fedsim.core.names import HEAD_WEIGHT
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.rng import torch_stream
 from fedsim.laws.comparing import ROUNDED, expect_bits, expect_close, expect_finite, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
@@ -51,6 +54,37 @@ class Echo(nn.Module):
         return self.layers[parameter.rpartition(".")[0]]
 
 
+@dataclass(frozen=True, eq=False)
+class HeadOnly:
+    """The part of `ClientWork` that statistics ask: samples whose features nothing changes, under a linear head."""
+
+    features_ND: Tensor
+    labels_N: Tensor
+    classes: Sequence[int] = tuple(range(CLASSES))
+    seen: Sequence[int] = tuple(range(CLASSES))
+
+    @property
+    def shard(self) -> IntArray:
+        return np.arange(len(self.labels_N))
+
+    def labels(self, positions: IntArray) -> Tensor:
+        return self.labels_N[torch.from_numpy(positions)]
+
+    def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
+        features = self.features_ND[torch.from_numpy(positions)]
+        return Outputs(features, features @ params[HEAD_WEIGHT].to(features).T + params[HEAD_BIAS].to(features))
+
+    def gradients(
+        self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[IntArray, Tensors]]:
+        for n in positions:
+            leaves = {name: params[name].detach().float().requires_grad_() for name in names}
+            with torch.enable_grad():
+                logits_1C = self.outputs(positions[n : n + 1], {**params, **leaves}).logits
+                found = torch.autograd.grad(loss(logits_1C, self.labels_N[n : n + 1]).sum(), list(leaves.values()))
+            yield positions[n : n + 1], {name: g[None] for name, g in zip(names, found, strict=True)}
+
+
 class Scene:
     """A statistic, a client and its own parameters: LoRA layers, the layers' weights, and a head."""
 
@@ -64,7 +98,9 @@ class Scene:
     @cached_property
     def subjects(self) -> list[str]:
         """Those that it takes one by one."""
-        taken = [name for name in self.params if self._takes(name)]
+        of_work = isinstance(self.statistic, WorkStatistic)
+        candidates = (HEAD_WEIGHT, HEAD_BIAS) if of_work else self.params
+        taken = [name for name in candidates if self._takes(name)]
         if not taken:
             raise LawBroken(f"it takes none of {', '.join(self.params)}")
         return taken
@@ -83,6 +119,12 @@ class Scene:
 
     def collected(self, batches: Sequence[tuple[Tensors, Tensor]], subjects: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a pass over batches gives."""
+        if isinstance(self.statistic, WorkStatistic):
+            none = torch.zeros(0, self.client.features_ND.shape[1]), torch.zeros(0, dtype=torch.int64)
+            parts = [(inputs["features"], labels) for inputs, labels in batches] or [none]
+            features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+            work: Any = HeadOnly(features, labels)
+            return self.statistic.measured(work, self.params, subjects or self.subjects)
         with torch.no_grad(), self.statistic.collect(self.model, self.params, subjects or self.subjects) as accumulator:
             for inputs, labels in batches:
                 accumulator.update(self.model.features(inputs), labels)
@@ -91,6 +133,8 @@ class Scene:
 
 def _subjects(statistic: Statistic) -> None:
     scene = Scene(statistic)
+    if isinstance(statistic, WorkStatistic):
+        return  # of a head's tensors, which is what the others are held against
     for name in scene.params:
         try:
             took = bool(scene.collected(scene.batches(scene.client), [name]))

@@ -64,6 +64,19 @@ def capturing(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def watching(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, forward passes add to the list what comes out of every block, from the first on. Whoever reads it clears it."""
+    found: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+
+    blocks = inject.blocks(encoder).values()
+    with inject.installed([lambda b=b: b.register_forward_hook(keep) for b in blocks]):  # type: ignore[misc]
+        yield found
+
+
+@contextmanager
 def entering(encoder: nn.Module, count: int, states_bLD: Tensor) -> Iterator[None]:
     """While open, forward passes go on from these outputs of block `count` − 1: the blocks up to it do nothing."""
     blocks = list(inject.blocks(encoder).values())

@@ -144,11 +144,12 @@ class Model:
             raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
         return self.backbone.image_features(self._transform(inputs["pixel_values"], augment), lean and self.adapter.lean)
 
-    def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator]) -> Tensor:
-        """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator."""
+    def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator] | None) -> Tensor:
+        """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator;
+        None: none are."""
         if "attention_mask" in inputs:
             slots.tokens = _own_tokens(inputs["attention_mask"], len(slots.rows))
-        if self._transform is None or not self.augments:
+        if self._transform is None or not self.augments or augment is None:
             return self.features(inputs, lean=True)
         parts = []
         for k, rows in enumerate(slots.rows):

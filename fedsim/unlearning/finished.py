@@ -22,7 +22,7 @@ from fedsim.runs.directory import RunDir
 from fedsim.simulation import Prepared
 from server import checkpoint, sampling
 from server.isolation import ALONE
-from server.learners import hearing, wants_teacher
+from server.learners import changes_model, hearing, wants_teacher
 from server.state import ServerState
 
 
@@ -136,7 +136,7 @@ def _not_exact(run: FinishedRun) -> str | None:
     if not alone.issubset(matching(start, plan.train)):
         return "the rule has clients train a part of the tensors only, and by themselves they train all"
     learners = configs.build_learners(run.config.client.learners)
-    if hearing(learners) or wants_teacher(learners):
+    if hearing(learners) or wants_teacher(learners) or any(map(changes_model, learners.values())):
         return "what the learners of clients are told comes from other clients too"
     fresh = consolidator.init()
     if consolidator.opening(fresh, start) is not None or consolidator.plan(fresh, start) is not None:

@@ -22,6 +22,7 @@ from fedsim.core.contracts.clients import (
     Step,
     Synthetic,
     TrainingStatistic,
+    WorkStatistic,
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
 from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging
@@ -108,6 +109,7 @@ __all__ = [
     "Tracker",
     "TrainingStatistic",
     "Traits",
+    "WorkStatistic",
     "is_additive",
     "lift_statistics",
     "lifts_of",

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -75,6 +75,14 @@ class ClientWork(Protocol):
     def classes(self) -> Sequence[int]: ...
     @property
     def seen(self) -> Sequence[int]: ...
+    def gradients(
+        self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[IntArray, Tensors]]:
+        """Every sample's own gradient of these tensors, (b, …), chunk by chunk with the samples' positions, in evaluation.
+
+        loss: logits (b, C) and labels (b,) -> the loss of each sample, (b,)."""
+        ...
+
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
         """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient."""
         ...
@@ -82,6 +90,12 @@ class ClientWork(Protocol):
     def labels(self, positions: IntArray) -> Tensor:
         """Head rows, on the device."""
         ...
+
+
+class HeadLike(Protocol):
+    """Logits of features, (…, C) from (…, D): see `Step.head`."""
+
+    def __call__(self, features: Tensor, params: Tensors | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +108,9 @@ class Step:
     logits as in `Outputs`, with gradients. params: the tensors being trained; start: the same, as received. classes, seen: head
     rows of the current task, and of all tasks so far.
     draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
-    gradient; once per batch for one mapping, however many learners ask.
+    gradient; once per batch for one mapping, however many learners ask. head: logits of features (…, D), through the tensors that
+    are trained (gradients flow to them), or through other ones. blocks: what comes out of every block of the encoder, (b, L, D)
+    each, with gradients, for a learner that says so (`Learner.blocks`).
     """
 
     inputs: Tensors
@@ -111,14 +127,16 @@ class Step:
     synthetic: slice
     draw: torch.Generator
     model: Callable[[Tensors], Outputs]
+    head: HeadLike
+    blocks: Sequence[Tensor] = ()
 
 
 class Ending(NamedTuple):
-    """What is left of a client's round. memory: what this client is handed when it trains next, and nobody else ever sees;
-    statistics: what travels to the server. Tensors by name. A memory named `positions` stands for samples of the training split,
-    which the simulator has: what a device must store is counted by the sample."""
+    """What is left of a client's round. memory: what this client is handed when it trains next, and nobody else ever sees (None:
+    what it was); statistics: what travels to the server. Tensors by name. A memory named `positions` stands for samples of the
+    training split, which the simulator has: what a device must store is counted by the sample."""
 
-    memory: Tensors = MappingProxyType({})
+    memory: Tensors | None = None
     statistics: Tensors = MappingProxyType({})
 
 
@@ -140,12 +158,15 @@ class Learner(Part):
     **The server's half** keeps a `State` over the whole run and is pure. What `context` gives travels to the clients of a round,
     which find it as `context["own"]`; what clients sent as statistics comes back as the sum of what `lift` makes of it.
 
-        opened (task's start) -> every round: context -> clients -> heard -> task's end: closing -> pass over clients -> closed
+        opened (task's start) -> every round: context -> clients -> merge -> heard -> merged
+        -> task's end: closing -> pass over clients (review) -> closed -> deployed
 
     `traits`: `takes` CROSS_ENTROPY if `loss` stands in its place, needs "context teacher" if the last task's model is to be sent.
+    blocks: whether steps show what comes out of every block, which is then computed anew in every step, client by client.
     """
 
     alone: ClassVar[str] = ""
+    blocks: ClassVar[bool] = False
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
@@ -188,6 +209,11 @@ class Learner(Part):
         """Memory and statistics, from all tensors as they are after the last step."""
         return Ending()
 
+    def review(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> Ending:
+        """In the pass at the task's end, for which a learner with this method need not ask: memory and statistics, with
+        `work.params` being what is deployed. The statistics are handed to `lift` under their own names."""
+        return Ending()
+
     # ------------------------------------------------ on the server
 
     def opened(self, state: State, params: Tensors, task: int) -> State:
@@ -207,6 +233,11 @@ class Learner(Part):
         """State after a round. total: the sum over those that took part; clients: how many there are in all."""
         return state
 
+    def merged(self, state: State, before: Tensors, after: Tensors, taken: int, clients: int) -> tuple[State, Tensors]:
+        """State and parameters that a round leaves, from all tensors before and after the rule's merge. taken: clients that took
+        part with samples; clients: how many there are in all."""
+        return state, after
+
     def closing(self, state: State, params: Tensors) -> RoundPlan | None:
         """A statistics pass at the task's end, through the tensors that are deployed then; None if none is needed. What it is
         sent is named as in `RoundPlan`: `<statistic>.<form>/<subject>`."""
@@ -215,6 +246,11 @@ class Learner(Part):
     def closed(self, state: State, params: Tensors, total: Tensors) -> State:
         """State after the task. `params`: what is deployed; total: the sum over the pass of what `lift` made of it."""
         return state
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        """Tensors that are evaluated at the task's end, of which only `head.*` may differ from these. Neither the teacher of the
+        next task nor the training that goes on knows of it."""
+        return params
 
 
 @dataclass(frozen=True)
@@ -267,6 +303,18 @@ class TrainingStatistic(Statistic):
         raise ConfigError(
             f"statistic {type(self).__module__} follows the training: there is none to follow in a pass over samples"
         )
+
+
+@dataclass(frozen=True)
+class WorkStatistic(Statistic):
+    """A statistic that takes more than a look at features: what it needs of a client it asks `ClientWork` for."""
+
+    @abstractmethod
+    def measured(self, work: ClientWork, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
+        """Named `<form>/<subject>`; float32 on the CPU. params: all tensors, through which the pass looks."""
+
+    def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
+        raise ConfigError(f"statistic {type(self).__module__} looks at a client's work, not at batches of a pass")
 
 
 class Accumulator(Protocol):

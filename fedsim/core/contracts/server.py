@@ -128,17 +128,19 @@ def lifts_of(
         elif kind == STATISTICS:
             found[part] = lift_statistics
         elif kind in (LEARNER, CLOSING) and name in learners:
-            found[part] = partial(_lifted, learners[name], f"{name}." if kind == LEARNER else "")
+            found[part] = partial(_lifted, learners[name], f"{name}.", kind == LEARNER)
         else:
             return None
     return found
 
 
-def _lifted(learner: Learner, prefix: str, update: ClientUpdate) -> Tensors | None:
-    """A learner's part of an update that is based on data."""
+def _lifted(learner: Learner, prefix: str, in_round: bool, update: ClientUpdate) -> Tensors | None:
+    """A learner's part of an update that is based on data: of a round its own statistics, of a closing pass all of them."""
     if not update.num_samples:
         return None
-    return learner.lift(without_prefix(update.statistics, prefix), update.num_samples)
+    own = without_prefix(update.statistics, prefix)
+    others = {} if in_round else {n: t for n, t in update.statistics.items() if not n.startswith(prefix)}
+    return learner.lift({**others, **own}, update.num_samples)
 
 
 @dataclass(frozen=True)
