@@ -71,6 +71,10 @@ def notes(dataset: Dataset, manifest: Manifest) -> tuple[str, ...]:
         if (other := folded.setdefault(name.casefold(), name)) != name:
             said.append(f"classes '{other}' and '{name}' differ in case only, and are two classes")
             break
+    if flipped := len(manifest.flips.positions):
+        said.append(
+            f"label noise: {flipped} of {len(manifest.shard_indices)} training labels are wrong on purpose, no test label is"
+        )
     return tuple(said)
 
 

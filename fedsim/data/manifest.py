@@ -27,6 +27,7 @@ from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.work import ShardLookup, WorkSpec
 from fedsim.data import streams
 from fedsim.data.digits import json_of_lists
+from fedsim.data.noise import Flips
 from fedsim.data.partitions._alpha import estimate_alpha as estimate_alpha
 from fedsim.data.partitions._common import Shards
 
@@ -42,7 +43,8 @@ class Manifest(ShardLookup):
     class_order: original class ids in the order of the head's rows; class_names: in the same order.
     task_classes: rows of the head per task.
     shard_indices, shard_offsets, test_indices, test_offsets: see `ShardLookup`.
-    histograms: per task (K, C), training samples of the task's classes at every client.
+    histograms: per task (K, C), training samples of the task's classes at every client, by their true classes.
+    flips: training samples with a wrong label; they are part of the hash where there are any.
     alpha: maximum-likelihood Dirichlet α per task; overall_alpha: of all tasks together.
     asked: the sections of the config and the seed that made it (for the reader; not part of the hash).
     """
@@ -57,6 +59,7 @@ class Manifest(ShardLookup):
     histograms: tuple[IntArray, ...]
     alpha: tuple[float, ...]
     overall_alpha: float
+    flips: Flips = field(default_factory=Flips)
     asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,7 +100,8 @@ class Manifest(ShardLookup):
         """Write one JSON file: whole or not at all. Raises StorageError.
 
         {"format", "hash", "data": {"sha256", "train", "test"}, "clients", "class_order", "class_names", "overall_alpha", "asked",
-        "tasks": [{"name", "classes", "alpha", "clients": [[positions]], "test": [positions], "histogram": [[counts]]}]}
+        "tasks": [{"name", "classes", "alpha", "clients": [[positions]], "test": [positions], "histogram": [[counts]]}],
+        and with label noise "flips": {"positions": [positions], "rows": [rows of the head]}}
         An infinite α is written as "inf", an unknown one as null.
         """
         target, advice = Path(path), "free some space, or choose another folder"
@@ -142,6 +146,7 @@ def make(config: SimConfig, dataset: Dataset) -> Manifest:
         histograms=tuple(histograms),
         alpha=tuple(estimate_alpha(h.T) for h in histograms),
         overall_alpha=estimate_alpha(np.concatenate([h.T for h in histograms])),
+        flips=stream.flips,
         asked=asked,
     )
 
@@ -170,9 +175,11 @@ def load(path: str | Path) -> Manifest:
 
 
 def work_spec(manifest: Manifest, dataset: Dataset, config: SimConfig) -> WorkSpec:
-    """What workers need: the data with labels as rows of the head (-1: a class that no task uses), and the shards."""
+    """What workers need: the data with labels as rows of the head (-1: a class that no task uses), wrong ones where the manifest
+    says so, and the shards."""
     row_of = streams.rows(manifest.class_order, len(dataset.class_names))
     train, test = (ArraySplit(s.inputs, row_of[s.labels], s.domains) for s in (dataset.train, dataset.test))
+    train.labels[manifest.flips.positions] = manifest.flips.rows
     return WorkSpec(
         config=config,
         train=train,
@@ -272,6 +279,8 @@ def _json(manifest: Manifest, everything: bool) -> Iterator[bytes]:
         "class_names": manifest.class_names,
         "tasks": None,
     }
+    if len(manifest.flips.positions):
+        told["flips"] = {name: array.tolist() for name, array in manifest.flips._asdict().items()}
     if everything:
         told |= {"format": FORMAT, "hash": manifest.hash}
         told |= {"overall_alpha": _plain_alpha(manifest.overall_alpha), "asked": dict(manifest.asked)}
@@ -314,6 +323,11 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         raise ValueError("the number of clients differs between tasks")
     held, held_offsets = _flat([shard for task in tasks for shard in task["clients"]], int(data["train"]), "client")
     tests, test_offsets = _flat([task["test"] for task in tasks], int(data["test"]), "test")
+    flips = content.get("flips", {"positions": [], "rows": []})
+    flipped, _ = _flat([flips["positions"]], int(data["train"]), "flipped")
+    rows, _ = _flat([flips["rows"]], len(content["class_order"]), "head row of flipped")
+    if len(flipped) != len(rows):
+        raise ValueError("every flipped sample needs one head row")
     return Manifest(
         data=str(data["sha256"]),
         num_train=int(data["train"]),
@@ -330,6 +344,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         histograms=tuple(np.array(task["histogram"], dtype=np.int64).reshape(clients, len(task["classes"])) for task in tasks),
         alpha=tuple(_parse_alpha(task["alpha"]) for task in tasks),
         overall_alpha=_parse_alpha(content["overall_alpha"]),
+        flips=Flips(flipped, rows),
         asked=dict(content["asked"]),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedsim.core import rng
 from fedsim.core.config import StreamConfig
 from fedsim.core.contracts import ArraySplit, Dataset, IntArray
 from fedsim.core.errors import ConfigError, DataError, did_you_mean, named
+from fedsim.data.noise import Flips, flips
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,7 @@ class Stream:
 
     class_order: original class ids in the order of the head's rows; only classes that are used.
     task_classes: rows of the head per task. train, test: positions into `dataset.train` and `.test` per task, ascending.
+    flips: training samples with a wrong label, if noise was asked for.
     """
 
     class_order: tuple[int, ...]
@@ -30,6 +32,7 @@ class Stream:
     task_classes: tuple[tuple[int, ...], ...]
     train: tuple[IntArray, ...]
     test: tuple[IntArray, ...]
+    flips: Flips = field(default_factory=Flips)
 
 
 def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
@@ -42,7 +45,7 @@ def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
     domain_incremental: every domain is a task over all classes, and `order` is one of domains.
     Classes without a sample are never used: they are no rows of the head.
 
-    With `joint` all of these tasks are one.
+    With `joint` all of these tasks are one, with the wrong labels that `noise` gives them apart.
 
     Raises ConfigError that names the key (`stream.order`, ...), and DataError for a task without samples, or for a class that has
     test samples but none to learn from.
@@ -55,6 +58,8 @@ def build(config: StreamConfig, dataset: Dataset, seed: int) -> Stream:
                 raise DataError(
                     f"task {t} ({stream.task_names[t]}) has no {split} samples: leave it out by stream.order or stream.tasks"
                 )
+    row_N = rows(stream.class_order, len(dataset.class_names))[dataset.train.labels]
+    stream = replace(stream, flips=flips(config.noise, row_N, stream.train, stream.task_classes, seed))
     return _joined(stream) if config.joint else stream
 
 

@@ -21,6 +21,23 @@ MOVES_BITS = ("threads", "device", "kernels", "precision", "fused", "eval_batch"
 
 
 @dataclass(frozen=True)
+class NoiseConfig:
+    """Wrong labels among the training samples, within their own task; test labels stay right.
+
+    kind: symmetric (any other class of the task, with equal chances) | asymmetric (the next class of the task, of the last the
+        first).
+    share: of the samples of every class that get a wrong label, in [0, 1).
+    """
+
+    kind: str = "symmetric"
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ("symmetric", "asymmetric"))
+        _require(0 <= self.share < 1, "share", "must be in [0, 1)", self.share)
+
+
+@dataclass(frozen=True)
 class StreamConfig:
     """The stream of tasks.
 
@@ -33,6 +50,7 @@ class StreamConfig:
     group: tasks by a grouping of the source (alphabet, superclass, domain of intents), instead of by number.
     online: single pass: the shard of a task is divided over its rounds, so that every sample is seen once.
     joint: all these tasks at once, as one task: with the partition `joint` the upper bound of the stream.
+    noise: wrong training labels, {kind: symmetric, share: 0.4}; samples are dealt to clients by their true classes.
     """
 
     name: str = "class_incremental"
@@ -42,6 +60,7 @@ class StreamConfig:
     group: str | None = None
     online: bool = False
     joint: bool = False
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
 
     def __post_init__(self) -> None:
         require_choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
@@ -286,6 +305,8 @@ class SimConfig:
         """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
         plain = self.to_dict()
         del plain["name"], plain["trackers"]
+        if self.stream.noise.share == 0:
+            del plain["stream"]["noise"]
         plain["runtime"] = self.runtime.moves_bits()
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
