@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from fedsim.core import contracts
 from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Outputs, Step, Synthetic
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.models.adapters import lora
 from fedsim.simulation import run
 from tests.clients.test_fused import CLASSES, Here, doubled, require_same, work
-from tests.tiny import final_state, learned, same_bits, tiny
+from tests.tiny import final_state, kept, learned, same_bits, tiny
 
 EVERY_WAY = {
     "plain": (),
@@ -217,6 +218,69 @@ def test_synthetic_samples_join_the_batch() -> None:
 
 
 @dataclass(frozen=True)
+class Shown(contracts.Learner):
+    """Notes blocks, and logits of the head by itself."""
+
+    blocks: ClassVar[bool] = True
+    seen: list[Any] = field(default_factory=list)
+
+    def loss(self, state: LocalState, step: Step) -> Tensor:
+        step.model(step.start)
+        other = {**step.start, "head.weight": 2 * step.start["head.weight"], "head.bias": step.start["head.bias"]}
+        by_itself = step.head(step.features.detach())
+        (gradient,) = torch.autograd.grad(by_itself.sum(), step.params["head.weight"], retain_graph=True)
+        self.seen.append((step, by_itself, step.head(step.features, other), gradient))
+        return 0.1 * by_itself.square().mean()
+
+
+def test_the_head_by_itself_and_the_blocks() -> None:
+    shown = Shown()
+    here = replace(doubled(work("client.epochs=1", "model.config.num_hidden_layers=3")), learners={"shown": shown})
+    update = here.one_by_one()[2]
+    assert isinstance(update, ClientUpdate)
+    assert here.together() and here.told == [
+        "clients are trained one by one, whatever runtime.fused says: learner shown looks at the encoder's blocks"
+    ]
+    for step, by_itself, other, gradient in shown.seen[:3]:
+        assert torch.equal(by_itself, step.logits)
+        bias = step.start["head.bias"]
+        torch.testing.assert_close(other - bias, 2 * (step.features @ step.start["head.weight"].T))
+        assert [b.shape for b in step.blocks] == [(len(step.labels), 5, 16)] * 3 and step.blocks[0].requires_grad
+        torch.testing.assert_close(gradient, step.features.detach().sum(0).expand(6, -1))
+
+
+@dataclass(frozen=True)
+class NotStacked(lora.Adapter):
+    """LoRA without a form for several clients at once."""
+
+    stacked = contracts.Adapter.stacked
+
+
+@pytest.mark.parametrize(("adapter", "stacks"), [("lora", True), ("lora", False), ("prefix", True)])
+def test_every_samples_gradient(adapter: str, stacks: bool) -> None:
+    """In one backward, or one by one where the adapter cannot be stacked, against autograd on a single sample."""
+    one = doubled(work(adapter=adapter)).works()[1]
+    if not stacks:
+        one.model.adapter = NotStacked(rank=2, targets="all-linear", alpha=3.0)
+    names = ["head.bias", *[n for n in one.params if n.startswith("adapter.")][:3]]
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    chunks = list(one.gradients(one.shard, one.params, names, loss))
+    assert np.array_equal(np.concatenate([positions for positions, _ in chunks]), one.shard)
+    got = {n: torch.cat([g[n] for _, g in chunks]) for n in names}
+    for k, position in enumerate(one.shard):
+        leaves = {n: one.params[n].detach().clone().requires_grad_() for n in names}
+        inputs, label = one.samples.batch(np.array([position]))
+        with one.model.applied({**one.params, **leaves}):
+            logits = one.model.logits(one.model.features(inputs), {**one.params, **leaves})
+        want = torch.autograd.grad(loss(logits, label).sum(), list(leaves.values()))
+        for n, g in zip(names, want, strict=True):
+            torch.testing.assert_close(got[n][k], g)
+
+
+@dataclass(frozen=True)
 class Wishful(contracts.Learner):
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         return {"teacher": context["teacher"]}
@@ -320,6 +384,78 @@ def test_both_halves_over_a_run(tmp_path: Path) -> None:
             run(cut, output=tmp_path / f"stopped-{stop}", progress=Stop(stop))
         resumed = run(resume=tmp_path / f"stopped-{stop}")
         assert same_bits(learned(state), learned(final_state(resumed.path, cut)))
+
+
+REVIEWER = '''
+from dataclasses import dataclass
+import torch
+from fedsim.core import contracts
+from fedsim.core.contracts import Ending
+
+@dataclass(frozen=True)
+class Learner(contracts.Learner):
+    """Looks through what is deployed; its server half moves the head's bias, and deploys another head."""
+
+    def begin(self, work, memory, context, draw):
+        assert int(memory.get("reviews", torch.tensor(0))) == work.task
+        return {}
+
+    def review(self, work, memory, context, draw):
+        assert not work.trained and float(context["own"]["rounds"]) == 2 * (work.task + 1)
+        logits = work.outputs(work.shard, work.params).logits
+        if work.client_id == 1:
+            return Ending(statistics={"logits": logits.sum(0)})
+        return Ending({"reviews": memory.get("reviews", torch.tensor(0)) + 1}, {"logits": logits.sum(0)})
+
+    def opened(self, state, params, task):
+        return state or {"rounds": 0.0, "logits": torch.zeros(6, dtype=torch.float64), "taken": [], "before": []}
+
+    def context(self, state):
+        return {"rounds": torch.tensor(state["rounds"])}
+
+    def merged(self, state, before, after, taken, clients):
+        assert clients == 3 and before.keys() == after.keys()
+        moved = {**after, "head.bias": after["head.bias"] + 1}
+        state = state | {"rounds": state["rounds"] + 1, "taken": [*state["taken"], taken]}
+        return state | {"before": [*state["before"], before["head.bias"]]}, moved
+
+    def lift(self, statistics, num_samples):
+        assert set(statistics) <= {"logits"}
+        return super().lift(statistics, num_samples)
+
+    def closed(self, state, params, total):
+        return state | {"logits": state["logits"] + total["logits"]}
+
+    def deployed(self, state, params):
+        return {**params, "head.weight": 0 * params["head.weight"], "head.bias": torch.arange(6.0)}
+'''
+
+
+def test_review_merged_and_deployed(tmp_path: Path) -> None:
+    """In a run: what clients say of the deployed model, what they then remember, the bias that the server moved, and the head
+    that it deployed, of which nothing is left when training goes on. Stopped and gone on with, the same bits."""
+    (tmp_path / "reviewer.py").write_text(REVIEWER.replace("work.task\n", "(work.task if work.client_id != 1 else 0)\n"))
+    learners = {"client": {"learners": [str(tmp_path / "reviewer.py"), "er"]}}
+    options = ("server.aggregator=fedavg", "server.consolidator=none", "partition.name=iid")
+    config = tiny(*options, output=tmp_path / "whole", **learners)
+    results = run(config)
+    state = final_state(results.path, config)
+    server, last = state.learners["reviewer"], [c for c in state.classes if c.stage == "task_end"]
+    assert server["taken"] == [3] * 4 and server["rounds"] == 4.0
+    assert [int(r.predicted > 0) for r in last if r.task == 1] == [0, 0, 0, 0, 0, 1], "the head of a bias alone, as deployed"
+    assert not torch.equal(state.params["head.bias"], torch.arange(6.0))
+    assert float((server["before"][1] - server["before"][0]).mean()) > 0.9, "every round begins where the server moved to"
+    memory = {client: set(tensors) for client, tensors in kept(results.path)["memory"].items()}
+    assert all("learner.er/positions" in names for names in memory.values())
+    assert {c: "learner.reviewer/reviews" in names for c, names in memory.items()} == {0: True, 1: False, 2: True}
+    up = {k: v for k, v in state.bytes["up"].items() if k == "statistics"}
+    assert up == {"statistics": 2 * 3 * 6 * 4}, "two passes, three clients, six floats"
+    again = tiny(*options, output=tmp_path / "cut", **learners)
+    with pytest.raises(KeyboardInterrupt):
+        run(again, output=tmp_path / "stopped", progress=Stop(2))
+    resumed = run(resume=tmp_path / "stopped")
+    assert same_bits(learned(state), learned(final_state(resumed.path, again)))
+    assert same_bits(kept(results.path), kept(resumed.path))
 
 
 class Stop:
