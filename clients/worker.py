@@ -1,4 +1,4 @@
-"""What a pool runs in each of its processes: the model and the data, loaded once, and two kinds of work."""
+"""What a pool runs in each of its processes: the model and the data, loaded once, and three kinds of work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 from clients import fused, local
 from clients.samples import Samples
-from clients.work import Received, Work, round_shard
+from clients.server_work import ServerWork
+from clients.work import Received, Work, moved, round_shard
 from fedsim.core import config as configs
-from fedsim.core import plugins
+from fedsim.core import plugins, rng
 from fedsim.core.contracts import CALIBRATOR, RULE, Aggregator, Calibrator, IntArray, Learner, lifts_of
 from fedsim.core.errors import ClientFailed
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, Tensors
+from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, ServerJob, State, Tensors
 from fedsim.core.sums import PartSums
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec, seen_classes
@@ -76,6 +77,18 @@ class Worker:
         right_in_task = int((guess_in_task == labels).sum())
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())
         return EvalResult(job.task, sum(c[1] for c in by_class), right_in_task, len(positions), by_class)
+
+    def make(self, job: ServerJob) -> State:
+        """What the server trains by itself for one learner."""
+        self._restore()
+        spec, config = self.spec, self.spec.config
+        draw = rng.torch_stream(config.seed, "server", f"learner {job.learner}", job.task)
+        fresh = self.model.init_adapter(rng.torch_stream(config.seed, "adapter", 0)) | self.model.init_head()
+        params, fresh = (moved(tensors, self.model.device) for tensors in (job.params, fresh))
+        seen = seen_classes(spec.task_classes, job.task)
+        shapes = {name: array.shape[1:] for name, array in spec.train.inputs.items()}
+        work = ServerWork(self.model, config, job.task, seen, params, fresh, shapes, draw)
+        return self.learners[job.learner].made(job.state, work)
 
     def _fused(self, jobs: Sequence[ClientJob], notes: list[str]) -> tuple[ClientUpdate | ClientFailed, ...]:
         """The rounds of several clients in one forward and backward."""

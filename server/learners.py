@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 from fedsim.core.contracts import CLOSING, LEARNER, TEACHER, Learner
 from fedsim.core.events import Event
-from fedsim.core.messages import RoundPlan, State, Tensors
+from fedsim.core.messages import RoundPlan, ServerJob, State, Tensors
 from server.dispatch import statistics_pass
 from server.gather import Round
 from server.state import ServerState, Simulation
@@ -45,6 +46,7 @@ def closed(sim: Simulation, state: ServerState, deployed: Tensors) -> Generator[
             plan = replace(plan, context={**plan.context, **context(sim, state)})
         total, state = yield from statistics_pass(sim, state, plan, deployed, f"{CLOSING}.{name}")
         state = replace(state, learners={**state.learners, name: rule.closed(state.learners[name], deployed, total)})
+    state = made(sim, state, deployed)
     if wants_teacher(sim.learners):
         state = replace(state, teacher=deployed)
     for name, rule in sim.learners.items():
@@ -68,6 +70,21 @@ def reviews(rule: Learner) -> bool:
 def changes_model(rule: Learner) -> bool:
     """Whether its server half changes parameters that were merged, or what is deployed."""
     return any(getattr(type(rule), method) is not getattr(Learner, method) for method in ("merged", "deployed"))
+
+
+def makes(rule: Learner) -> bool:
+    """Whether the server trains something for it by itself."""
+    return type(rule).made is not Learner.made
+
+
+def made(sim: Simulation, state: ServerState, deployed: Tensors) -> ServerState:
+    """The learners' states after what the server trains by itself for the tasks that follow."""
+    names = [name for name, rule in sim.learners.items() if makes(rule)]
+    if not names or state.task + 1 == len(sim.task_names):
+        return state
+    clock = time.perf_counter()
+    made = {name: sim.pool.make(ServerJob(name, state.task, deployed, state.learners[name])) for name in names}
+    return replace(state, learners={**state.learners, **made}, seconds=state.spent("server", time.perf_counter() - clock))
 
 
 def hearing(learners: Mapping[str, Learner]) -> list[str]:

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import functools
 import importlib
+import io
 import json
 import logging
 import math
@@ -44,7 +45,19 @@ from fedsim.core import contracts, errors
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ClientFailed, FedsimError, PoolError
 from fedsim.core.home import ROOT, ours_first
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import (
+    Bundle,
+    ClientJob,
+    ClientUpdate,
+    EvalJob,
+    EvalResult,
+    Reply,
+    RoundPlan,
+    ServerJob,
+    State,
+    StatisticRequest,
+    Tensors,
+)
 from fedsim.core.work import WorkSpec
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
@@ -99,6 +112,11 @@ class Pool(contracts.Pool):
         arrays = _shared_arrays()
         for reply in self._run(MessageType.EVALUATE, lambda i: eval_job_to_record(jobs[i], arrays), sizes, names):
             yield record_to_result(reply)
+
+    def make(self, job: ServerJob) -> State:
+        what = f"what the server trains for learner {job.learner}"
+        (reply,) = self._run(MessageType.TRAIN, lambda _: server_job_to_record(job), [1], [what])
+        return record_to_state(reply)
 
     def close(self) -> None:
         engine, self._engine = self._engine, None
@@ -238,6 +256,32 @@ def record_to_result(record: RecordDict) -> EvalResult:
     by_class = tuple((row[i], row[i + 1], row[i + 2], row[i + 3]) for i in range(0, len(row), 4))
     task, correct, in_task, total = (_int(counts[key]) for key in ("task", "correct", "correct-in-task", "total"))
     return EvalResult(task, correct, in_task, total, by_class)
+
+
+def server_job_to_record(job: ServerJob) -> RecordDict:
+    """The deployed tensors as an ArrayRecord, the learner's state as bytes."""
+    names = ConfigRecord({"kind": "make", "learner": job.learner, "task": job.task})
+    return RecordDict({"job": names, "params": tensors_to_arrays(job.params), **state_to_record(job.state)})
+
+
+def record_to_server_job(record: RecordDict) -> ServerJob:
+    """The job that `server_job_to_record` was given."""
+    names = record.config_records["job"]
+    return ServerJob(str(names["learner"]), _int(names["task"]), _tensors(record, "params"), record_to_state(record))
+
+
+def state_to_record(state: State) -> RecordDict:
+    """As bytes in torch's own format: plain values and tensors, nested."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return RecordDict({"state": ConfigRecord({"bytes": buffer.getvalue()})})
+
+
+def record_to_state(record: RecordDict) -> State:
+    """The state that `state_to_record` was given."""
+    content = record.config_records["state"]["bytes"]
+    assert isinstance(content, bytes)
+    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def failure_to_record(failed: ClientFailed) -> RecordDict:
@@ -414,6 +458,8 @@ def _work(record: RecordDict, worker: Any) -> RecordDict:
     with torch_defaults(worker.spec.config.runtime.threads):
         if _kind(record) == "evaluate":
             return result_to_record(worker.evaluate(record_to_eval_job(record)))
+        if _kind(record) == "make":
+            return state_to_record(worker.make(record_to_server_job(record)))
         result = worker.train_client(record_to_job(record))
     return failure_to_record(result) if isinstance(result, ClientFailed) else update_to_record(result)
 

@@ -24,7 +24,18 @@ from clients.pools import _bundles, _workers
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, PoolError
 from fedsim.core.home import ROOT, ours_first
-from fedsim.core.messages import Bundle, ClientJob, ClientUpdate, EvalJob, EvalResult, RoundPlan, Tensors, num_bytes
+from fedsim.core.messages import (
+    Bundle,
+    ClientJob,
+    ClientUpdate,
+    EvalJob,
+    EvalResult,
+    RoundPlan,
+    ServerJob,
+    State,
+    Tensors,
+    num_bytes,
+)
 from fedsim.core.work import WorkSpec
 
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
@@ -123,6 +134,11 @@ class Pool(contracts.Pool):
             return shared.put(jobs[number].params, NO_PLAN), replace(jobs[number], params={})
 
         yield from self._run("evaluate", len(jobs), message, lambda i: f"evaluation of task {jobs[i].task}")
+
+    def make(self, job: ServerJob) -> State:
+        light = _Broadcasts().put(job.params, NO_PLAN), replace(job, params={})
+        (state,) = self._run("make", 1, lambda _: light, lambda _: f"what the server trains for learner {job.learner}")
+        return state
 
     def close(self) -> None:
         for slot in self._slots:
@@ -297,6 +313,13 @@ def _worker_class() -> type[Any]:
             params, _ = self._fetch(number, content)
             with self.defaults():
                 return self.worker.evaluate(replace(job, params=params))
+
+        def make(self, number: int, content: list[Any] | None, job: Any) -> Any:
+            from dataclasses import replace
+
+            params, _ = self._fetch(number, content)
+            with self.defaults():
+                return self.worker.make(replace(job, params=params))
 
         def _fetch(self, number: int, content: list[Any] | None) -> tuple[Any, Any]:
             if self.worker is None:  # it could not load: whoever waits for this message is told why

@@ -10,7 +10,7 @@ from clients.pools._bundles import bundles
 from clients.worker import Worker
 from fedsim.core import contracts
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
+from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult, ServerJob, State
 from fedsim.core.work import WorkSpec
 
 
@@ -42,6 +42,10 @@ class Pool(contracts.Pool):
             with torch_defaults(self._threads):
                 result = self._worker.evaluate(job)
             yield result
+
+    def make(self, job: ServerJob) -> State:
+        with torch_defaults(self._threads):
+            return self._worker.make(job)
 
     def close(self) -> None:
         pass

@@ -132,6 +132,17 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class ServerJob:
+    """What the server trains by itself at a task's end, with the model at hand and no data: `Learner.made` of the learner of this
+    name. params: what is deployed; state: of the learner's server half."""
+
+    learner: str
+    task: int
+    params: Tensors
+    state: State
+
+
+@dataclass(frozen=True)
 class EvalJob:
     """Predict test samples `test_tasks[task][start:stop]` with deployed parameters.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clients import fused, local
 from clients.samples import Samples
+from clients.server_work import ServerWork
 from clients.work import Received, Work
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
@@ -161,6 +162,8 @@ class Game:
                 expect_layout(params, merged, when)
             state, updates = self._closed(place, state, params, teacher, memories, task)
             memories |= {u.client_id: self.kept(u.memory, "memory", f"the end of task {task}") for u in updates if u.memory}
+            if task + 1 < len(TASKS):
+                state = self._made(place, state, params, task)
             teacher = params
             deployed = self.learner.deployed(deepcopy(state), params)
             expect_layout(deployed, params, f"the end of task {task}, what is deployed")
@@ -181,6 +184,12 @@ class Game:
             learners = {NAME: self.learner, **self.beside}
             out.append(Work(place.model, place.samples, positions, TASKS[job.task], seen, job, place.config, received, learners))
         return out
+
+    def _made(self, place: Place, state: State, params: Tensors, task: int) -> State:
+        fresh = place.model.init_adapter(torch_stream(0, "adapter")) | place.model.init_head()
+        seen, draw = [c for classes in TASKS[: task + 1] for c in classes], torch_stream(0, "server", task)
+        server = ServerWork(place.model, place.config, task, seen, deepcopy(params), fresh, {"pixel_values": (8, 8)}, draw)
+        return self.learner.made(deepcopy(state), server)
 
     def _closed(
         self, place: Place, state: State, params: Tensors, teacher: Tensors, memories: Mapping[int, Tensors], task: int

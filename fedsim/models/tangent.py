@@ -139,7 +139,9 @@ class _Linearised:
     def _norm(self, name: str, norm: nn.LayerNorm, pair: Pair, w: _Directions) -> Pair:
         x, dx = pair
         y, mean, rstd = torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        dy: Tensor | None = None if dx is None else _NormTangent.apply(dx, x, mean, rstd, norm.weight)  # type: ignore[no-untyped-call]
+        dy: Tensor | None = None
+        if dx is not None:
+            dy = _norm_tangent(dx, x, norm) if x.requires_grad else _NormTangent.apply(dx, x, mean, rstd, norm.weight)  # type: ignore[no-untyped-call]
         weight, bias = w.get(name + WEIGHT), w.get(name + BIAS)
         if weight is not None:
             hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
@@ -190,6 +192,13 @@ def attention(q: Pair, k: Pair, v: Pair, scale: float) -> Pair:
         dp_bhaL = weighted_bhaL - p_bhaL * weighted_bhaL.sum(dim=-1, keepdim=True)
         dout_bhae = _sum(dout_bhae, dp_bhaL @ (v[0] * scale))
     return out_bhae, dout_bhae
+
+
+def _norm_tangent(dx: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The same in operations that are differentiated by x too, for whoever asks what an image does to the features."""
+    hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    centred = dx - dx.mean(-1, keepdim=True) - hat * (hat * dx).mean(-1, keepdim=True)
+    return norm.weight * centred * (x.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
 
 
 class _NormTangent(Function):

@@ -21,7 +21,8 @@ MAX_TURN, MAX_SHIFT, MAX_SCALE = math.radians(10), 0.1, 1.1  # of an affine chan
 
 @dataclass(frozen=True)
 class Transform:
-    """`uint8 (b, H, W) or (b, H, W, C) -> float32 (b, C, *size)`, `(x / 255 − mean) / std` per channel.
+    """`uint8 (b, H, W) or (b, H, W, C) -> float32 (b, C, *size)`, `(x / 255 − mean) / std` per channel. Pixels may be float32 in
+    0 … 255, and get gradients.
 
     size: the backbone's (height, width); mean, std: (C, 1, 1) in 0..1; augment and interpolation as in TransformConfig.
     Grey images are repeated over the channels of a colour backbone.

@@ -28,7 +28,7 @@ from clients.pools import flower, serial
 from clients.worker import Worker
 from fedsim.core import contracts
 from fedsim.core.errors import ClientFailed, ModelError, PoolError
-from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, StatisticRequest
+from fedsim.core.messages import ClientJob, ClientUpdate, EvalJob, EvalResult, Reply, RoundPlan, ServerJob, StatisticRequest
 from fedsim.core.work import WorkSpec
 from fedsim.simulation import prepare, prepare_data, run
 from tests.test_simulation import METHODS, ON_FLOWERS_ENGINE
@@ -169,6 +169,18 @@ def test_an_evaluation_comes_back(job: EvalJob) -> None:
 def test_a_failure_comes_back() -> None:
     failed = ClientFailed(3, 1, 2, "statistics", "statistic 'gram' holds NaN")
     assert same(flower.failure_from_record(travelled(flower.failure_to_record(failed))), failed)
+
+
+def test_what_the_server_trains_comes_back() -> None:
+    state = {
+        "images": torch.arange(6, dtype=torch.uint8).view(2, 3),
+        "nested": [{"x": torch.ones(2).double()}, (1, 2.5, None, "a")],
+    }
+    job = ServerJob("target", 3, {"head.bias": torch.ones(2)}, state)
+    back = flower.record_to_server_job(travelled(flower.server_job_to_record(job)))
+    assert (back.learner, back.task) == ("target", 3) and same_bits(dict(back.params), dict(job.params))
+    assert same_bits(back.state, state) and isinstance(back.state["nested"][1], tuple)
+    assert same_bits(flower.record_to_state(travelled(flower.state_to_record(None))), None)
 
 
 def test_a_column_major_tensor_keeps_its_strides() -> None:

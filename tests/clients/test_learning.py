@@ -358,6 +358,12 @@ class Learner(contracts.Learner):
     def closed(self, state, params, total):
         seen = float(total["class_moments.count/head.weight"].sum())
         return state | {"ends": state["ends"] + 1, "moments": state["moments"] + seen}
+
+    def made(self, state, server):
+        assert server.task == 0 and list(server.seen) == [0, 1, 2]
+        pixels = torch.rand(3, *server.image_shape, generator=server.draw, requires_grad=True)
+        (gradient,) = torch.autograd.grad(server.outputs(pixels).logits.logsumexp(1).sum(), pixels)
+        return state | {"sum": state["sum"] + gradient.norm().double(), "made": state.get("made", 0) + 1}
 '''
 
 
@@ -374,6 +380,7 @@ def test_both_halves_over_a_run(tmp_path: Path) -> None:
     server = state.learners["counter"]
     assert server["rounds"] == 2 * len(state.classes and {c.task for c in state.classes}) and server["ends"] == 2
     assert server["moments"] == 72.0, "every training sample once"
+    assert server["made"] == 1 and state.seconds["server"] > 0, "after every task but the last"
     assert state.bytes["down"]["context"] > 0
     whole = counting(tmp_path, "one-by-one", "server.aggregator=prototype_margin")
     other = final_state(run(whole).path, whole)

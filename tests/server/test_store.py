@@ -330,6 +330,9 @@ class Scripted(contracts.Pool):
     def evaluate(self, jobs: Sequence[Any]) -> Iterator[Any]:
         raise NotImplementedError
 
+    def make(self, job: Any) -> Any:
+        raise NotImplementedError
+
     def close(self) -> None:
         return
 

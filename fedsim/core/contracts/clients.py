@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts.models import ModelLike
+from fedsim.core.contracts.models import BackboneLike, ModelLike
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ConfigError, PluginError
@@ -37,6 +37,37 @@ class Outputs(NamedTuple):
 
     features: Tensor
     logits: Tensor
+
+
+class ServerWork(Protocol):
+    """What a learner sees where the server trains something by itself, without data, at a task's end.
+
+    params: all tensors of the model that is deployed, on the device; fresh: those that a run starts with (a new adapter, the
+    head); seen: head rows of the classes so far; image_shape: (H, W) or (H, W, C), as the data's images are; draw: on the CPU.
+    """
+
+    @property
+    def task(self) -> int: ...
+    @property
+    def config(self) -> SimConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def params(self) -> Tensors: ...
+    @property
+    def fresh(self) -> Tensors: ...
+    @property
+    def seen(self) -> Sequence[int]: ...
+    @property
+    def image_shape(self) -> tuple[int, ...]: ...
+    @property
+    def backbone(self) -> BackboneLike: ...
+    @property
+    def draw(self) -> torch.Generator: ...
+    def outputs(self, pixels: Tensor, params: Tensors | None = None) -> Outputs:
+        """Of images (b, *image_shape) in 0 … 1, not augmented, through the deployed tensors or these. Gradients flow to the
+        images, and to those of `params` that want them."""
+        ...
 
 
 class Synthetic(NamedTuple):
@@ -159,7 +190,7 @@ class Learner(Part):
     which find it as `context["own"]`; what clients sent as statistics comes back as the sum of what `lift` makes of it.
 
         opened (task's start) -> every round: context -> clients -> merge -> heard -> merged
-        -> task's end: closing -> pass over clients (review) -> closed -> deployed
+        -> task's end: closing -> pass over clients (review) -> closed -> made (if another task follows) -> deployed
 
     `traits`: `takes` CROSS_ENTROPY if `loss` stands in its place, needs "context teacher" if the last task's model is to be sent.
     blocks: whether steps show what comes out of every block, which is then computed anew in every step, client by client.
@@ -245,6 +276,11 @@ class Learner(Part):
 
     def closed(self, state: State, params: Tensors, total: Tensors) -> State:
         """State after the task. `params`: what is deployed; total: the sum over the pass of what `lift` made of it."""
+        return state
+
+    def made(self, state: State, server: ServerWork) -> State:
+        """State after what the server has trained by itself with the deployed model, such as a generator of images: after
+        `closed`, where clients run and the model is at hand, for the tasks that follow. The state's tensors are on the CPU."""
         return state
 
     def deployed(self, state: State, params: Tensors) -> Tensors:

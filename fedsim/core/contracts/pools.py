@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from fedsim.core.contracts.plugin import Plugin
-from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult
+from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult, ServerJob, State
 from fedsim.core.work import WorkSpec
 
 
@@ -27,6 +27,10 @@ class Pool(Plugin, ABC):
     @abstractmethod
     def evaluate(self, jobs: Sequence[EvalJob]) -> Iterator[EvalResult]:
         """One result per job, in any order."""
+
+    @abstractmethod
+    def make(self, job: ServerJob) -> State:
+        """The learner's state after what the server trains by itself, in any one place where clients run."""
 
     @abstractmethod
     def close(self) -> None:
