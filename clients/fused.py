@@ -195,7 +195,7 @@ class _Step:
         self.bundle, self.leaves, self.slots, model = bundle, leaves, slots, bundle.model
         self.params = {**bundle.params, **leaves}
         work = bundle.works[0]
-        self.frame = local.Frame(lambda: local.beside(model, work), lambda: model.stacked(self.params, slots))
+        self.frame = local.Frame(work.on_past_modules, lambda: model.stacked(self.params, slots))
         self._inputs: Tensors = {}
         self._drawn: list[Tensor] | None = None
         self._common: dict[int, Outputs] = {}  # what the context's tensors make of all clients' samples
@@ -248,16 +248,17 @@ class _Step:
         return torch.stack(terms).sum() if terms else outputs.logits.new_zeros(())
 
     def _other(self, k: int, params: Tensors) -> Outputs:
-        """Other tensors on client k's rows: in one pass for all clients where it is a context's, which is the same for all."""
-        rows, width, model = self.slots.rows[k], self.slots.width, self.bundle.model
-        if any(params is told for told in self.bundle.works[0].received.context.values()):
+        """Other tensors on client k's rows: in one pass for all clients where they are what all received."""
+        rows, width, model, work = self.slots.rows[k], self.slots.width, self.bundle.model, self.bundle.works[k]
+        received = work.received
+        if any(params is told for told in (received.params, *received.context.values())):
             if id(params) not in self._common:
-                self._common[id(params)] = local.through(model, self.frame, params, self._features)
+                self._common[id(params)] = local.through(work, self.frame, params, self._features)
             common = self._common[id(params)]
             return Outputs(*(t[k * width : k * width + rows] for t in common))
         own = {n: t[k * width : k * width + rows] for n, t in self._inputs.items()}
         augment = None if self._drawn is None else local.redrawn(model, self._drawn[k])
-        return local.through(model, self.frame, params, lambda: model.features(own, augment, lean=True))
+        return local.through(work, self.frame, params, lambda: model.features(own, augment, lean=True))
 
     def _features(self) -> Tensor:
         """Of the whole batch, augmented as before."""

@@ -77,7 +77,7 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: LowerSt
     losses: list[Tensor] = []
     below = None if learning.blocks else below
     shown: AbstractContextManager[list[Tensor]] = lower.watching(model.backbone.encoder) if learning.blocks else nullcontext([])
-    with shown as blocks, Frame(lambda: beside(model, work), lambda: model.applied(local, dropout)) as frame:
+    with shown as blocks, Frame(work.on_past_modules, lambda: model.applied(local, dropout)) as frame:
         for own in work.batches():
             positions, inputs, labels = learning.batch(own)
             drawn = augment.get_state() if learning.looks and model.augments else None
@@ -118,7 +118,7 @@ def _other(work: Work, frame: Frame, inputs: Tensors, drawn: Tensor | None) -> C
 
     def run(params: Tensors) -> Outputs:
         augment = None if drawn is None else redrawn(work.model, drawn)
-        return through(work.model, frame, params, lambda: work.model.features(inputs, augment, lean=True))
+        return through(work, frame, params, lambda: work.model.features(inputs, augment, lean=True))
 
     return run
 
@@ -131,11 +131,11 @@ def redrawn(model: Model, drawn: Tensor) -> torch.Generator:
 
 
 @torch.no_grad()
-def through(model: Model, frame: Frame, params: Tensors, features: Callable[[], Tensor]) -> Outputs:
+def through(work: Work, frame: Frame, params: Tensors, features: Callable[[], Tensor]) -> Outputs:
     """What other tensors make of a batch, while those that are trained step aside."""
-    with frame.left(), model.merged(params):
+    with frame.left(), work.beneath(params), work.model.merged(params):
         features_bD = features()
-        return Outputs(features_bD, model.logits(features_bD, params))
+        return Outputs(features_bD, work.model.logits(features_bD, params))
 
 
 class Frame:
@@ -231,13 +231,6 @@ def one_pass(
         for name, accumulator in collecting:
             out |= {f"{name}.{key}": value for key, value in accumulator.result().items()}
     return out
-
-
-def beside(model: Model, work: Work) -> AbstractContextManager[None]:
-    """While open, the model has the modules of past tasks in it, if the plan says that clients train on top of them."""
-    if not work.plan.beside or not work.received.background:
-        return nullcontext()
-    return model.merged(work.received.background)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, sample_gradients
 from clients.samples import Samples
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import IntArray, Learner, Outputs
+from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
 from fedsim.core.messages import BACKGROUND, ClientJob, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from fedsim.models.model import Model
@@ -124,6 +125,15 @@ class Work:
         """Head rows, on the device."""
         return self.samples.batch(positions)[1]
 
+    def on_past_modules(self) -> AbstractContextManager[None]:
+        """While open, the model has the modules of past tasks in it, if the plan says that clients train on top of them."""
+        background = self.received.background if self.plan.beside else {}
+        return self.model.merged(background) if background else nullcontext()
+
+    def beneath(self, params: Tensors) -> AbstractContextManager[None]:
+        """The same, for whoever looks through these tensors; the teacher's are whole by themselves."""
+        return nullcontext() if params is self.received.context.get(TEACHER) else self.on_past_modules()
+
     def gradients(
         self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[tuple[IntArray, Tensors]]:
@@ -133,13 +143,15 @@ class Work:
         size = max(1, min(MOST_TOGETHER, MOST_NUMBERS // max(1, sum(params[n].numel() for n in names))))
         for some in batches(positions, size):
             inputs, labels = self.samples.batch(some)
-            yield some, sample_gradients(self.model, inputs, labels, params, names, loss)
+            with self.beneath(params):
+                found = sample_gradients(self.model, inputs, labels, params, names, loss)
+            yield some, found
 
     @torch.no_grad()
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
         """What these tensors make of samples, in evaluation: no augmentation, no dropout, no gradient."""
         found: list[Outputs] = []
-        with self.model.merged(params):
+        with self.beneath(params), self.model.merged(params):
             for some in batches(positions, self.config.runtime.eval_batch):
                 features_bD = self.model.features(self.samples.batch(some)[0], lean=True)
                 found.append(Outputs(features_bD, self.model.logits(features_bD, params)))

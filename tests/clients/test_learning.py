@@ -482,3 +482,43 @@ def test_received_is_on_the_device_once() -> None:
     received = Received.on(here.model.device, here.jobs[0].params, here.jobs[0].plan)
     assert received.context["teacher"].keys() == here.jobs[0].params.keys() and received.background == {}
     assert isinstance(here.works()[0], Work) and isinstance(Outputs(torch.zeros(1), torch.zeros(1)), tuple)
+
+
+@dataclass(frozen=True)
+class OnTop(contracts.Learner):
+    """Looks through what it received, and through the teacher."""
+
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        return {"received": work.params, "teacher": context["teacher"], "work": work}
+
+    def loss(self, state: LocalState, step: Step) -> None:
+        if "seen" not in state:
+            state["seen"] = (
+                step.positions,
+                step.logits.detach(),
+                [step.model(state[who]).logits for who in ("received", "teacher")],
+            )
+
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
+        positions, own, (received, teacher) = state["seen"]
+        for got, who in ((received, "received"), (teacher, "teacher")):
+            torch.testing.assert_close(got, work.outputs(positions, state[who]).logits)
+        return Ending({}, {"own": own, "received": received, "teacher": teacher})
+
+
+def test_what_trains_on_past_modules_is_looked_at_on_top_of_them_and_a_teacher_is_whole() -> None:
+    """Before the first step, what a client received gives the logits that it trains; a teacher gives its own, modules or not."""
+    here = doubled(work("client.epochs=1"))
+    past = {n: -t for n, t in here.jobs[0].params.items() if n.startswith("adapter.")}
+    teacher = {n: 1.1 * t for n, t in here.jobs[0].params.items()}
+    looked = []
+    for beside in (True, False):
+        plan = RoundPlan(context={"background": past, "teacher": teacher}, beside=beside)
+        there = replace(here, jobs=[replace(j, plan=plan) for j in here.jobs], learners={"on_top": OnTop()})
+        got = there.one_by_one()
+        require_same(there.together(), got)
+        looked.append([u.statistics for u in got if isinstance(u, ClientUpdate) and u.num_samples])
+    for on_top, alone in zip(*looked, strict=True):
+        torch.testing.assert_close(on_top["on_top.own"], on_top["on_top.received"])
+        torch.testing.assert_close(on_top["on_top.teacher"], alone["on_top.teacher"])
+        assert not torch.allclose(on_top["on_top.received"], alone["on_top.received"])

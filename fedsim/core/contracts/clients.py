@@ -109,13 +109,14 @@ class ClientWork(Protocol):
     def gradients(
         self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[tuple[IntArray, Tensors]]:
-        """Every sample's own gradient of these tensors, (b, …), chunk by chunk with the samples' positions, in evaluation.
+        """Every sample's own gradient of these tensors, (b, …), chunk by chunk with the samples' positions, as in `outputs`.
 
         loss: logits (b, C) and labels (b,) -> the loss of each sample, (b,)."""
         ...
 
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
-        """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient."""
+        """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient. On top of past modules
+        where clients train on top of them, but for the teacher, which is whole: the context's own mapping, not a copy."""
         ...
 
     def labels(self, positions: IntArray) -> Tensor:
@@ -139,9 +140,9 @@ class Step:
     logits as in `Outputs`, with gradients. params: the tensors being trained; start: the same, as received. classes, seen: head
     rows of the current task, and of all tasks so far.
     draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
-    gradient; once per batch for one mapping, however many learners ask. head: logits of features (…, D), through the tensors that
-    are trained (gradients flow to them), or through other ones. blocks: what comes out of every block of the encoder, (b, L, D)
-    each, with gradients, for a learner that says so (`Learner.blocks`).
+    gradient, and on past modules as in `ClientWork.outputs`; once per batch for one mapping, however many learners ask. head:
+    logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones. blocks: what
+    comes out of every block of the encoder, (b, L, D) each, with gradients, for a learner that says so (`Learner.blocks`).
     """
 
     inputs: Tensors
