@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from clients import local, optim
 from clients.learning import Learning, asked_for, fitting, with_foreign
+from clients.lower_states import Kept, queries_of
 from clients.work import Work
 from fedsim.core import contracts
 from fedsim.core.config import ClientConfig
@@ -120,6 +122,9 @@ class Together:
         self.learning = [Learning(work) for work in works]
         self.looks, self.replaces, self.corrects = (getattr(self.learning[0], what) for what in ("looks", "replaces", "corrects"))
         self.augment = [work.draw("augment", self.model.device) for work in works]
+        runtime = first.config.runtime
+        found = [None if self.model.augments else queries_of(self.model, self.samples, w.shard, runtime) for w in works]
+        self.kept = [Kept(queries=of_client) for of_client in found]
 
     def train(self) -> list[ClientUpdate | ClientFailed]:
         """Every client's update, in their order. A client with numbers that are not finite fails alone."""
@@ -180,7 +185,7 @@ class Together:
             with local.stage("statistics"):
                 own = {**self.params, **self.flat.of(k, self.flat.values_KP)}
                 memory, statistics = self.learning[k].end(own)
-                statistics = {**statistics, **local.collect(work, own)}
+                statistics = {**statistics, **local.collect(work, own, self.kept[k])}
                 require_finite(statistics, "statistic")
         except local.StageFailed as e:
             return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
@@ -197,6 +202,7 @@ class _Step:
         work = bundle.works[0]
         self.frame = local.Frame(work.on_past_modules, lambda: model.stacked(self.params, slots))
         self._inputs: Tensors = {}
+        self._query: Tensor | None = None
         self._drawn: list[Tensor] | None = None
         self._common: dict[int, Outputs] = {}  # what the context's tensors make of all clients' samples
 
@@ -207,11 +213,11 @@ class _Step:
         looked = bundle.looks and bundle.model.augments
         self._drawn = [g.get_state() for g in bundle.augment[: len(own)]] if looked else None
         self._common = {}
-        features = bundle.model.stacked_features(self._inputs, slots, bundle.augment)
+        features, self._query = bundle.model.stacked_asked(self._inputs, slots, bundle.augment, self._known_queries(positions))
         features_abD = features.view(len(own), slots.width, -1)
         logits_abC = bundle.model.stacked_logits(features_abD, self.params)
         losses = [] if bundle.replaces else [self._cross_entropies(logits_abC, labels_ab, [len(p) for p in own])]
-        if bundle.looks:
+        if bundle.looks or bundle.model.has_loss:
             outputs = Outputs(features_abD, logits_abC)
             parts = {n: self.leaves[n].unbind() for n in bundle.trained}  # once: K looks cost K times as much backward
             losses.append(torch.stack([self._terms(k, positions[k], labels_ab, outputs, parts) for k in range(len(own))]))
@@ -236,16 +242,36 @@ class _Step:
             positions[k] = with_foreign(positions[k], synthetic)
         return positions, labels.view(len(own), -1)
 
+    def _known_queries(self, positions: Sequence[IntArray]) -> Tensor | None:
+        """Of the whole batch, if those of all clients are at hand. What fills a slot may have any."""
+        bundle, width, found = self.bundle, self.slots.width, list[Tensor]()
+        for k, own in enumerate(positions):
+            inputs = {n: t[k * width : (k + 1) * width] for n, t in self._inputs.items()}
+            query = bundle.kept[k].query(bundle.model, inputs, np.resize(own, width))
+            if query is None:
+                return None
+            found.append(query)
+        return torch.cat(found)
+
     def _terms(
         self, k: int, positions: IntArray, labels_ab: Tensor, outputs: Outputs, parts: Mapping[str, Sequence[Tensor]]
     ) -> Tensor:
-        """What client k's learners add to its loss. parts: the clients' tensors."""
-        rows, bundle = self.slots.rows[k], self.bundle
+        """What the adapter and client k's learners add to its loss. parts: the clients' tensors."""
+        rows, bundle, learning = self.slots.rows[k], self.bundle, self.bundle.learning[k]
         own = {n: clients[k] for n, clients in parts.items()}
-        inputs = {n: t.view(len(self.slots.rows), -1, *t.shape[1:])[k, :rows] for n, t in self._inputs.items()}
-        mine = Outputs(*(t[k, :rows] for t in outputs))
-        terms = bundle.learning[k].terms(inputs, positions, labels_ab[k, :rows], mine, own, lambda params: self._other(k, params))
+        query = self._queries_of(k)
+        of_adapter = learning.adapter_term({**bundle.params, **own}, query)
+        terms = [] if of_adapter is None else [of_adapter]
+        if bundle.looks:
+            inputs = {n: t.view(len(self.slots.rows), -1, *t.shape[1:])[k, :rows] for n, t in self._inputs.items()}
+            mine, other = Outputs(*(t[k, :rows] for t in outputs)), partial(self._other, k)
+            terms += learning.terms(inputs, positions, labels_ab[k, :rows], mine, own, other, query=query)
         return torch.stack(terms).sum() if terms else outputs.logits.new_zeros(())
+
+    def _queries_of(self, k: int) -> Tensor | None:
+        """Of client k's rows."""
+        start = k * self.slots.width
+        return None if self._query is None else self._query[start : start + self.slots.rows[k]]
 
     def _other(self, k: int, params: Tensors) -> Outputs:
         """Other tensors on client k's rows: in one pass for all clients where they are what all received."""
@@ -258,13 +284,13 @@ class _Step:
             return Outputs(*(t[k * width : k * width + rows] for t in common))
         own = {n: t[k * width : k * width + rows] for n, t in self._inputs.items()}
         augment = None if self._drawn is None else local.redrawn(model, self._drawn[k])
-        return local.through(work, self.frame, params, lambda: model.features(own, augment, lean=True))
+        return local.through(work, self.frame, params, lambda: model.features(own, augment, True, self._queries_of(k)))
 
     def _features(self) -> Tensor:
         """Of the whole batch, augmented as before."""
         model = self.bundle.model
         again = [local.redrawn(model, drawn) for drawn in self._drawn or ()]
-        return model.stacked_features(self._inputs, self.slots, again)
+        return model.stacked_features(self._inputs, self.slots, again, self._query)
 
     def _cross_entropies(self, logits_abC: Tensor, labels_ab: Tensor, own: Sequence[int]) -> Tensor:
         """Each client's mean over its own samples, (a,): the first rows of its slot."""

@@ -185,6 +185,13 @@ class Learning:
             logits_bC, labels_b = logits_bC[self._own], labels_b[self._own]
         return masked_cross_entropy(logits_bC, labels_b, self.work.classes)
 
+    def adapter_term(self, params: Tensors, query_bD: Tensor | None) -> Tensor | None:
+        """The adapter's own term of the loss, over the client's own rows. params: all tensors."""
+        model = self.work.model
+        if not model.has_loss:
+            return None
+        return model.loss(params, None if query_bD is None else query_bD[self._own])
+
     def terms(
         self,
         inputs: Tensors,
@@ -194,8 +201,10 @@ class Learning:
         params: Tensors,
         run: Callable[[Tensors], Outputs],
         blocks: Sequence[Tensor] = (),
+        query: Tensor | None = None,
     ) -> list[Tensor]:
-        """What learners add to the loss of a batch. run: other tensors on the same inputs; blocks: what came out of them."""
+        """What learners add to the loss of a batch. run: other tensors on the same inputs; blocks: what came out of them; query:
+        of each sample."""
         work, once = self.work, _Once(run)
         whole = {**work.params, **params}
 
@@ -206,7 +215,7 @@ class Learning:
         for part in self._loss:
             step = Step(
                 inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
-                part.made, part.draw, once, head, blocks,
+                part.made, part.draw, once, head, blocks, query,
             )  # fmt: skip
             term = part.learner.loss(part.state, step)
             if term is not None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from clients import optim
 from clients.learning import Learning, follows, reviewed, statistic_of
-from clients.lower_states import LowerStates, lower_states
+from clients.lower_states import NOTHING, Kept
 from clients.work import Work, batches
 from fedsim.core.contracts import Outputs, WorkStatistic
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
@@ -44,20 +44,20 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
     for name in work.trained:
         local[name] = local[name].detach().clone().requires_grad_()
     try:
-        metrics, below = {}, None
+        metrics, kept = {}, NOTHING
         with stage("training"):
             if work.trained or work.plan.statistics:
-                below = lower_states(work.model, work.samples, work.shard, local, work.config.runtime)
+                kept = Kept.of(work.model, work.samples, work.shard, local, work.config.runtime)
             learning = Learning(work)
             if work.steps:
-                metrics["loss"] = fit(work, local, learning, below)
+                metrics["loss"] = fit(work, local, learning, kept)
         local = {n: t.detach() for n, t in local.items()}
         with stage("update"):
             update = {n: local[n].cpu() for n in work.trained}
             require_finite(update, "trained tensor")
         with stage("statistics"):
             memory, statistics = reviewed(work) if work.plan.review else learning.end(local)
-            statistics = {**statistics, **collect(work, local, below)}
+            statistics = {**statistics, **collect(work, local, kept)}
             require_finite(statistics, "statistic")
     except StageFailed as e:
         return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
@@ -65,32 +65,29 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
     return ClientUpdate(job.client_id, len(work.shard), update, statistics, memory, metrics)
 
 
-def fit(work: Work, local: dict[str, Tensor], learning: Learning, below: LowerStates | None = None) -> float:
-    """Train `local[work.trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite.
-
-    below: what the frozen blocks make of the shard, if that is at hand.
-    """
+def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = NOTHING) -> float:
+    """Train `local[work.trained]` in place; the mean loss of the last epoch. Raises NonFinite when a loss is not finite."""
     client, model = work.config.client, work.model
     augment, dropout = (work.draw(purpose, model.device) for purpose in ("augment", "dropout"))
     parameters = {n: local[n] for n in work.trained}
     optimizer, schedule = optim.build(client, parameters, work.steps, fused_step=work.config.runtime.kernels == "onednn")
     losses: list[Tensor] = []
-    below = None if learning.blocks else below
+    kept = replace(kept, below=None) if learning.blocks else kept
     shown: AbstractContextManager[list[Tensor]] = lower.watching(model.backbone.encoder) if learning.blocks else nullcontext([])
     with shown as blocks, Frame(work.on_past_modules, lambda: model.applied(local, dropout)) as frame:
         for own in work.batches():
             positions, inputs, labels = learning.batch(own)
             drawn = augment.get_state() if learning.looks and model.augments else None
             blocks.clear()
-            if below is None:
-                features = model.features(inputs, augment, lean=not learning.blocks)
-            else:
-                features = below.features(model, inputs, positions, lean=True)
+            features, query = kept.asked(model, inputs, positions, augment, lean=not learning.blocks)
             outputs = Outputs(features, model.logits(features, local))
             terms = [] if learning.replaces else [learning.cross_entropy(outputs.logits, labels)]
+            of_adapter = learning.adapter_term(local, query)
+            if of_adapter is not None:
+                terms.append(of_adapter)
             if learning.looks:
-                other = _other(work, frame, inputs, drawn)
-                terms += learning.terms(inputs, positions, labels, outputs, parameters, other, tuple(blocks))
+                other = _other(work, frame, inputs, drawn, query)
+                terms += learning.terms(inputs, positions, labels, outputs, parameters, other, tuple(blocks), query)
             loss = sum(terms[1:], terms[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -113,12 +110,13 @@ def correct(learning: Learning, parameters: Tensors) -> None:
         parameters[name].grad = gradient
 
 
-def _other(work: Work, frame: Frame, inputs: Tensors, drawn: Tensor | None) -> Callable[[Tensors], Outputs]:
-    """Runs other tensors on a batch: with the augmentation that it had (drawn: the state of its generator before), no dropout."""
+def _other(work: Work, frame: Frame, inputs: Tensors, drawn: Tensor | None, query: Tensor | None) -> Callable[[Tensors], Outputs]:
+    """Runs other tensors on a batch with its queries and the augmentation that it had (drawn: the state of its generator before),
+    no dropout."""
 
     def run(params: Tensors) -> Outputs:
         augment = None if drawn is None else redrawn(work.model, drawn)
-        return through(work, frame, params, lambda: work.model.features(inputs, augment, lean=True))
+        return through(work, frame, params, lambda: work.model.features(inputs, augment, True, query))
 
     return run
 
@@ -175,7 +173,7 @@ def last_epoch(losses: Tensor, epochs: int) -> float:
 
 
 @torch.no_grad()
-def collect(work: Work, local: Tensors, below: LowerStates | None = None) -> dict[str, Tensor]:
+def collect(work: Work, local: Tensors, kept: Kept = NOTHING) -> dict[str, Tensor]:
     """The statistics of a plan, named `<statistic>.<form>/<subject>`.
 
     One pass over the shard without augmentation through the client's model, and one through the blend of past tasks'
@@ -193,7 +191,7 @@ def collect(work: Work, local: Tensors, below: LowerStates | None = None) -> dic
             through |= stack_modules([background, with_prefix(local, "adapter.")], [1.0, plan.share])
         out |= _measured(work, local, through, requests)
         in_pass = [r for r in requests if not isinstance(statistic_of(r), WorkStatistic)]
-        out |= one_pass(work, local, through, in_pass, below) if in_pass else {}
+        out |= one_pass(work, local, through, in_pass, kept) if in_pass else {}
     return out
 
 
@@ -209,13 +207,11 @@ def _measured(work: Work, local: Tensors, through: Tensors, requests: Sequence[S
 
 
 def one_pass(
-    work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], below: LowerStates | None = None
+    work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest], kept: Kept = NOTHING
 ) -> dict[str, Tensor]:
     """Statistics of several requests in one pass of the model with the parameters `through`."""
     out: dict[str, Tensor] = {}
-    model = work.model
-    if below is not None and not below.serves(model, through):
-        below = None
+    model, kept = work.model, kept.serving(work.model, through)
     with ExitStack() as stack:
         stack.enter_context(model.merged(through))
         collecting = []
@@ -224,7 +220,7 @@ def one_pass(
             collecting.append((request.name, stack.enter_context(statistic_of(request).collect(model, local, subjects))))
         for positions in batches(work.shard, work.config.runtime.eval_batch):
             inputs, labels = work.samples.batch(positions)
-            features = model.features(inputs) if below is None else below.features(model, inputs, positions)
+            features = kept.asked(model, inputs, positions).features
             seen_by_head = model.head_inputs(features, local)
             for _, accumulator in collecting:
                 accumulator.update(seen_by_head, labels)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from clients import fused, local
+from clients.lower_states import queries_of
 from clients.samples import Samples
 from clients.server_work import ServerWork
 from clients.work import Received, Work, moved, round_shard
@@ -72,7 +73,9 @@ class Worker:
         positions = self.spec.test_of(job.task)[job.start : job.stop]
         inputs, labels = self.test_samples.batch(positions)
         params = self._merge(job.params)
-        logits = self.model.logits(self.model.features(inputs, lean=True), params)
+        known = queries_of(self.model, self.test_samples, positions, self.spec.config.runtime)
+        query = None if known is None else known.states
+        logits = self.model.logits(self.model.features(inputs, lean=True, query=query), params)
         guess, guess_in_task = (predict(logits, classes) for classes in (job.seen, self.spec.task_classes[job.task]))
         right_in_task = int((guess_in_task == labels).sum())
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())

@@ -30,7 +30,7 @@ from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, Tensors
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.models import inject
-from fedsim.models.model import ADAPTER, Model
+from fedsim.models.model import ADAPTER, Asked, Model
 
 SIGMA = 0.02  # how far from its start every tensor is moved: at B = 0 LoRA's A has no gradient
 FEW, MANY = 2, 16  # samples; where a tensor seems to do nothing, more samples may know better
@@ -123,12 +123,14 @@ class _Probe:
         for name in self.trained:
             away[name].requires_grad_()
         augment, dropout = (rng.torch_stream(0, "probe", what, device=self.model.device) for what in ("augment", "dropout"))
-        features_bD = self._features(lambda: self.model.applied(away, dropout), inputs, augment=augment, training=True)
-        if not features_bD.requires_grad:
-            return self.trained
+        features_bD, query_bD = self._asked(lambda: self.model.applied(away, dropout), inputs, augment=augment, training=True)
         direction_bD = torch.randn(features_bD.shape, generator=draw).to(features_bD)
+        own_term = self.model.loss(away, query_bD)
+        moved = (features_bD * direction_bD).sum() + (0.0 if own_term is None else own_term)
+        if not moved.requires_grad:
+            return self.trained
         try:
-            (features_bD * direction_bD).sum().backward()  # type: ignore[no-untyped-call]
+            moved.backward()  # type: ignore[no-untyped-call]
         except Exception as e:
             raise ModelError(f"{self.adapter} on {self.backbone} cannot be trained: {one_line(e)}") from e
         found = {n: away[n].grad for n in self.trained}
@@ -147,16 +149,19 @@ class _Probe:
                 "choose other targets or blocks, another adapter or another backbone"
             )
 
-    def _features(
+    def _features(self, applied: Callable[[], AbstractContextManager[None]], inputs: Tensors) -> Tensor:
+        return self._asked(applied, inputs).features
+
+    def _asked(
         self,
         applied: Callable[[], AbstractContextManager[None]],
         inputs: Tensors,
         augment: torch.Generator | None = None,
         training: bool = False,
-    ) -> Tensor:
+    ) -> Asked:
         try:
             with torch.set_grad_enabled(training), applied():
-                return self.model.features(inputs, augment, lean=True)
+                return self.model.asked(inputs, augment, lean=True)
         except Exception as e:
             raise ModelError(self._broken(applied, inputs, e)) from e
 

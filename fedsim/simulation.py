@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clients import optim
 from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Aggregator, Consolidator, TaskStart, require_finite_numbers
+from fedsim.core.contracts import Adapter, Aggregator, Consolidator, TaskStart, require_finite_numbers
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
 from fedsim.core.events import Event, Note, RunDirOpened, TensorsKept
@@ -204,6 +206,7 @@ def _wired(parts: Prepared, store: ClientStore) -> Iterator[Simulation]:
             calibrator=None if calibrator is None else configs.build("calibrators", calibrator),
             chain=Chain.of(config),
             fresh_adapter=lambda task: fresh_adapter(config, parts.model, task),
+            grown=lambda task, start: grown(config, parts.model, task, start),
             task_names=manifest.task_names,
             task_classes=manifest.task_classes,
             test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
@@ -262,8 +265,21 @@ def most_steps(config: SimConfig, manifest: Manifest) -> int:
 
 def fresh_adapter(config: SimConfig, model: Model, task: int) -> dict[str, Any]:
     """The `adapter.*` tensors that a new module of this task starts with, the same for all clients."""
+    return _made(config, lambda: model.init_adapter(rng.torch_stream(config.seed, "adapter", task)))
+
+
+def grown(config: SimConfig, model: Model, task: int, start: TaskStart) -> TaskStart:
+    """A task's start with the tensors that the task brings to the adapter, and without training those that it freezes."""
+    params = start.params
+    if task and type(model.adapter).grown is not Adapter.grown:
+        params = _made(config, lambda: model.grown(params, rng.torch_stream(config.seed, "grown", task)))
+    return dataclasses.replace(start, params=params, frozen=(*start.frozen, *model.frozen(params)))
+
+
+def _made(config: SimConfig, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the adapter makes. Raises a FedsimError of one line."""
     try:
-        return model.init_adapter(rng.torch_stream(config.seed, "adapter", task))
+        return make()
     except FedsimError:
         raise
     except Exception as e:  # sizes beyond memory, or a fault of an adapter of the user's own
@@ -279,6 +295,7 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     if not isinstance(start, TaskStart):
         wrong = f"start_task must give a fedsim.core.contracts.TaskStart, got {type(start).__name__}"
         raise PluginError(f"consolidator {config.server.consolidator['name']}: {wrong}")
+    start = grown(config, model, 0, start)
     state = rule.init(start.params)
     plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
     suitable.require_trained(config, start, plans)

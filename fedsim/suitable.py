@@ -114,7 +114,8 @@ def require_trained(config: SimConfig, start: TaskStart, plans: Sequence[RoundPl
         if wanted and frozen.issuperset(wanted):
             raise ConfigError(
                 f"aggregator {rule_name(config)} trains {', '.join(plan.train)} in round {number} of a task, but consolidator "
-                f"{config.server.consolidator['name']} freezes {', '.join(start.frozen)}: nothing of the adapter is left"
+                f"{config.server.consolidator['name']} with adapter {config.adapter['name']} freezes {', '.join(start.frozen)}: "
+                "nothing of the adapter is left"
             )
 
 

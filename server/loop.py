@@ -54,6 +54,7 @@ def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     opening, state = planning.opening(sim, state)
     total, state = yield from statistics_pass(sim, state, opening, state.params)
     start = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
+    start = sim.grown(state.task, start)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
     aggregator = sim.aggregator.init(start.params, state.task)
     state = replace(state.beginning(start), aggregator=aggregator, calibrator=calibrator)

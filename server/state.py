@@ -21,6 +21,7 @@ Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 @dataclass(frozen=True)
 class Simulation:
     """The parts that a run is made of. `fresh_adapter(task)` draws the `adapter.*` tensors that a new module starts with;
+    `grown(task, start)`: a task's start with what the task brings to the adapter, and without training what earlier ones brought;
     `shard_sizes` (T, K): training samples per task and client; `store`: what is kept of every client from round to round."""
 
     config: SimConfig
@@ -30,6 +31,7 @@ class Simulation:
     calibrator: Calibrator | None
     chain: Chain
     fresh_adapter: Callable[[int], Tensors]
+    grown: Callable[[int, TaskStart], TaskStart]
     task_names: tuple[str, ...]
     task_classes: tuple[tuple[int, ...], ...]
     test_sizes: tuple[int, ...]

@@ -41,6 +41,7 @@ def simulation(config: SimConfig, pool: Pool, registered: int, store: ClientStor
         calibrator=None,
         chain=Chain.of(config),
         fresh_adapter=lambda task: {},
+        grown=lambda task, start: start,
         task_names=("task",),
         task_classes=((0,),),
         test_sizes=(0,),

@@ -22,6 +22,7 @@ from fedsim.core.config import ModelConfig, TransformConfig
 from fedsim.core.contracts import Adapter, Slots
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
+from fedsim.core.tensors import matching
 from fedsim.laws.comparing import expect_bits, expect_close, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
 from fedsim.models import backbone as backbones
@@ -138,12 +139,17 @@ def gradients(scene: Scene) -> None:
         return
     bare, away = features(scene.model, scene.inputs), {n: t.requires_grad_() for n, t in moved(scene.fresh, 4).items()}
     with scene.model.applied(away):
-        out = scene.model.features(scene.inputs)
+        out, query = scene.model.asked(scene.inputs)
+    own_term = scene.model.loss(away, query)
     change = float((out.detach() - bare).abs().max())
     if not change > EFFECT:
         raise LawBroken(f"{scene.backbone}: trained tensors move the features by {change:.2g} at most: it has no effect")
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)).sum().backward()  # type: ignore[no-untyped-call]
+    moved_by = (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)).sum()
+    (moved_by if own_term is None else moved_by + own_term).backward()  # type: ignore[no-untyped-call]
+    idle = matching(away, scene.model.frozen(away))
     for name, tensor in away.items():
+        if name in idle:
+            continue
         if tensor.grad is None or not bool(tensor.grad.any()):
             raise LawBroken(f"{scene.backbone}: '{name}' gets no gradient")
         if not bool(torch.isfinite(tensor.grad).all()):

@@ -65,11 +65,13 @@ def capturing(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def watching(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, forward passes add to the list what comes out of every block, from the first on. Whoever reads it clears it."""
+    """While open, forward passes with gradients add to the list what comes out of every block, from the first on; those without
+    (a teacher's, a query's) do not. Whoever reads it clears it."""
     found: list[Tensor] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        if torch.is_grad_enabled():
+            found.append(output if isinstance(output, Tensor) else output[0])
 
     blocks = inject.blocks(encoder).values()
     with inject.installed([lambda b=b: b.register_forward_hook(keep) for b in blocks]):  # type: ignore[misc]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ from fedsim.models.transform import Transform
 
 ADAPTER = "adapter."
 T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """Pooled features (b, D), and what an adapter with queries was asked with, (b, D); None of any other."""
+
+    features: Tensor
+    query: Tensor | None = None
 
 
 class Model:
@@ -61,6 +68,15 @@ class Model:
         """Fresh `adapter.*` tensors, CPU float32. Raises ModelError if the adapter does not fit the backbone."""
         return {ADAPTER + n: t for n, t in self.adapter.init(self.backbone, generator).items()}
 
+    def grown(self, params: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+        """All tensors, with what a task after the first brings to the adapter."""
+        grown = self.adapter.grown(self.backbone, _adapter_tensors(params), generator)
+        return {**params, **{ADAPTER + n: t for n, t in grown.items()}}
+
+    def frozen(self, params: Tensors) -> tuple[str, ...]:
+        """Globs of `adapter.*` tensors that no client trains."""
+        return tuple(ADAPTER + glob for glob in self.adapter.frozen(_adapter_tensors(params)))
+
     def init_head(self) -> dict[str, Tensor]:
         """The `head.*` tensors that a run starts with, CPU float32, the same for all clients. Raises ModelError for a head that
         does not make them as its contract says."""
@@ -91,6 +107,15 @@ class Model:
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
 
     @property
+    def has_loss(self) -> bool:
+        """Whether the adapter may add a term to the clients' loss."""
+        return type(self.adapter).loss is not contracts.Adapter.loss
+
+    def loss(self, params: Tensors, query: Tensor | None) -> Tensor | None:
+        """The adapter's own term of a client's loss, see `Adapter.loss`."""
+        return self.adapter.loss(_adapter_tensors(params), query)
+
+    @property
     def augments(self) -> bool:
         """Whether training shows other images than there are, drawn at random."""
         return self._transform is not None and self._transform.augment != "none"
@@ -105,58 +130,107 @@ class Model:
         return lower.untouched(self.backbone.encoder, list(_adapter_tensors(params)))
 
     def enterable(self, inputs: Tensors) -> bool:
-        """Whether `upper_features` works with this encoder: found out once, with a small raw batch."""
+        """Whether `upper_asked` works with this encoder: found out once, with a small raw batch."""
         if self._enterable is None:
-            self._enterable = lower.is_chain(self.backbone.encoder, lambda: self.features(inputs))
+            self._enterable = lower.is_chain(self.backbone.encoder, lambda: self._bare(inputs))
         return self._enterable
 
     @torch.no_grad()
     def lower_states(self, inputs: Tensors, count: int) -> Tensor:
         """What comes out of the first `count` blocks for a raw batch, (b, L, D); after all of them: the features (b, D)."""
         with lower.capturing(self.backbone.encoder, count) as found:
-            features = self.features(inputs)
-        return features if count == self._depth else found[0]
+            features = self._bare(inputs)
+        return features if count == self.depth else found[0]
 
-    def upper_features(self, inputs: Tensors, states: Tensor, count: int, lean: bool = False) -> Tensor:
-        """`features`, from what the first `count` blocks make of the batch; tokens of padding at the end may be among it."""
-        if count == self._depth:
-            return states
+    def upper_asked(self, inputs: Tensors, states: Tensor, count: int, lean: bool = False, query: Tensor | None = None) -> Asked:
+        """`asked`, from what the first `count` blocks make of the batch; tokens of padding at the end may be among it."""
+        if count == self.depth:
+            return Asked(states)
         with lower.entering(self.backbone.encoder, count, states[:, : self._tokens(inputs)]):
-            return self.features(inputs, lean=lean)
+            return self.asked(inputs, lean=lean, query=query)
 
     @property
-    def _depth(self) -> int:
+    def depth(self) -> int:
+        """How many blocks the encoder has."""
         return len(inject.blocks(self.backbone.encoder))
 
     def _tokens(self, inputs: Tensors) -> int | None:
         """Tokens of a batch of texts that are computed; None for images, which are all of one size."""
         return None if self._transform is not None else self.backbone.used_tokens(inputs)
 
-    def features(self, inputs: Tensors, augment: torch.Generator | None = None, lean: bool = False) -> Tensor:
+    def features(
+        self,
+        inputs: Tensors,
+        augment: torch.Generator | None = None,
+        lean: bool = False,
+        query: Tensor | None = None,
+    ) -> Tensor:
         """A raw batch on the device (`pixel_values` uint8, or `input_ids` and `attention_mask`) -> pooled features (b, D).
 
         augment: generator of random augmentations in training, None otherwise. lean: layers may leave out tokens on which no
-        feature depends, so nobody may look at what goes through them. Raises ModelError if the batch does not fit.
+        feature depends, so nobody may look at what goes through them. query: of each sample, (b, D), if it is at hand; what an
+        adapter with queries needs is computed otherwise. Raises ModelError if the batch does not fit.
         """
-        if self._transform is None:
-            return self.backbone.text_features(inputs)
-        if "pixel_values" not in inputs:
-            raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
-        return self.backbone.image_features(self._transform(inputs["pixel_values"], augment), lean and self.adapter.lean)
+        return self.asked(inputs, augment, lean, query).features
 
-    def stacked_features(self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator] | None) -> Tensor:
+    def asked(
+        self,
+        inputs: Tensors,
+        augment: torch.Generator | None = None,
+        lean: bool = False,
+        query: Tensor | None = None,
+    ) -> Asked:
+        """`features`, and the queries behind them."""
+        return self._asked(self._shown(inputs, augment), lean, query)
+
+    def stacked_features(
+        self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator] | None, query: Tensor | None = None
+    ) -> Tensor:
         """A raw batch of K slots -> pooled features (K·b, D). Every client's own images are augmented from its own generator;
         None: none are."""
+        return self.stacked_asked(inputs, slots, augment, query).features
+
+    def stacked_asked(
+        self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator] | None, query: Tensor | None = None
+    ) -> Asked:
+        """`stacked_features`, and the queries behind them."""
         if "attention_mask" in inputs:
             slots.tokens = _own_tokens(inputs["attention_mask"], len(slots.rows))
         if self._transform is None or not self.augments or augment is None:
-            return self.features(inputs, lean=True)
+            return self.asked(inputs, lean=True, query=query)
         parts = []
         for k, rows in enumerate(slots.rows):
             start = k * slots.width
             own = self._transform(inputs["pixel_values"][start : start + rows], augment[k])
             parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
-        return self.backbone.image_features(torch.cat(parts), self.adapter.lean)
+        return self._asked({"pixel_values": torch.cat(parts)}, True, query)
+
+    def _shown(self, inputs: Tensors, augment: torch.Generator | None = None) -> Tensors:
+        """What the encoder is given of a raw batch: normalised images, or texts as they are."""
+        if self._transform is None:
+            return inputs
+        if "pixel_values" not in inputs:
+            raise ModelError(f"the backbone takes images, but the data hold {', '.join(inputs)}: choose a text backbone")
+        return {"pixel_values": self._transform(inputs["pixel_values"], augment)}
+
+    def _encoded(self, shown: Tensors, lean: bool) -> Tensor:
+        if self._transform is None:
+            return self.backbone.text_features(shown)
+        return self.backbone.image_features(shown["pixel_values"], lean)
+
+    def _asked(self, shown: Tensors, lean: bool, query: Tensor | None) -> Asked:
+        lean = lean and self.adapter.lean
+        if not self.adapter.queries:
+            return Asked(self._encoded(shown, lean))
+        if query is None:
+            with torch.no_grad():
+                query = self._encoded(shown, lean=True)
+        with self.adapter.asked(self.backbone, query):
+            return Asked(self._encoded(shown, lean), query)
+
+    def _bare(self, inputs: Tensors) -> Tensor:
+        """Features of a raw batch, for which no adapter is asked."""
+        return self._encoded(self._shown(inputs), lean=False)
 
     def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:
         """What the head's last linear map is given, (b, M): features themselves for a linear head."""

@@ -23,7 +23,7 @@ from fedsim.core.errors import ClientFailed, ConfigError, ModelError
 from fedsim.core.events import Note
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest
 from fedsim.models import model as models
-from fedsim.models.model import Model
+from fedsim.models.model import Asked, Model
 from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests.models.zoo import BERT
@@ -313,15 +313,15 @@ def test_no_client_changes_what_another_computes() -> None:
 def test_bundles_are_halved_until_they_fit(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocator that has room for so many clients; what did not fit is not tried again."""
     here, tried = work(), []
-    real = Model.stacked_features
+    real = Model.stacked_asked
 
-    def limited(self: Model, inputs: Any, slots: Slots, augment: Any) -> Tensor:
+    def limited(self: Model, inputs: Any, slots: Slots, *rest: Any) -> Asked:
         tried.append(len(slots.rows))
         if len(slots.rows) > most:
             raise torch.OutOfMemoryError("no room")
-        return real(self, inputs, slots, augment)
+        return real(self, inputs, slots, *rest)
 
-    monkeypatch.setattr(Model, "stacked_features", limited)
+    monkeypatch.setattr(Model, "stacked_asked", limited)
     want = here.one_by_one()
     got = here.together()
     require_same(got, want)

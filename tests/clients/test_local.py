@@ -152,7 +152,7 @@ def test_keeping_what_is_frozen_changes_rounding_at_most(adapter: str, text: boo
     assert isinstance(below, LowerStates)
     assert below.count == (2 if adapter == "none" else 1)
     got = here.train(plan)
-    monkeypatch.setattr(local, "lower_states", lambda *args: None)
+    monkeypatch.setattr(lower_states, "lower_states", lambda *args: None)
     require_close(got, client(UPPER[adapter], text=text).train(plan), here.params, 1e-3)
 
 

@@ -280,7 +280,7 @@ def test_blocks_below_the_first_prompt_may_be_kept() -> None:
         with built.applied(params):
             want = built.features(inputs)
             for lean in (False, True):
-                assert torch.allclose(built.upper_features(inputs, states, 4, lean), want, rtol=0, atol=1e-5)
+                assert torch.allclose(built.upper_asked(inputs, states, 4, lean).features, want, rtol=0, atol=1e-5)
 
 
 def test_clients_side_by_side_get_what_each_gets_alone() -> None:

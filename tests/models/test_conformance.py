@@ -37,7 +37,7 @@ def test_going_on_from_a_block_gives_what_the_whole_gives(family: str) -> None:
     with torch.no_grad():
         for below in range(1, count):
             states = built.lower_states(inputs, below)
-            assert torch.equal(built.upper_features(inputs, states, below), features(built, inputs)), below
+            assert torch.equal(built.upper_asked(inputs, states, below).features, features(built, inputs)), below
 
 
 def test_the_page_is_what_was_found() -> None:

@@ -138,7 +138,7 @@ class Step:
     the same way. `own` are the rows of the first; `replayed` and `synthetic` those that this learner added. inputs: the raw
     batch; positions: of its samples in the training split, −1 for a synthetic one; labels: head rows, −1 for none; features and
     logits as in `Outputs`, with gradients. params: the tensors being trained; start: the same, as received. classes, seen: head
-    rows of the current task, and of all tasks so far.
+    rows of the current task, and of all tasks so far. query: what an adapter with queries was asked with, (b, D).
     draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
     gradient, and on past modules as in `ClientWork.outputs`; once per batch for one mapping, however many learners ask. head:
     logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones. blocks: what
@@ -161,6 +161,7 @@ class Step:
     model: Callable[[Tensors], Outputs]
     head: HeadLike
     blocks: Sequence[Tensor] = ()
+    query: Tensor | None = None
 
 
 class Ending(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -58,12 +58,15 @@ class Adapter(Part, ABC):
 
     lean: what it does to a token does not depend on the others being there, and it leaves the class token first, so that the
     last block may leave out all tokens but that one.
+    queries: what it does to a sample depends on the sample's query, the features (D,) that the bare backbone gives of the same
+    input: a pool of prompts, of which each sample gets its own. It may then tell training, `applied`, from inference, `merged`.
     An adapter that gives "composes modules": with tensors that have a leading axis of sources, `applied` and `merged` give
     features (b, S, D), one per source, each the same bits whatever the others are. A head that "composes heads" then
     makes one prediction of them.
     """
 
     lean: ClassVar[bool] = False
+    queries: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
@@ -89,6 +92,25 @@ class Adapter(Part, ABC):
         all of them and has none. What one client's samples give must not depend on the others. An adapter without this method
         is trained client by client."""
         raise ModelError(f"the adapter {type(self).__module__} cannot train several clients at once: it has no method 'stacked'")
+
+    def asked(self, backbone: BackboneLike, query_bD: Tensor) -> AbstractContextManager[None]:
+        """Of an adapter with `queries`. While open, inside `applied`, `merged` or `stacked`, the samples that go through the
+        encoder have these queries; outside of it, what is applied does nothing, and features are the bare backbone's."""
+        return nullcontext()
+
+    def loss(self, tensors: Tensors, query_bD: Tensor | None) -> Tensor | None:
+        """A term of its own in a client's loss: of its tensors, and of the queries of the client's own samples of a batch (None
+        without `queries`). None for nothing, as where its weight is 0."""
+        return None
+
+    def grown(self, backbone: BackboneLike, tensors: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+        """At the start of every task but the first, on the server: the tensors with those that the new task brings, under names
+        of their own (`….task3`), so that what travels is what there is. As they are by default."""
+        return dict(tensors)
+
+    def frozen(self, tensors: Tensors) -> tuple[str, ...]:
+        """Globs of tensors that no client trains in the task whose tensors these are: components of earlier tasks."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ WORDS: Mapping[str, str] = {
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
+    "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
