@@ -41,7 +41,7 @@ class Chosen:
 
     @property
     def words(self) -> set[str]:
-        return {self.kind, str(self), *self.traits.gives}
+        return {self.kind, str(self), *self.traits.gives, *self.traits.takes}
 
 
 def require(config: SimConfig, rule: Aggregator, tasks: int | None = None) -> None:
@@ -53,7 +53,8 @@ def require(config: SimConfig, rule: Aggregator, tasks: int | None = None) -> No
 
 def obstacle(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> str | None:
     """Why these parts do not go together, None if they do: the first refused word that another part or the run gives, need
-    that nobody gives, or place that two parts take. `run`: word of the run -> how the config says it."""
+    that nobody gives, or place that two parts take, or one that the run is without. `run`: word of the run -> how the config says
+    it."""
     for number, part in enumerate(parts):
         others = [other for place, other in enumerate(parts) if place != number]
         for word, told in part.traits.refuses.items():
@@ -64,6 +65,8 @@ def obstacle(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> st
             if word not in run and not any(word in other.words for other in parts):
                 return _line(part, told, word, parts, config)
         for place in sorted(part.traits.takes):
+            if (given := run.get(f"without {place}")) is not None:
+                return f"{part} needs {place}, which {given} forbids: choose another method, or allow it"
             taken = next((other for other in parts[:number] if place in other.traits.takes), None)
             if taken is not None:
                 return f"{taken} and {part} both take the place of {place}, which only one part of a run can have: choose one"
@@ -90,6 +93,7 @@ def run_words(config: SimConfig, tasks: int | None = None) -> dict[str, str]:
         ("several tasks", "stream.tasks", several_tasks),
         (f"context {contracts.TEACHER}", "stream.tasks", several_tasks),  # the last task's model
         ("online", "stream.online", stream.online),
+        (f"without {contracts.BUFFER}", "stream.keep", not stream.keep),
         ("augmentation", "transform.augment", config.transform.augment != "none"),
         (f"optimizer {config.client.optimizer.lower()}", "client.optimizer", True),
         ("clipped gradients", "client.clip_norm", config.client.clip_norm is not None),

@@ -51,6 +51,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing backbone": (["model.backbone=./nothing", "model.config=null"], r"nothing: model.backbone must be a folder"),
     "config of a backbone that has its own": (["model.backbone=./nothing"], r"model.config is for backbone 'random' only"),
     "online with epochs": (["stream.online=true", "client.epochs=2"], r"client.epochs must be 1 with stream.online"),
+    "replay where no samples are kept": (
+        ["stream.online=true", "stream.keep=false", "client.learners=[{name: er, size: 4}]"],
+        r"learner er needs the buffer, which stream.keep: false forbids",
+    ),
+    "a buffer larger than the data": (["client.learners=[er]"], r"learner er: no client can fill a buffer of 200"),
     "statistic of a layer that is not there": (["server.consolidator=regmean", "adapter=none"], r"LoRA|lora"),
     "no rule in a list": (["server.aggregator=[]"], r"server.aggregator is an empty list"),
     "override without =": (["partition.alpha"], r"no config file .*partition.alpha \(an override must look like key.sub=value"),

@@ -35,6 +35,7 @@ RUN_WORDS = [  # an override, and the word that it makes the run give
     ("server.on_client_failure=skip", "clients may fail", "server.on_client_failure: skip"),
     ("server.unlearning=true", "unlearning", "server.unlearning: true"),
     ("stream.online=true", "online", "stream.online: true"),
+    ("stream.keep=false", "without the buffer", "stream.keep: false"),
     ("transform.augment=flip", "augmentation", "transform.augment: flip"),
     ("client.clip_norm=1.0", "clipped gradients", "client.clip_norm: 1.0"),
     ("client.optimizer=SGD", "optimizer sgd", "client.optimizer: SGD"),

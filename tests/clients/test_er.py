@@ -1,18 +1,16 @@
-"""Experience replay against its parts: the reservoir's law, the loss by hand, and runs that are stopped anywhere."""
+"""Experience replay against its parts: the loss by hand, what is remembered, and what cannot work."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.learners.er import Learner, reservoir
+from clients.learners.er import Learner
 from fedsim.core import config as configs
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate
@@ -20,21 +18,6 @@ from fedsim.simulation import prepare, run
 from tests.clients.test_fused import Here, require_same, work
 from tests.clients.works import step_of
 from tests.tiny import kept, tiny
-
-
-def test_every_sample_is_kept_with_the_same_probability() -> None:
-    """Offered in two parts, 30 samples in 6 places: each is in it with 6 / 30. χ² with 29 degrees of freedom, 0.1 % at 58.3."""
-    trials, counts = 3000, Counter[int]()
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(trials):
-        stored, offered = reservoir(np.zeros(0, dtype=np.int64), 0, np.arange(4), 6, draw)
-        assert stored.tolist() == [0, 1, 2, 3]
-        stored, offered = reservoir(stored, offered, np.arange(4, 30), 6, draw)
-        assert offered == 30 and len(set(stored.tolist())) == 6
-        counts.update(stored.tolist())
-    expected = trials * 6 / 30
-    # places are drawn without replacement, so that counts vary less than independent ones: the bound is on the safe side
-    assert sum((counts[i] - expected) ** 2 / expected for i in range(30)) < 58.3
 
 
 def test_the_loss_by_hand() -> None:
@@ -81,8 +64,9 @@ def test_together_is_as_one_by_one_with_a_buffer() -> None:
 
 def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Path) -> None:
     for online in (False, True):
+        most = int(prepare(tiny()).manifest.sizes.sum(axis=0).max())
         config = tiny(
-            "client.learners=[{name: er, size: 1000}]", f"stream.online={str(online).lower()}", "server.rounds=2",
+            f"client.learners=[{{name: er, size: {most}}}]", f"stream.online={str(online).lower()}", "server.rounds=2",
             "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path / str(online),
         )  # fmt: skip
         results = run(config)
@@ -93,13 +77,36 @@ def test_samples_are_offered_once_a_task_and_online_in_every_round(tmp_path: Pat
             assert int(memory["learner.er/offered"]) == held[client]
         stored = results.costs["stored"]
         assert stored["max"] == held.max() * (8 * 8 * 1 + 8) + 16, "samples of 64 bytes with their label, and two numbers"
-        assert any("holds all samples that any client ever has" in note for note in results.notes)
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"batch_size": 0}, {"size": 2.5}])
+@pytest.mark.parametrize(
+    "options", [{"size": 0}, {"batch_size": 0}, {"size": 2.5}, {"total": 0}, {"total": 9, "size": 3}, {"buffer": "resevoir"}]
+)
 def test_options_that_can_never_work(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         configs.build("learners", {"name": "er", **options})
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("client.learners=[{name: er, total: 2}]", "learner er: total 2 leaves none of 3 clients a sample: use 3 or more"),
+        (
+            "client.learners=[{name: er, size: 73}]",
+            r"learner er: no client can fill a buffer of 73, since none ever holds more than \d+ samples: set size to \d+ or less",
+        ),
+        ("client.learners=[{name: er, total: 240}]", r"no client can fill a buffer of 80, .*: set total to \d+ or less"),
+        ("stream.keep=false", r"learner er needs the buffer, which stream.keep: false forbids: choose another method, or allow it$"),
+    ],
+)
+def test_a_buffer_that_cannot_be(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as refused:
+        prepare(tiny(*{"client.learners": "client.learners=[{name: er, size: 4}]", override.partition("=")[0]: override}.values()))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_total_is_shared_evenly() -> None:
+    assert Learner(total=10).room(3) == 3 and Learner(size=7).room(3) == 7 and Learner().room(3) == Learner().size == 200
 
 
 def test_two_buffers_are_refused(tmp_path: Path) -> None:

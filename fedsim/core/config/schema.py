@@ -49,6 +49,7 @@ class StreamConfig:
         names are numbers, a number is the name.
     group: tasks by a grouping of the source (alphabet, superclass, domain of intents), instead of by number.
     online: single pass: the shard of a task is divided over its rounds, so that every sample is seen once.
+    keep: whether clients may keep samples of former tasks (online: of former rounds); false refuses methods with a buffer.
     joint: all these tasks at once, as one task: with the partition `joint` the upper bound of the stream.
     noise: wrong training labels, {kind: symmetric, share: 0.4}; samples are dealt to clients by their true classes.
     """
@@ -59,6 +60,7 @@ class StreamConfig:
     order: Any = "given"
     group: str | None = None
     online: bool = False
+    keep: bool = True
     joint: bool = False
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 

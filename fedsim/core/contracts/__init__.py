@@ -6,6 +6,7 @@ what they remember is the `State` they are handed and hand back.
 
 from fedsim.core.contracts.channels import Channel, Code, Parcel, require_covered
 from fedsim.core.contracts.clients import (
+    BUFFER,
     CROSS_ENTROPY,
     ONE_CLASS,
     OWN,
@@ -55,6 +56,7 @@ from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_number
 from fedsim.core.work import ArraySplit
 
 __all__ = [
+    "BUFFER",
     "CALIBRATOR",
     "CLOSING",
     "CROSS_ENTROPY",

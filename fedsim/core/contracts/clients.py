@@ -24,7 +24,7 @@ from fedsim.core.numbers import IntArray
 if TYPE_CHECKING:
     from fedsim.core.config import SimConfig
 
-CROSS_ENTROPY, ONE_CLASS = "the cross-entropy", "learns one class"  # words of `Traits`
+CROSS_ENTROPY, BUFFER, ONE_CLASS = "the cross-entropy", "the buffer", "learns one class"  # words of `Traits`
 TEACHER = "teacher"  # the context that the server gives to whoever needs it: the model that the last task's end deployed
 OWN = "own"  # the context that a learner's own server half gives it
 
@@ -194,7 +194,8 @@ class Learner(Part):
         opened (task's start) -> every round: context -> clients -> merge -> heard -> merged
         -> task's end: closing -> pass over clients (review) -> closed -> made (if another task follows) -> deployed
 
-    `traits`: `takes` CROSS_ENTROPY if `loss` stands in its place, needs "context teacher" if the last task's model is to be sent.
+    `traits`: `takes` CROSS_ENTROPY if `loss` stands in its place, BUFFER if it keeps samples; needs "context teacher" if the last
+    task's model is to be sent.
     blocks: whether steps show what comes out of every block, which is then computed anew in every step, client by client.
     """
 
