@@ -90,9 +90,9 @@ def balanced(offer: Offer, draw: torch.Generator) -> IntArray:
     """Places of an offer that are kept, as many of every class as can be (Chrysakis & Moens 2020, "Online continual learning from
     imbalanced data": class-balancing reservoir sampling).
 
-    In a full buffer, a sample of a class of which none was ever left out, and which is not the largest, takes the place of a random
-    one of a largest class; any other, of the n_c samples of its class that were offered, takes with probability m_c / n_c the
-    place of one of the m_c that are stored. So each sample ever offered of a class is in it with the same probability.
+    In a full buffer, a sample of a class of which none was ever left out, and which is not the largest, takes the place of a
+    random one of a largest class; any other takes with probability m_c / n_c the place of one of the m_c that are stored of its
+    class, of which n_c were offered. So each sample ever offered of a class is in it with the same probability.
     """
     kept = list(range(offer.stored))
     counts = np.zeros(max(len(offer.counts), 1 + int(offer.labels.max(initial=0))), dtype=np.int64)
@@ -124,8 +124,8 @@ def balanced(offer: Offer, draw: torch.Generator) -> IntArray:
 
 
 def herding(offer: Offer, draw: torch.Generator) -> IntArray:
-    """Places of an offer that are kept, class by class, those of a class in the order of herding, so that its first ones stay when
-    the others must go (Rebuffi et al. 2017, "iCaRL"). Room is shared evenly over the classes that the client has held."""
+    """Places of an offer that are kept, class by class, those of a class in the order of herding, so that its first ones stay
+    when the others must go (Rebuffi et al. 2017, "iCaRL"). Room is shared evenly over the classes that the client has held."""
     classes, held = np.unique(offer.labels, return_counts=True)
     fresh = set(offer.labels[offer.stored :].tolist())
     kept = []
@@ -211,12 +211,14 @@ class Rehearsal(contracts.Learner):
         clients, most, name = sizes_TK.shape[1], int(sizes_TK.sum(axis=0).max()), type(self).__module__.rpartition(".")[2]
         room = self.room(clients)
         if room < 1:
-            raise ConfigError(f"learner {name}: total {self.total} leaves none of {clients} clients a sample: use {clients} or more")
+            raise ConfigError(
+                f"learner {name}: total {self.total} leaves none of {clients} clients a sample: use {clients} or more"
+            )
         if room > most:
             key, enough = ("size", most) if self.total is None else ("total", most * clients)
             raise ConfigError(
-                f"learner {name}: no client can fill a buffer of {room}, since none ever holds more than {most} samples: set {key} to "
-                f"{enough} or less (with all samples kept it is joint training of each client's own data)"
+                f"learner {name}: no client can fill a buffer of {room}, since none ever holds more than {most} samples: set {key} "
+                f"to {enough} or less (with all samples kept it is joint training of each client's own data)"
             )
         return ()
 

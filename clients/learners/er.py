@@ -28,9 +28,9 @@ class Learner(_buffers.Rehearsal):
         replacement
 
     Where nothing is replayed yet it is the plain cross-entropy over the task's own classes. A sample is offered to the buffer
-    once, at the end of the first round in which the client trains on it [ours: the references offer what passes by in every epoch,
-    so that a sample may be in it several times]. So within a task, from its second round on, samples of the task itself are
-    replayed too, as in the references, whose buffer is a reservoir.
+    once, at the end of the first round in which the client trains on it [ours: the references offer what passes by in every
+    epoch, so that a sample may be in it several times]. So within a task, from its second round on, samples of the task itself
+    are replayed too, as in the references, whose buffer is a reservoir.
 
     Nothing travels. Memory: `positions` of the samples (n ≤ size,), how many were `offered`, and the last `task` of which some
     were; a balanced buffer also the `counts` of every class. A device stores n samples with their labels, and two numbers.

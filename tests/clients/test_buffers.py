@@ -42,8 +42,8 @@ def test_a_reservoir_keeps_every_sample_with_the_same_probability() -> None:
 
 
 def test_a_balanced_buffer_is_even_over_classes_and_uniform_within() -> None:
-    """20, 8 and 2 samples of three classes, shuffled and offered in two parts, in 9 places: the smallest class is there whole, the
-    others share what is left; of a class, each sample with the same probability (χ², 0.1 % at 43.8 with 19 degrees of freedom)."""
+    """20, 8 and 2 samples of three classes, shuffled and offered in two parts, in 9 places: the smallest class is there whole,
+    the others share what is left; of a class, each sample with the same probability (χ², 0.1 % at 43.8 for 19 degrees)."""
     trials, counts, sizes = 2000, Counter[int](), Counter[tuple[int, ...]]()
     numbers = np.random.default_rng(0)
     draw = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def test_a_balanced_buffer_is_even_over_classes_and_uniform_within() -> None:
     expected = sum(counts[i] for i in range(20)) / 20
     assert sum((counts[i] - expected) ** 2 / expected for i in range(20)) < 43.8
     expected = sum(counts[i] for i in range(20, 28)) / 8
-    assert sum((counts[i] - expected) ** 2 / expected for i in range(20, 28)) < 24.3, "7 degrees of freedom"
+    assert sum((counts[i] - expected) ** 2 / expected for i in range(20, 28)) < 24.3, "7 degrees"
 
 
 def test_herding_is_nearer_to_the_mean_than_chance() -> None:

@@ -36,7 +36,7 @@ class Traits:
 
     gives: what others may need or refuse. Besides, every part gives its kind ("calibrator") and its kind with its name
         ("calibrator ccvr"), and the run itself gives words such as "several rounds" (`fedsim.suitable.run_words`).
-    takes: places of a run that one part only can have: who takes one that is taken, or that the run does not have, is refused. Who
+    takes: places of a run that one part only can have: who takes one that is taken, or that the run is without, is refused. Who
         takes a place gives its word too.
     needs: word -> what is said where nobody gives it.
     refuses: word -> what is said where another part, or the run, gives it.
