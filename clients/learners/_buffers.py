@@ -217,8 +217,8 @@ class Rehearsal(contracts.Learner):
         if room > most:
             key, enough = ("size", most) if self.total is None else ("total", most * clients)
             raise ConfigError(
-                f"learner {name}: no client can fill a buffer of {room}, since none ever holds more than {most} samples: set {key} "
-                f"to {enough} or less (with all samples kept it is joint training of each client's own data)"
+                f"learner {name}: no client can fill a buffer of {room}, since none ever holds more than {most} samples: set "
+                f"{key} to {enough} or less (with all samples kept it is joint training of each client's own data)"
             )
         return ()
 
