@@ -1,8 +1,8 @@
 """Gaussians of class features on the server, and retraining of the head on features that are drawn from them.
 
-What the calibrators that draw features share. A class is known by a mixture of Gaussians: in every task, one for each client
-that told of it, or a single one for all of them. The state holds, for every task and every class (a row of the head) of
-which somebody told in it,
+What the calibrators that draw features share: HGP, CCVR, SLCA. A class is known by a mixture of Gaussians: in every task, one
+for each client that told of it, or a single one for all of them. The state holds, for every task and every class (a row of the
+head) of which somebody told in it,
 
     {"gaussians": {task: {row: {"count": (M,), "mean": (M, D), "variance": (M, D)}}}}
 
@@ -33,6 +33,7 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticReques
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import from_upper_triangle
 from fedsim.core.work import seen_classes
+from server.calibrators._class_sums import asking, lifted, moments, with_rows
 
 SENT = {  # covariance: -> form of `class_moments` that is asked for, and what it calls the second moments
     "diagonal": ("full", "variance"),
@@ -111,6 +112,14 @@ class GaussianCalibrator(contracts.Calibrator):
     def inflation(self) -> float:
         """f, by which covariances are multiplied when features are drawn."""
 
+    def mean_scale(self, task: int, now: int) -> float:
+        """By what means that were measured in a task are multiplied when features are drawn in the task `now`."""
+        return 1.0
+
+    def normed_together(self, rows: Sequence[int], classes: Sequence[Sequence[int]]) -> list[int]:
+        """How many of the rows, in their order, share a norm of their logits: see `head_gradient`."""
+        return [len(rows)]
+
     def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": SENT[self.covariance][0]}, blended=True)
         return RoundPlan(train=(), statistics=(request,))
@@ -155,16 +164,19 @@ class GaussianCalibrator(contracts.Calibrator):
         """Which rows of the head are repaired, ascending, and what becomes of them: weight (K, D) and bias (K,)."""
         known: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
         wanted = seen_classes(classes, len(classes) - 1) if self.repairs_old_rows else sorted(classes[-1])
-        of_row = {c: [told[c] for told in known.values() if c in told] for c in wanted}
+        scale = {task: self.mean_scale(task, len(classes) - 1) for task in known}
+        of_row = {c: [_scaled(told[c], scale[task]) for task, told in known.items() if c in told] for c in wanted}
         rows = [c for c in wanted if of_row[c]]
         at_K = torch.tensor(rows, dtype=torch.long)
         weight_KD, bias_K = params[HEAD_WEIGHT][at_K], params[HEAD_BIAS][at_K]
         if not rows or not self.epochs:
             return rows, weight_KD, bias_K
         mixture = Mixture.of([_side_by_side(of_row[c]) for c in rows], self.inflation, params[HEAD_WEIGHT].dtype)
-        return rows, *self._retrain(weight_KD, bias_K, mixture, draw)
+        return rows, *self._retrain(weight_KD, bias_K, mixture, self.normed_together(rows, classes), draw)
 
-    def _retrain(self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _retrain(
+        self, weight_KD: Tensor, bias_K: Tensor, mixture: Mixture, sizes: Sequence[int], draw: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """SGD with momentum as torch.optim has it, on copies; the gradient of a linear map needs no autograd."""
         velocity_KD, velocity_K = torch.zeros_like(weight_KD), torch.zeros_like(bias_K)
         temperature = self.temperature if self.normalise else None
@@ -172,12 +184,66 @@ class GaussianCalibrator(contracts.Calibrator):
             lr = self.lr * (0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs) if self.schedule == "cosine" else 1.0)
             x_nD, place_n = mixture.draw(self.samples_per_class * len(bias_K), draw)
             for x_bD, place_b in zip(*(torch.split(t, self.batch_size) for t in (x_nD, place_n)), strict=True):
-                gradient_KD, gradient_K = head_gradient(weight_KD, bias_K, x_bD, place_b, temperature)
+                gradient_KD, gradient_K = head_gradient(weight_KD, bias_K, x_bD, place_b, temperature, sizes)
                 if self.clip_norm is not None:
                     clip(gradient_KD, gradient_K, self.clip_norm)
                 weight_KD.sub_(velocity_KD.mul_(self.momentum).add_(gradient_KD), alpha=lr)
                 bias_K.sub_(velocity_K.mul_(self.momentum).add_(gradient_K), alpha=lr)
         return weight_KD, bias_K
+
+
+@dataclass(frozen=True)
+class PooledCalibrator(GaussianCalibrator):
+    """Once, at a task's end, from the moments of all clients' samples of every class of the task: the repaired head is deployed,
+    and training goes on from the head as it was."""
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    @property
+    def inflation(self) -> float:
+        return 1.0
+
+    def init(self) -> State:
+        """`head`: the rows that are deployed in the place of those that are trained."""
+        return {**super().init(), "head": {}}
+
+    def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        return None
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        return asking(SENT[self.covariance][0], classes[-1])
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        return lifted(update, SENT[self.covariance][1])
+
+    def end_task(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
+    ) -> State:
+        state = remembering(state, len(classes) - 1, self.pooled(params, total, classes[-1]))
+        if not self.epochs:
+            return state
+        rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
+        new = {c: {HEAD_WEIGHT: weight_KD[k], HEAD_BIAS: bias_K[k]} for k, c in enumerate(rows)}
+        return {**state, "head": {**state["head"], **new}}
+
+    def pooled(self, params: Tensors, total: Tensors, classes: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """The Gaussians of the classes with two samples or more, of all clients together."""
+        dtype, second = params[HEAD_WEIGHT].dtype, SENT[self.covariance][1]
+        n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
+        return {
+            c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
+            for k, c in enumerate(classes)
+            if n_K[k] >= 2
+        }
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        head = state["head"]
+        if not head:
+            return params
+        weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (HEAD_WEIGHT, HEAD_BIAS))
+        return with_rows(params, list(head), weight_RD, bias_R)
 
 
 # ---------------------------------------------------------------- what clients told
@@ -187,6 +253,10 @@ def remembering(state: State, task: int, told: Mapping[int, Mapping[str, Tensor]
     """The state with these Gaussians of classes in a task, in the place of those that it had."""
     before: Mapping[int, Mapping[int, Mapping[str, Tensor]]] = state["gaussians"]
     return {**state, "gaussians": {**before, task: {**before.get(task, {}), **told}}}
+
+
+def _scaled(one: Mapping[str, Tensor], scale: float) -> Mapping[str, Tensor]:
+    return one if scale == 1 else {**one, "mean": one["mean"] * scale}
 
 
 def _side_by_side(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -287,29 +357,47 @@ def cholesky(triangle: Tensor) -> Tensor:
 
 
 def head_gradient(
-    weight_KD: Tensor, bias_K: Tensor, x_bD: Tensor, place_b: Tensor, temperature: float | None
+    weight_KD: Tensor,
+    bias_K: Tensor,
+    x_bD: Tensor,
+    place_b: Tensor,
+    temperature: float | None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """∂/∂(W, b) of the batch's mean cross-entropy, logits z = W x + b being taken as z / ‖z‖ / temperature (None: as they are).
+    """∂/∂(W, b) of the batch's mean cross-entropy, logits z = W x + b being taken as z / m / temperature (None: as they are).
 
-    A sample whose logits are zero, or shorter than `SHORTEST`, has no direction (a head that nothing trained yet): its logits are
-    divided by 1, where the reference's ‖z‖ + 1e-12 would make the step 1e12 times as long.
+        m = 1/S Σ_s ‖z_s‖,   ∂m/∂z_j = z_j / (S ‖z_s‖), j in s
+
+    sizes: of the S parts that z is cut into (None: a single one, so that m = ‖z‖). A sample whose m is shorter than `SHORTEST`
+    has no direction (a head that nothing trained yet): its logits are divided by 1, where the references' ‖z‖ + 1e-12 would make
+    the step 1e12 times as long.
     """
     z_bK = torch.addmm(bias_K, x_bD, weight_KD.T)
-    norm_b1 = None
-    if temperature is not None:
-        norm_b1 = torch.linalg.vector_norm(z_bK, dim=1, keepdim=True)
-        norm_b1.masked_fill_(norm_b1 < SHORTEST, 1.0)
-        z_bK.div_(norm_b1)
-        error_bK = (z_bK / temperature).softmax(1)
-    else:
-        error_bK = z_bK.softmax(1)
-    error_bK[torch.arange(len(place_b)), place_b] -= 1
-    error_bK.div_(len(place_b))
-    if norm_b1 is not None and temperature is not None:
-        # The part along z goes: the loss does not see how long z is.
-        along_b1 = (error_bK * z_bK).sum(1, keepdim=True)
-        error_bK.addcmul_(z_bK, along_b1, value=-1).div_(norm_b1 * temperature)
+    if temperature is None:
+        error_bK = _error(z_bK, place_b)
+        return error_bK.T @ x_bD, error_bK.sum(0)
+    parts = torch.split(z_bK, list(sizes or [len(bias_K)]), dim=1)
+    norm_bS = torch.cat([torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in parts], dim=1)
+    mean_b1 = _lengths(norm_bS.mean(1, keepdim=True))
+    norm_bS = _lengths(norm_bS).mul_(len(parts))
+    slope_bK = torch.cat([part / norm_bS[:, s : s + 1] for s, part in enumerate(parts)], dim=1)
+    z_bK.div_(mean_b1)
+    error_bK = _error(z_bK / temperature, place_b)
+    along_b1 = (error_bK * z_bK).sum(1, keepdim=True)  # the loss does not see how long z is
+    error_bK.addcmul_(slope_bK, along_b1, value=-1).div_(mean_b1 * temperature)
     return error_bK.T @ x_bD, error_bK.sum(0)
+
+
+def _lengths(norms: Tensor) -> Tensor:
+    """Norms to divide by: 1 in the place of those of nothing."""
+    return norms.masked_fill(norms < SHORTEST, 1.0)
+
+
+def _error(z_bK: Tensor, place_b: Tensor) -> Tensor:
+    """∂/∂z of the batch's mean cross-entropy."""
+    error_bK = z_bK.softmax(1)
+    error_bK[torch.arange(len(place_b)), place_b] -= 1
+    return error_bK.div_(len(place_b))
 
 
 def clip(gradient_KD: Tensor, gradient_K: Tensor, most: float) -> None:

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from fedsim.core.errors import ConfigError, require_choice
-from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
-from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
-from server.calibrators._class_sums import asking, lifted, moments, with_rows
-from server.calibrators._gaussians import SENT, GaussianCalibrator, remembering
+from fedsim.core.messages import RoundPlan, State, Tensors
+from server.calibrators._class_sums import asking
+from server.calibrators._gaussians import SENT, GaussianCalibrator, PooledCalibrator
 
 
 @dataclass(frozen=True)
-class Calibrator(GaussianCalibrator):
+class Calibrator(PooledCalibrator):
     """Once, at a task's end: n_c, μ_c, Σ_c of all clients' samples of class c under the model that is then deployed, and SGD of
     the head's rows on the cross-entropy of z = W x + b, class c uniform, x ~ N(μ_c, Σ_c).
 
@@ -83,57 +81,22 @@ class Calibrator(GaussianCalibrator):
     def additive(self) -> bool:
         return self.gaussian == "pooled"
 
-    @property
-    def inflation(self) -> float:
-        return 1.0
-
-    def init(self) -> State:
-        """`head`: the rows that are deployed in the place of those that are trained (none with when: round)."""
-        return {**super().init(), "head": {}}
-
     def plan(self, state: State, round: int, last: bool, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         if self.when == "task_end":
             return None
         if self.additive:
             return asking(SENT[self.covariance][0], classes[-1], blended=True)
-        return super().plan(state, round, last, classes)
+        return GaussianCalibrator.plan(self, state, round, last, classes)
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
-        return asking(SENT[self.covariance][0], classes[-1]) if self.when == "task_end" else None
-
-    def lift(self, update: ClientUpdate) -> Tensors:
-        return lifted(update, SENT[self.covariance][1])
+        return super().closing(state, classes) if self.when == "task_end" else None
 
     def end_task(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
-        if self.when == "round":
-            return state
-        state = remembering(state, len(classes) - 1, self._told(params, total, classes[-1]))
-        if not self.epochs:
-            return state
-        rows, weight_KD, bias_K = self.repaired(state, params, classes, draw)
-        new = {c: {HEAD_WEIGHT: weight_KD[k], HEAD_BIAS: bias_K[k]} for k, c in enumerate(rows)}
-        return {**state, "head": {**state["head"], **new}}
+        return state if self.when == "round" else super().end_task(state, params, total, classes, draw)
 
     def finish(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        return self.retrained(state, params, self._told(params, total, classes[-1]), classes, draw)
-
-    def _told(self, params: Tensors, total: Tensors, classes: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """The pooled Gaussians of the classes with two samples or more."""
-        dtype, second = params[HEAD_WEIGHT].dtype, SENT[self.covariance][1]
-        n_K, mean_KD, spread = (t.to(dtype) for t in moments(total))
-        return {
-            c: {"count": n_K[k : k + 1], "mean": mean_KD[k : k + 1], second: spread[k : k + 1]}
-            for k, c in enumerate(classes)
-            if n_K[k] >= 2
-        }
-
-    def deployed(self, state: State, params: Tensors) -> Tensors:
-        head = state["head"]
-        if not head:
-            return params
-        weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (HEAD_WEIGHT, HEAD_BIAS))
-        return with_rows(params, list(head), weight_RD, bias_R)
+        return self.retrained(state, params, self.pooled(params, total, classes[-1]), classes, draw)
