@@ -1,4 +1,4 @@
-"""Learners that the last task's model teaches, against closed forms; a first task without it; what a teacher costs."""
+"""Learners that the last task's model teaches, against closed forms; what a teacher costs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.learners import _teacher, lwf
+from clients.learners import _teacher, feature_distillation, lwf
 from fedsim.core import config as configs
 from fedsim.core import contracts
 from fedsim.core.contracts import Outputs
 from fedsim.core.errors import ConfigError
-from fedsim.core.messages import ClientUpdate
 from fedsim.simulation import prepare, run
-from tests.clients.test_fused import work
 from tests.clients.works import step_of
 from tests.tiny import final_state, same_bits, tiny
 
@@ -64,7 +62,21 @@ def test_hot_distillation_matches_centred_logits() -> None:
     torch.testing.assert_close(gradient[:, SEEN] * 5 * heat**2 * 4, apart - apart.mean(dim=1, keepdim=True), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("learner", [lwf.Learner(), lwf.Learner(classes="task")])
+FEATURES = (feature_distillation.Learner(normalised=False, alpha=0.3), feature_distillation.Learner())
+
+
+@pytest.mark.parametrize("learner", FEATURES)
+def test_feature_distillation_by_hand(learner: feature_distillation.Learner) -> None:
+    """0.3 times the mean squared distance; of unit vectors, 2 (1 − cos)."""
+    f, t, want = logits(0), logits(1), 0.0
+    for ours, theirs in zip(f[:3], t[:3], strict=True):
+        cosine = float(ours @ theirs / (ours.norm() * theirs.norm()))
+        want += 2 * (1 - cosine) / 3 if learner.normalised else 0.3 * float((ours - theirs) @ (ours - theirs)) / 3
+    value = taught(learner, f, t)
+    assert value is not None and value.item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("learner", [lwf.Learner(), lwf.Learner(classes="task"), *FEATURES])
 def test_who_equals_the_teacher_learns_nothing_of_it(learner: contracts.Learner) -> None:
     z = logits(0).requires_grad_()
     value = taught(learner, z, z.detach())
@@ -94,17 +106,9 @@ def test_old_classes_are_those_before_the_task_or_all() -> None:
     assert _teacher.old_classes((0, 1), (0, 1)) == [0, 1]
 
 
-@pytest.mark.parametrize("learner", ["lwf"])
-def test_a_first_task_moves_no_bit(learner: str) -> None:
-    with_it, without = work(f"client.learners=[{learner}]"), work()
-    for ours, theirs in zip(with_it.one_by_one() + with_it.together(), without.one_by_one() + without.together(), strict=True):
-        assert isinstance(ours, ClientUpdate) and isinstance(theirs, ClientUpdate)
-        assert same_bits(ours.params, theirs.params)
-
-
-@pytest.mark.parametrize("learner", ["lwf"])
-def test_weight_zero_is_fedavg_and_sends_no_teacher(learner: str, tmp_path: Path) -> None:
-    null, bare = (tiny(*GOES_ON, f"client.learners=[{item}]", output=tmp_path) for item in (f"{{name: {learner}, alpha: 0}}", ""))
+def test_weight_zero_is_fedavg_and_sends_no_teacher(tmp_path: Path) -> None:
+    nulls = "{name: lwf, alpha: 0}, {name: feature_distillation, alpha: 0}"
+    null, bare = (tiny(*GOES_ON, f"client.learners=[{items}]", output=tmp_path) for items in (nulls, ""))
     ours, theirs = run(null), run(bare)
     assert same_bits(final_state(ours.path, null).params, final_state(theirs.path, bare).params)
     assert ours.costs["bytes"] == theirs.costs["bytes"]
@@ -127,7 +131,7 @@ def test_a_teacher_comes_down_once_a_task(tmp_path: Path) -> None:
     assert down["drawn"]["context"] == each + down["goes on"]["head"] // 12
 
 
-@pytest.mark.parametrize("learner", ["lwf", "{name: lwf, form: sigmoids}"])
+@pytest.mark.parametrize("learner", ["lwf", "{name: lwf, form: sigmoids}", "feature_distillation"])
 @pytest.mark.parametrize(
     "stream", [["stream.tasks=1"], ["stream.joint=true"], ["stream.tasks=null", "stream.classes_per_task=6"]]
 )
@@ -138,7 +142,7 @@ def test_a_stream_of_one_task_has_no_teacher(learner: str, stream: list[str]) ->
 
 @pytest.mark.parametrize(
     "options", [{"name": "lwf", "alpha": -1}, {"name": "lwf", "temperature": 0}, {"name": "lwf", "form": "hard"},
-                {"name": "lwf", "classes": "new"}],
+                {"name": "lwf", "classes": "new"}, {"name": "feature_distillation", "alpha": -1}],
 )  # fmt: skip
 def test_options_that_can_never_work(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=list(options)[1]):
