@@ -1,0 +1,152 @@
+"""Methods of rehearsal against their equations, what they remember, and what they cost; null options are FedAvg bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clients.learners import derpp, er, lwf
+from clients.learners._buffers import Buffer, Rehearsal
+from fedsim.core import contracts
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.simulation import prepare, run
+from tests.clients.test_fused import Here, doubled, work
+from tests.clients.works import step_of
+from tests.tiny import final_state, kept, learned, same_bits, tiny
+
+
+def remembering(here: Here, name: str, **beside: torch.Tensor) -> Here:
+    """With the first three samples of every client in its buffer."""
+    for k, job in enumerate(here.jobs):
+        rows = {n: t[: len(here.shards[k][:3])] for n, t in beside.items()}
+        memory = Buffer(here.shards[k][:3], rows, 3, task=0).memory()
+        here.jobs[k] = replace(job, memory={**job.memory, **{f"learner.{name}/{n}": t for n, t in memory.items()}})
+    return here
+
+
+def updates(here: Here) -> list[ClientUpdate]:
+    found = here.one_by_one()
+    assert all(isinstance(u, ClientUpdate) for u in found)
+    return found  # type: ignore[return-value]
+
+
+NULLS: dict[str, contracts.Learner] = {
+    "derpp": derpp.Learner(size=4, alpha=0.0, beta=0.0),
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_with_weights_of_zero_it_is_the_cross_entropy(name: str) -> None:
+    here = remembering(work(), name)
+    here.learners[name] = NULLS[name]
+    for got, want in zip(updates(here), updates(work()), strict=True):
+        assert same_bits(got.params, want.params)
+
+
+@pytest.mark.parametrize("learner", [derpp.Learner(size=4)])
+def test_with_an_empty_buffer_it_is_the_cross_entropy(learner: Rehearsal) -> None:
+    here = work()
+    here.learners["it"] = learner
+    for got, want in zip(updates(here), updates(work()), strict=True):
+        assert same_bits(got.params, want.params)
+
+
+def test_derpp_by_hand() -> None:
+    """Own rows 0-2, another learner's row 3, then two for their logits and three for their labels; classes 1, 2, 5, 6 seen."""
+    draw = torch.Generator().manual_seed(0)
+    logits, stored = torch.randn(9, 8, generator=draw), torch.randn(10, 8, generator=draw)
+    labels = torch.tensor([5, 6, 5, 7, 1, 2, 6, 1, 5])
+    step = step_of(logits=logits, labels=labels, classes=(5, 6), seen=(1, 2, 5, 6), own=slice(0, 3), replayed=slice(4, 9))
+    state = {"buffer": Buffer(np.arange(10), {"logits": stored}), "drawn": [np.array([7, 2]), np.array([3, 3, 3])]}
+    seen = [1, 2, 5, 6]
+    square = (logits[4:6][:, seen] - stored[[7, 2]][:, seen]).square().mean()
+    entropy = F.cross_entropy(logits[6:][:, seen], torch.tensor([3, 0, 2]))
+    got = derpp.Learner(alpha=0.3, beta=0.7).loss(state, step)
+    assert got is not None
+    torch.testing.assert_close(got, 0.3 * square + 0.7 * entropy)
+
+
+def test_two_draws_are_independent_and_der_makes_one() -> None:
+    state = {"buffer": Buffer(np.arange(100, 160), {}), "count": 20}
+    draw = torch.Generator().manual_seed(0)
+    both = derpp.Learner().replay(state, np.arange(5), draw)
+    assert len(both) == 40 and len(set(both[:20])) == len(set(both[20:])) == 20 and set(both[:20]) != set(both[20:])
+    assert (both == 100 + np.concatenate(state["drawn"])).all()
+    assert len(derpp.Learner(beta=0.0).replay(state, np.arange(5), draw)) == 20 and not len(state["drawn"][1])
+
+
+def test_derpp_remembers_what_the_model_said_and_is_stored_with_the_samples(tmp_path: Path) -> None:
+    config = tiny("client.learners=[{name: derpp, size: 7}]", "server.aggregator=fedavg", "server.consolidator=none",
+                  "server.rounds=1", output=tmp_path)  # fmt: skip
+    results = run(config)
+    held = prepare(config).manifest.sizes.sum(axis=0)
+    for client, memory in kept(results.path)["memory"].items():
+        n = min(7, held[client])
+        assert memory["learner.derpp/logits"].shape == (n, 6)
+    assert results.costs["stored"]["max"] == min(7, held.max()) * (8 * 8 + 8 + 6 * 4) + 16
+    assert results.costs["bytes"]["up"]["statistics"] == 0 and "context" not in results.costs["bytes"]["down"]
+
+    here = work()
+    here.learners["derpp"] = derpp.Learner(size=4)
+    for one, update in zip(here.works(), updates(here), strict=True):
+        if update.num_samples:
+            assert update.memory is not None
+            buffer = Buffer.of({n.removeprefix("learner.derpp/"): t for n, t in update.memory.items()})
+            want = one.outputs(buffer.positions, {**one.params, **update.params}).logits
+            torch.testing.assert_close(buffer.beside["logits"], want)
+
+
+def test_losses_of_rehearsal_and_distillation_add_up() -> None:
+    """One step of SGD in float64, from tensors with a buffer and a teacher: er and lwf together move by what each moves more than
+    the cross-entropy alone."""
+
+    def moved(**learners: contracts.Learner) -> list[Tensors]:
+        plain = ("client.optimizer=sgd", "client.lr=0.1", "client.epochs=1", "client.batch_size=64")
+        here = remembering(doubled(work(*plain)), "er")
+        here.learners |= learners
+        start = here.jobs[0].params
+        plan = RoundPlan(context={"teacher": {n: 1.2 * t for n, t in start.items()}})
+        here = replace(here, jobs=[replace(job, plan=plan) for job in here.jobs])
+        return [{n: t - start[n] for n, t in u.params.items()} for u in updates(here)]
+
+    rehearsal, teaching = er.Learner(size=4), lwf.Learner(alpha=2.0)
+    both, alone = moved(er=rehearsal, lwf=teaching), (moved(er=rehearsal), moved(lwf=teaching), moved())
+    for together, first, second, neither in zip(both, *alone, strict=True):
+        for name, tensor in together.items():
+            torch.testing.assert_close(tensor, first[name] + second[name] - neither[name], rtol=1e-6, atol=1e-10)
+    far = [(first[n] - neither[n]).abs().max() for first, neither in zip(alone[0], alone[2], strict=True) for n in first]
+    assert max(far) > 1e-6
+
+
+@pytest.mark.parametrize("others", [["er", "derpp"]])
+def test_two_buffers_are_refused(others: list[str]) -> None:
+    with pytest.raises(ConfigError, match="both take the place of the buffer, which only one part of a run can have: choose one"):
+        prepare(tiny(client={"learners": [{"name": name, "size": 4} for name in others]}))
+
+
+@pytest.mark.parametrize("method", ["derpp"])
+def test_a_run_that_was_stopped_remembers_the_same(method: str, tmp_path: Path) -> None:
+    config = tiny(
+        f"client.learners=[{{name: {method}, size: 6}}]", "server.aggregator=fedavg", "server.consolidator=none",
+        "server.rounds=1", output=tmp_path,
+    )  # fmt: skip
+    whole = run(config)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(config, output=tmp_path / "cut", progress=stop)
+    resumed = run(resume=tmp_path / "cut")
+    assert same_bits(learned(final_state(whole.path, config)), learned(final_state(resumed.path, config)))
+    assert same_bits(kept(whole.path), kept(resumed.path))
