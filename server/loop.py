@@ -67,14 +67,18 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     start = time.perf_counter()
     repair = planning.repair_plan(sim, state)
     clients = sampling.taking_part(sim.config, state.task, state.round, sim.num_clients)
-    plan, reply = planning.round_plan(sim, state, repair), planning.reply(sim, repair)
-    round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, planning.summing(sim, repair))
+    plan = planning.round_plan(sim, state, repair)
+    reply, parts = planning.reply(sim, state, repair, plan), planning.summing(sim, repair, plan)
+    round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, parts)
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
     draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
-    aggregator, params = merge(sim.aggregator, state.aggregator, state.params, round, draw)
-    told, params = learners.merged(sim, state, params, round)
+    aggregator, told, params = state.aggregator, state.learners, state.params
+    if not planning.rests(sim, state):
+        aggregator, params = merge(sim.aggregator, aggregator, params, round, draw)
+    if plan.train:
+        told, params = learners.merged(sim, state, params, round)
     calibrator = state.calibrator
     if repair is not None:
         calibrator, params = heads.calibrate(sim, state, params, round)

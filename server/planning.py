@@ -14,25 +14,36 @@ from server.state import ServerState, Simulation
 
 def round_plan(sim: Simulation, state: ServerState, repair: RoundPlan | None) -> RoundPlan:
     """Of a round of training. `repair`: what the calibrator asks for in it, None if it does nothing."""
-    plan = sim.aggregator.plan(state.aggregator, state.round)
+    plan = RoundPlan(train=()) if rests(sim, state) else sim.aggregator.plan(state.aggregator, state.round)
     if repair is not None:
         plan = replace(plan, statistics=plan.statistics + repair.statistics)
     return _in_context(sim, state, plan)
 
 
-def summing(sim: Simulation, repair: RoundPlan | None) -> tuple[str, ...]:
-    """Those for whom a round's updates are summed however they come back: the calibrator and learners that take a sum, and the
-    aggregator where a channel changes what is summed."""
-    rule = (RULE,) if sim.chain.receives else ()
+def rests(sim: Simulation, state: ServerState) -> bool:
+    """Whether the consolidator freezes all that the aggregator would have clients train in this round: nobody trains then, and
+    nothing is merged."""
+    start = state.start
+    if not start.frozen:
+        return False
+    plan = sim.aggregator.plan(state.aggregator, state.round)
+    return bool(plan.train) and not trained(start.frozen, state.params, plan)
+
+
+def summing(sim: Simulation, repair: RoundPlan | None, plan: RoundPlan) -> tuple[str, ...]:
+    """Those for whom a round's updates are summed however they come back: the calibrator that takes a sum; where something is
+    trained, learners that listen, and the aggregator where a channel changes what is summed."""
+    rule = (RULE,) if sim.chain.receives and plan.train else ()
     calibrator = (CALIBRATOR,) if repair is not None and sim.calibrator is not None and sim.calibrator.additive else ()
-    return (*rule, *calibrator, *(f"{LEARNER}.{name}" for name in learners.hearing(sim.learners)))
+    listening = learners.hearing(sim.learners) if plan.train else []
+    return (*rule, *calibrator, *(f"{LEARNER}.{name}" for name in listening))
 
 
-def reply(sim: Simulation, repair: RoundPlan | None) -> Reply:
+def reply(sim: Simulation, state: ServerState, repair: RoundPlan | None, plan: RoundPlan) -> Reply:
     """How a round's updates come back: as sums, where everybody who looks at them takes a sum."""
-    beside = summing(sim, repair)
+    beside, rule = summing(sim, repair, plan), () if rests(sim, state) else (RULE,)
     if sim.aggregator.additive and (repair is None or CALIBRATOR in beside):
-        return Reply(tuple(dict.fromkeys((RULE, *beside))))
+        return Reply(tuple(dict.fromkeys((*rule, *beside))))
     return Reply()
 
 
@@ -94,11 +105,11 @@ def asked(
 
 
 def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPlan:
-    """With what clients are told, and without what is frozen."""
+    """Without what is frozen, and with what clients are told who train."""
     start = state.start
-    plan = replace(plan, context={**plan.context, **learners.context(sim, state)}, beside=start.trains_beside)
-    if start.frozen:
-        plan = replace(plan, train=tuple(trained(start.frozen, state.params, plan)))
+    train = tuple(trained(start.frozen, state.params, plan)) if start.frozen else plan.train
+    told = learners.context(sim, state) if train else {}
+    plan = replace(plan, train=train, context={**plan.context, **told}, beside=start.trains_beside)
     return _on_past_modules(state, plan)
 
 

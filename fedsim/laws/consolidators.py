@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clients.learning import statistic_of
-from fedsim.core.contracts import Consolidator, TaskStart, lift_statistics
+from fedsim.core.contracts import BESIDE, Consolidator, TaskStart, lift_statistics
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import summed
@@ -138,8 +138,10 @@ def _start(rule: Consolidator) -> None:
         if began.keys() != expected.keys() or any(began[n].shape != expected[n].shape for n in expected):
             raise LawBroken(f"{scene} starts with {', '.join(began)}, not with the head and the tensors of a fresh module")
         expect_bits(with_prefix(began, "head."), with_prefix(scene.params, "head."), f"{scene}, the head that it starts with")
-        if len(matching(began, scene.start.frozen)) == len(began):
-            raise LawBroken(f"{scene}: '{', '.join(scene.start.frozen)}' freezes all tensors, so that nothing is left to train")
+        if not scene.task and len(matching(began, scene.start.frozen)) == len(began):
+            raise LawBroken(f"{scene}: '{', '.join(scene.start.frozen)}' freezes all tensors, so that nothing is ever trained")
+        if scene.start.trains_beside != (BESIDE in rule.traits.gives):
+            raise LawBroken(f"{scene}: trains_beside is {scene.start.trains_beside}, and its traits say otherwise ('{BESIDE}')")
         if scene.start.keeps_old_rows and REWRITES not in rule.traits.refuses:
             raise LawBroken(f"{scene} keeps the head's rows of old classes, and the rule's traits do not refuse '{REWRITES}'")
         together = scene.start.past.together()
@@ -262,7 +264,7 @@ def _first_only(handed: Tensors) -> dict[str, Tensor]:
 LAWS: tuple[Law[Consolidator], ...] = (
     Law(
         "start",
-        "a task starts with the head as it is and a whole module, something is left to train, and traits say what is kept",
+        "a task starts with the head as it is and a whole module, the first one trains something, and traits say what is kept",
         _start,
     ),
     Law("first_task", "in the first task and after it, what is deployed does what was trained", _first_task),

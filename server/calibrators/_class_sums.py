@@ -3,25 +3,80 @@
 What the calibrators share that work at a task's end. Sums add up where the clients run, so that the server's memory and its
 traffic do not grow with the number of clients.
 
-Shapes: K classes of the task, H of them that a client holds, P of these with 2 samples or more, D features, R rows.
+Shapes: C classes of the stream, K of the task, H of them that a client holds, P of these with 2 samples or more, D features,
+R rows.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.contracts import IntArray
+from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 
+GRAM = StatisticRequest("gram", (HEAD_WEIGHT,), {"form": "full", "decay": 1.0})
 
-def asking(form: str, classes: Sequence[int], blended: bool = False) -> RoundPlan:
-    """For `class_moments` of a task's classes."""
+
+@dataclass(frozen=True)
+class SumsCalibrator(contracts.Calibrator):
+    """A head in closed form from sums over all samples of a class, as they were measured at its task's end under the model that
+    was deployed then; a calibrator says what `head` it makes of them.
+
+    Summed over clients, they depend neither on the split nor on who is drawn, unless `server.pass_participation` says so. Classes
+    of old tasks keep their sums; a class that comes again (domains) adds to its own. The head that clients train is not touched:
+    training goes on from it, and within a task it is what is evaluated. Asks for `class_moments`: count and mean of every class
+    that a client has. State: `count` (C,) and `sum` (C, D), float64, of all classes, and what else is lifted, as one sum.
+    """
+
+    def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
+        told: NDArray[np.bool_] = held_KC.sum(axis=0) >= 1
+        return told
+
+    @abstractmethod
+    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (R, D) and bias (R,) of the classes of which somebody told, from their means."""
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
+        return asking("mean", classes[-1])
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        return lifted(update)
+
+    def end_task(
+        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
+    ) -> State:
+        like_CD = params[HEAD_WEIGHT].double()
+        before = state or {"count": like_CD.new_zeros(len(like_CD)), "sum": torch.zeros_like(like_CD)}
+        at_K = torch.tensor(classes[-1], dtype=torch.long)
+        of_classes = {name: before[name].index_add(0, at_K, total[name]) for name in ("count", "sum")}
+        return of_classes | {name: before.get(name, 0.0) + t for name, t in total.items() if name not in of_classes}
+
+    def deployed(self, state: State, params: Tensors) -> Tensors:
+        if not state:
+            return params
+        rows_R = (state["count"] > 0).nonzero()[:, 0]
+        mean_RD = state["sum"][rows_R] / state["count"][rows_R][:, None]
+        return with_rows(params, rows_R.tolist(), *self.head(state, rows_R, mean_RD))
+
+
+def asking(form: str, classes: Sequence[int], blended: bool = False, also: Sequence[StatisticRequest] = ()) -> RoundPlan:
+    """For `class_moments` of a task's classes, and other statistics beside."""
     request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}, blended)
-    return RoundPlan(train=(), statistics=(request,))
+    return RoundPlan(train=(), statistics=(request, *also))
+
+
+def sent_gram(update: ClientUpdate) -> Tensor:
+    """The upper triangle of Σ x xᵀ over all samples, (D(D+1)/2,), that `GRAM` asks for, float64."""
+    return contracts.statistic(update, f"gram.full/{HEAD_WEIGHT}").double()
 
 
 def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]:

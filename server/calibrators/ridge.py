@@ -14,30 +14,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core import contracts
 from fedsim.core.contracts import Traits, statistic
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.numbers import IntArray
 from fedsim.core.tensors import from_upper_triangle
-from server.calibrators._class_sums import asking, lifted, with_rows
+from server.calibrators._class_sums import GRAM, SumsCalibrator, asking, sent_gram
 from server.linalg import solve_gram
 
 HELD_OUT = 5  # samples, of which a client holds out one
-GRAM, SQUARES = f"gram.full/{HEAD_WEIGHT}", f"ridge_errors.squares/{HEAD_WEIGHT}"
+SQUARES = f"ridge_errors.squares/{HEAD_WEIGHT}"
 
 
 @dataclass(frozen=True)
-class Calibrator(contracts.Calibrator):
+class Calibrator(SumsCalibrator):
     """At a task's end: W = Q (G + λ I)⁻¹ and b = 0, with G = Σ h hᵀ (M, M) and Q = Σ onehot(y) hᵀ (C, M) over all samples of all
     tasks, h what the head's last map is given under the model that is deployed.
 
-    Both are sums: the head is that of all data in one place, and depends neither on the split nor on the order of tasks; who
-    takes part is said by `server.pass_participation`, by default all. A class that comes again adds to its own. Sums of old tasks
-    stay as they were measured, so features should not move: with `aggregator: frozen` and `adapter: none` nothing is trained, and
-    with `head: random_features` this is RanPAC, without its adaptation to the first task. `head: linear` is ridge regression on
-    the features. The head that clients train, if they do, is not touched.
+    Both are sums: the head is that of all data in one place, and depends neither on the split nor on the order of tasks (see
+    `SumsCalibrator`). Sums of old tasks stay as they were measured, so features should not move: with `aggregator: frozen` and
+    `adapter: none` nothing is trained, with `consolidator: first_session` only the first task trains. With `head:
+    random_features` this is RanPAC, without and with its adaptation to the first task; `head: linear` is ridge regression on the
+    features.
 
     penalties: λ, or several, of which the one with the smallest error is taken: clients fit 80 % of their own samples of the task
     and send the squared errors on the rest (`ridge_errors`); the sum over clients and over tasks so far decides. The reference
@@ -61,35 +60,20 @@ class Calibrator(contracts.Calibrator):
         return Traits(super().traits.gives, needs={"an affine head": why})
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:
-        told: NDArray[np.bool_] = held_KC.sum(axis=0) >= 1
-        return told & (len(self.penalties) == 1 or bool(held_KC.sum(axis=1).max(initial=0) >= HELD_OUT))
+        return super().can_be_told(held_KC) & (len(self.penalties) == 1 or bool(held_KC.sum(axis=1).max(initial=0) >= HELD_OUT))
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
-        moments = asking("mean", classes[-1]).statistics
-        gram = StatisticRequest("gram", (HEAD_WEIGHT,), {"form": "full", "decay": 1.0})
         errors = StatisticRequest("ridge_errors", (HEAD_WEIGHT,), {"penalties": self.penalties})
-        return RoundPlan(train=(), statistics=(*moments, gram, *([errors] if len(self.penalties) > 1 else [])))
+        return asking("mean", classes[-1], also=[GRAM, errors] if len(self.penalties) > 1 else [GRAM])
 
     def lift(self, update: ClientUpdate) -> Tensors:
         """`count` (K,), `sum` (K, M), `gram` (T,) and `squares` (L,), zero where there is nothing to choose."""
         squares_L = statistic(update, SQUARES).double() if len(self.penalties) > 1 else torch.zeros(1, dtype=torch.float64)
-        return lifted(update) | {"gram": statistic(update, GRAM).double(), "squares": squares_L}
+        return super().lift(update) | {"gram": sent_gram(update), "squares": squares_L}
 
-    def end_task(
-        self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
-    ) -> State:
-        like_CM = params[HEAD_WEIGHT].double()
-        before = state or {"count": like_CM.new_zeros(len(like_CM)), "sum": torch.zeros_like(like_CM)}
-        at_K = torch.tensor(classes[-1], dtype=torch.long)
-        sums = {name: before[name].index_add(0, at_K, total[name]) for name in ("count", "sum")}
-        return sums | {name: before.get(name, 0.0) + total[name] for name in ("gram", "squares")}
-
-    def deployed(self, state: State, params: Tensors) -> Tensors:
-        if not state:
-            return params
-        known = (state["count"] > 0).nonzero()[:, 0]
-        weight_RM = solved(state["sum"][known], state["gram"], self._penalty(state["squares"]))
-        return with_rows(params, known.tolist(), weight_RM, weight_RM.new_zeros(len(weight_RM)))
+    def head(self, state: State, rows_R: Tensor, mean_RM: Tensor) -> tuple[Tensor, Tensor]:
+        weight_RM = solved(state["sum"][rows_R], state["gram"], self._penalty(state["squares"]))
+        return weight_RM, weight_RM.new_zeros(len(weight_RM))
 
     def _penalty(self, squares_L: Tensor) -> float:
         if len(self.penalties) > 1 and not bool(squares_L.any()):

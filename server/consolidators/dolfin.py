@@ -6,7 +6,7 @@ Shapes: D inputs of a layer, O outputs, R rank (A_RD, B_OR, gram_DD = Σ x xᵀ)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Opening, Past, TaskStart, Traits
+from fedsim.core.contracts import BESIDE, Opening, Past, TaskStart, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, with_prefix
@@ -87,14 +87,14 @@ class Consolidator(contracts.Consolidator):
             "keeps the head's rows of old tasks as they are, which {other} trains: let that train the current task's classes "
             "only, or use another consolidator"
         )
-        return Traits(refuses={"old head rows rewritten": rewritten})
+        return Traits(gives={BESIDE}, refuses={"old head rows rewritten": rewritten})
 
     def init(self) -> State:
         return {"task": 0, "past": [], "spans": {}}
 
     def opening(self, state: State, params: Tensors) -> Opening:
         # The last task's module is among those of the past already: `params` holds it still, so it gets no weight of its own.
-        return Opening(self.plan(state, params), _whole(state["past"], share=0.0))
+        return Opening(self.plan(state, params), Past.whole(state["past"], share=0.0))
 
     def start_task(self, state: State, params: Tensors, fresh: Tensors, total: Tensors) -> TaskStart:
         started = {**params, **fresh}
@@ -108,7 +108,7 @@ class Consolidator(contracts.Consolidator):
             for p in layers:
                 started[p + LORA_A] = _first_rows(directions_RD, started[p + LORA_A])
                 started[p + LORA_B] = torch.zeros_like(started[p + LORA_B])
-        frozen, past = ("adapter.*" + LORA_A,), _whole(state["past"])
+        frozen, past = ("adapter.*" + LORA_A,), Past.whole(state["past"])
         return TaskStart(started, frozen, past, trains_beside=True, keeps_old_rows=True)
 
     def plan(self, state: State, params: Tensors) -> RoundPlan:
@@ -126,7 +126,7 @@ class Consolidator(contracts.Consolidator):
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         modules = state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")]
-        return {**params, **_whole(modules).together()}
+        return {**params, **Past.whole(modules).together()}
 
     def _groups(self, params: Tensors) -> dict[str, list[str]]:
         """Layers that share their inputs, by the first of them."""
@@ -159,11 +159,6 @@ class Consolidator(contracts.Consolidator):
         """D of the largest rank, float64. The rows of a smaller one come first in it."""
         directions_DF = gpm.free_directions(span, _sent(total, first))[0] if total else span.free
         return directions_DF[:, :rank].T / math.sqrt(3)
-
-
-def _whole(modules: Sequence[Tensors], share: float = 1.0) -> Past:
-    """Modules at full weight."""
-    return Past(modules, [1.0] * len(modules), share)
 
 
 def _span(state: State, layer: str, a_RD: Tensor) -> InputSpan:

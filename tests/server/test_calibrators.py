@@ -385,8 +385,8 @@ def test_moments_of_a_round_are_summed_where_clients_run(
     ended = []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(planning, "reply", lambda sim, repair: Reply())
-            monkeypatch.setattr(planning, "summing", lambda sim, repair: ())
+            monkeypatch.setattr(planning, "reply", lambda sim, state, repair, plan: Reply())
+            monkeypatch.setattr(planning, "summing", lambda sim, repair, plan: ())
         results = run(config, output=tmp_path / str(whole))
         ended.append(final_state(tmp_path / str(whole), config))
         assert set(results.costs["bytes"]["up"]) == {"adapter", "head", "statistics"}

@@ -32,6 +32,7 @@ from fedsim.core.contracts.models import Adapter, BackboneLike, Head, ModelLike,
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
+    BESIDE,
     CALIBRATOR,
     CLOSING,
     LEARNER,
@@ -56,6 +57,7 @@ from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_number
 from fedsim.core.work import ArraySplit
 
 __all__ = [
+    "BESIDE",
     "BUFFER",
     "CALIBRATOR",
     "CLOSING",

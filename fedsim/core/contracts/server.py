@@ -25,6 +25,8 @@ from fedsim.core.tensors import stack_modules, without_prefix
 # for what its `end` sent in a round, `closing.<name>` for the pass at a task's end
 RULE, CALIBRATOR, STATISTICS, LEARNER, CLOSING = "rule", "calibrator", "statistics", "learner", "closing"
 
+BESIDE = "past modules beside"  # a word of `Traits`: who gives it starts every task with `TaskStart.trains_beside`
+
 
 @dataclass(frozen=True)
 class Aggregator(Part, ABC):
@@ -165,6 +167,11 @@ class Past:
         share = 1 / (len(modules) + 1)
         return cls(modules, (share,) * len(modules), share)
 
+    @classmethod
+    def whole(cls, modules: Sequence[Tensors], share: float = 1.0) -> Past:
+        """Past modules at full weight."""
+        return cls(modules, (1.0,) * len(modules), share)
+
     def together(self) -> Tensors:
         """Σ_s weights_s Δ_s as one module; empty if there are none."""
         return stack_modules(self.modules, self.weights) if self.modules else {}
@@ -174,7 +181,8 @@ class Past:
 class TaskStart:
     """What a task's clients are given, and may do with it.
 
-    params: what training starts from. frozen: globs of tensors that no client trains, whatever the aggregator asks for.
+    params: what training starts from. frozen: globs of tensors that no client trains, whatever the aggregator asks for; where
+    nothing is left of what it asks for, its clients rest in this task, and it merges nothing.
     past: modules of past tasks, through which `blended` statistics look. trains_beside: clients train their module on top of
     these, not on the bare backbone. keeps_old_rows: the head's rows of old tasks' classes stay as they are, bit for bit (a
     consolidator that wants it refuses "old head rows rewritten", see `Traits`).

@@ -18,6 +18,7 @@ WORDS: Mapping[str, str] = {
     "an affine head": "logits are W inputs + b, of head.weight and head.bias",
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
+    "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
