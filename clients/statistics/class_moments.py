@@ -20,7 +20,7 @@ from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import upper_triangle
 
-FORMS = ("full", "mean", "scalar", "covariance")
+FORMS = ("full", "mean", "scalar", "covariance", "within")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Statistic(contracts.Statistic):
                      the variance of a single sample is zero
         covariance   `mean/head.weight` (H, D) as above, and `covariance/head.weight` (P, D(D+1)/2), upper triangles of Σ_c
                      (see `fedsim.core.tensors`), for the P classes with n_c ≥ 2
+        within       `mean/head.weight` (H, D) as above, and `within/head.weight` (D(D+1)/2,), the upper triangle of the scatter
+                     within these classes, Σ_c Σ (f − μ_c)(f − μ_c)ᵀ, one for all: zeros with fewer than 2 samples of any
         scalar       `spread/head.weight` (C,), v_c = mean over the D features of σ²_c, zero with fewer than 2 samples
     With held = count > 0, `full_CD[held] = mean` puts a row where its class is.
 
     Batches are merged by the update of Chan, Golub & LeVeque (1979) in float64, so that features far from zero lose no digits;
-    float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds.
+    float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds, within a single one.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
@@ -58,7 +60,7 @@ class Statistic(contracts.Statistic):
         _require_head(subjects)
         rows = list(range(model.num_classes)) if self.classes is None else self.classes
         moments = _Moments(self.form, rows, model.num_classes, params[HEAD_WEIGHT].shape[1])
-        yield _Covariances(moments) if self.form == "covariance" else moments
+        yield _Scatter(moments) if self.form in ("covariance", "within") else moments
 
     def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
         _require_head(subjects)
@@ -74,6 +76,9 @@ class Statistic(contracts.Statistic):
             return _named(count=count_C, mean=mean_HD)
         if self.form == "full":
             return _named(count=count_C, mean=mean_HD, variance=variance_CD[count_C > 0])
+        if self.form == "within":
+            centred_ND = torch.cat([x - x.mean(0) for x in held]) if held else seen.features[:0]
+            return _named(count=count_C, mean=mean_HD, within=upper_triangle(centred_ND.T @ centred_ND))
         triangle = upper_triangle(torch.zeros(seen.features.shape[1], seen.features.shape[1], dtype=torch.float64))
         covariance_PT = _stacked([upper_triangle(x.T.cov()) for x in held if len(x) > 1], triangle[None])
         return _named(count=count_C, mean=mean_HD, covariance=covariance_PT)
@@ -112,23 +117,25 @@ class _Moments:
         return _sent(count=count, mean=self.mean_CD[held], variance=variance_CD[held])
 
 
-class _Covariances:
-    """Beside them Σ (f − μ_c)(f − μ_c)ᵀ of the classes that come up."""
+class _Scatter:
+    """Beside them Σ (f − μ_c)(f − μ_c)ᵀ of the classes that come up: of each, or (form within) of all together."""
 
     def __init__(self, moments: _Moments) -> None:
-        self.moments = moments
-        self.products: dict[int, Tensor] = {}  # class -> (D, D)
+        self.moments, self.together = moments, moments.form == "within"
+        self.products: dict[int, Tensor] = {}  # class, or 0 for all together -> (D, D)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         x_ND, labels = features.detach().cpu().double(), labels.cpu()
-        for c in sorted(set(labels.tolist())):
-            rows_ND = x_ND[labels == c]
+        for c in sorted(set(labels.tolist()) & set(self.moments.rows)):
+            rows_ND, key = x_ND[labels == c], 0 if self.together else c
             mean_D, before, new = rows_ND.mean(0), float(self.moments.count_C[c]), len(rows_ND)
             centred_ND, shift_D = rows_ND - mean_D, mean_D - self.moments.mean_CD[c]
             product_DD = centred_ND.T @ centred_ND
             if before:
-                product_DD += self.products[c].addr(shift_D, shift_D, alpha=before * new / (before + new))
-            self.products[c] = product_DD
+                product_DD += self.products[key].addr(shift_D, shift_D, alpha=before * new / (before + new))
+            elif key in self.products:
+                product_DD += self.products[key]
+            self.products[key] = product_DD
         self.moments.update(x_ND, labels)
 
     def result(self) -> dict[str, Tensor]:
@@ -136,6 +143,9 @@ class _Covariances:
         held = [c for c in rows if count_C[c] > 0]
         told = [c for c in held if count_C[c] >= 2]
         width = mean_CD.shape[1]
+        if self.together:
+            within_DD = self.products.get(0, torch.zeros(width, width, dtype=torch.float64))
+            return _sent(count=count_C[rows], mean=mean_CD[held], within=upper_triangle(within_DD))
         covariance_PT = torch.empty(len(told), width * (width + 1) // 2)
         for row, c in enumerate(told):
             covariance_PT[row] = upper_triangle(self.products[c] / (count_C[c] - 1))

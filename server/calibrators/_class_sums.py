@@ -22,8 +22,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
-
-GRAM = StatisticRequest("gram", (HEAD_WEIGHT,), {"form": "full", "decay": 1.0})
+from fedsim.core.tensors import upper_triangle
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,10 @@ class SumsCalibrator(contracts.Calibrator):
         return with_rows(params, rows_R.tolist(), *self.head(state, rows_R, mean_RD))
 
 
-def asking(form: str, classes: Sequence[int], blended: bool = False, also: Sequence[StatisticRequest] = ()) -> RoundPlan:
-    """For `class_moments` of a task's classes, and other statistics beside."""
+def asking(form: str, classes: Sequence[int], blended: bool = False) -> RoundPlan:
+    """For `class_moments` of a task's classes."""
     request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}, blended)
-    return RoundPlan(train=(), statistics=(request, *also))
-
-
-def sent_gram(update: ClientUpdate) -> Tensor:
-    """The upper triangle of Σ x xᵀ over all samples, (D(D+1)/2,), that `GRAM` asks for, float64."""
-    return contracts.statistic(update, f"gram.full/{HEAD_WEIGHT}").double()
+    return RoundPlan(train=(), statistics=(request,))
 
 
 def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]:
@@ -96,6 +90,15 @@ def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]
         square[told] += (count_K[told][:, None] - 1) * spread
         out["square"] = square
     return out
+
+
+def lifted_within(update: ClientUpdate) -> dict[str, Tensor]:
+    """`count` n (K,), `sum` Σ x (K, D) and `gram`, the upper triangle of Σ x xᵀ over all samples, from the form within: the
+    scatter within classes and, in float64, that of their means, so that features far from zero lose no digits on the wire."""
+    count_K, mean_HD, within_T = (_sent(update, form) for form in ("count", "mean", "within"))
+    n_H1 = count_K[count_K > 0][:, None]
+    gram_T = within_T + upper_triangle((n_H1 * mean_HD).T @ mean_HD)
+    return {"count": count_K, "sum": _placed(n_H1 * mean_HD, count_K > 0), "gram": gram_T}
 
 
 def moments(total: Tensors) -> tuple[Tensor, Tensor, Tensor]:

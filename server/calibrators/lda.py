@@ -16,7 +16,7 @@ from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.tensors import from_upper_triangle
-from server.calibrators._class_sums import GRAM, SumsCalibrator, asking, sent_gram
+from server.calibrators._class_sums import SumsCalibrator, asking, lifted_within
 from server.linalg import solve_gram
 
 
@@ -37,9 +37,9 @@ class Calibrator(SumsCalibrator):
     data (π_c = n_c / n) | uniform (every class as likely: b_c alone changes, as the covariance is that of the data in any case,
     where scikit-learn weighs those of the classes by the priors).
 
-    Asks for `class_moments` (count and mean) and `gram` (upper triangle, T numbers a client) in a pass at the task's end, in
-    float32: a direction whose spread is below 1e-7 of the features' mean square is lost in it, which a larger shrinkage hides.
-    State: `count` (C,), `sum` (C, D), `gram` (T,), float64.
+    Asks for `class_moments` in the form within, in a pass at the task's end: count and mean of every class that a client has, and
+    the scatter within its classes (upper triangle, T numbers). The rest of Σ x xᵀ is that of the means, which the server makes
+    in float64: no digits are lost where features are far from zero. State: `count` (C,), `sum` (C, D), `gram` (T,), float64.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"shrinkage": 0.5, "priors": "uniform"})
@@ -57,10 +57,10 @@ class Calibrator(SumsCalibrator):
         return Traits(super().traits.gives, needs={"an affine head": why})
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
-        return asking("mean", classes[-1], also=[GRAM])
+        return asking("within", classes[-1])
 
     def lift(self, update: ClientUpdate) -> Tensors:
-        return super().lift(update) | {"gram": sent_gram(update)}
+        return lifted_within(update)
 
     def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
         count_R = state["count"][rows_R]

@@ -20,11 +20,11 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticReques
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.numbers import IntArray
 from fedsim.core.tensors import from_upper_triangle
-from server.calibrators._class_sums import GRAM, SumsCalibrator, asking, sent_gram
+from server.calibrators._class_sums import SumsCalibrator, asking
 from server.linalg import solve_gram
 
 HELD_OUT = 5  # samples, of which a client holds out one
-SQUARES = f"ridge_errors.squares/{HEAD_WEIGHT}"
+GRAM, SQUARES = f"gram.full/{HEAD_WEIGHT}", f"ridge_errors.squares/{HEAD_WEIGHT}"
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ class Calibrator(SumsCalibrator):
         return super().can_be_told(held_KC) & (len(self.penalties) == 1 or bool(held_KC.sum(axis=1).max(initial=0) >= HELD_OUT))
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
+        moments = asking("mean", classes[-1]).statistics
+        gram = StatisticRequest("gram", (HEAD_WEIGHT,), {"form": "full", "decay": 1.0})
         errors = StatisticRequest("ridge_errors", (HEAD_WEIGHT,), {"penalties": self.penalties})
-        return asking("mean", classes[-1], also=[GRAM, errors] if len(self.penalties) > 1 else [GRAM])
+        return RoundPlan(train=(), statistics=(*moments, gram, *([errors] if len(self.penalties) > 1 else [])))
 
     def lift(self, update: ClientUpdate) -> Tensors:
         """`count` (K,), `sum` (K, M), `gram` (T,) and `squares` (L,), zero where there is nothing to choose."""
         squares_L = statistic(update, SQUARES).double() if len(self.penalties) > 1 else torch.zeros(1, dtype=torch.float64)
-        return super().lift(update) | {"gram": sent_gram(update), "squares": squares_L}
+        return {**super().lift(update), "gram": statistic(update, GRAM).double(), "squares": squares_L}
 
     def head(self, state: State, rows_R: Tensor, mean_RM: Tensor) -> tuple[Tensor, Tensor]:
         weight_RM = solved(state["sum"][rows_R], state["gram"], self._penalty(state["squares"]))

@@ -297,6 +297,11 @@ def test_covariances_are_numpys(model: TinyVit, params: Tensors, dense: Mapping[
         covariance = from_upper_triangle(got["covariance/head.weight"][row])
         close(covariance, want)
         torch.testing.assert_close(covariance.diagonal(), full["variance/head.weight"][row], rtol=1e-5, atol=1e-7)
+    within = measure(ClassMoments("within", [2, 0, 3]), model, params, ["head.weight"], batch)
+    assert within["count/head.weight"].tolist() == [3, 5, 0]
+    assert torch.equal(within["mean/head.weight"], full["mean/head.weight"][[2, 0]])
+    want = sum(torch.from_numpy(np.cov(dense["head"][c == LABELS].numpy(), rowvar=False) * n) for c, n in ((2, 2), (0, 4)))
+    close(from_upper_triangle(within["within/head.weight"]), want)
 
 
 def test_classes_that_a_client_does_not_hold_cost_no_bytes() -> None:
@@ -313,7 +318,9 @@ def test_classes_that_a_client_does_not_hold_cost_no_bytes() -> None:
     assert sizes["scalar"] == {**count, "spread/head.weight": (100,)}
 
 
-@pytest.mark.parametrize(("form", "last"), [("full", ("variance", (0, 2))), ("covariance", ("covariance", (0, 3)))])
+@pytest.mark.parametrize(
+    ("form", "last"), [("full", ("variance", (0, 2))), ("covariance", ("covariance", (0, 3))), ("within", ("within", (3,)))]
+)
 def test_moments_of_a_client_without_samples(form: str, last: tuple[str, tuple[int, ...]]) -> None:
     with ClassMoments(form).collect(OneLayer(), {"head.weight": torch.zeros(2, 2)}, ["head.weight"]) as accumulator:
         shapes = {name: tuple(t.shape) for name, t in accumulator.result().items()}
@@ -335,7 +342,7 @@ def test_features_far_from_zero_keep_their_variance() -> None:
     torch.testing.assert_close(got, x.T.cov(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["full", "covariance"])
+@pytest.mark.parametrize("form", ["full", "covariance", "within"])
 @settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(0, 20), max_size=4), seed=st.integers(0, 100))
 def test_moments_do_not_depend_on_the_batches(form: str, cuts: list[int], seed: int) -> None:
