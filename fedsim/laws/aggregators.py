@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import matching, same_layout
 from fedsim.laws.comparing import (
     ROUNDED,
+    copied,
     expect_bits,
     expect_close,
     expect_finite,
@@ -34,7 +34,7 @@ from fedsim.laws.comparing import (
     sum_of_lifts,
     through_file,
 )
-from fedsim.laws.frame import Law, LawBroken
+from fedsim.laws.frame import Law, LawBroken, once
 from fedsim.laws.made_up import NUMBERS, Client, make_params, some_clients, stepped, synthesise
 
 ROUNDS = 3
@@ -44,8 +44,9 @@ ENOUGH = 9  # clients that no rule may refuse; of fewer it may say in one line t
 
 @dataclass(frozen=True)
 class Scene:
-    """One round before it is merged."""
+    """One round before it is merged, and what its merge gives."""
 
+    rule: Aggregator
     round: int
     state: State
     params: Tensors
@@ -74,26 +75,57 @@ class Scene:
         """All clients' updates, in the order of their ids."""
         return [self.update(c) for c in self.clients]
 
+    def merge(self, updates: Sequence[ClientUpdate], state: State = None) -> tuple[State, Tensors]:
+        """`combine` on copies, so that a rule that changes its inputs breaks the law on that and no other; from this state, or
+        else from the scene's."""
+        state = self.state if state is None else state
+        return self.rule.combine(copied(state), copied(self.params), copied(updates), self.draw())
 
-def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64, clients: int = CLIENTS) -> Iterator[Scene]:
-    """The first rounds of a task with so many clients, each going on from the merge of the one before."""
-    params: Tensors = make_params(dtype)
-    state = rule.init(deepcopy(params))
-    for number in range(ROUNDS):
-        scene = Scene(number, state, params, rule.plan(deepcopy(state), number), dtype, some_clients(clients))
-        yield scene
-        state, params = _merge(rule, scene, scene.updates)
+    @cached_property
+    def merged(self) -> tuple[State, Tensors]:
+        """The new state and parameters, of all clients' updates."""
+        return self.merge(self.updates)
+
+    @property
+    def out(self) -> Tensors:
+        """The new parameters."""
+        return self.merged[1]
 
 
-def _merge(rule: Aggregator, scene: Scene, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
-    """`combine` on copies, so that a rule that changes its inputs breaks the law on that and no other."""
-    return rule.combine(deepcopy(scene.state), deepcopy(scene.params), deepcopy(updates), scene.draw())
+@dataclass(frozen=True)
+class Scenes:
+    """The first rounds of a task with so many clients, each going on from the merge of the one before. A round is played when it
+    is asked for, and once."""
+
+    rule: Aggregator
+    dtype: torch.dtype
+    clients: int
+    played: list[Scene] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Scene]:
+        for number in range(ROUNDS):
+            if number == len(self.played):
+                self.played.append(self._next())
+            yield self.played[number]
+
+    def _next(self) -> Scene:
+        number = len(self.played)
+        params: Tensors = make_params(self.dtype)
+        state, params = self.played[-1].merged if number else (self.rule.init(copied(params)), params)
+        plan = self.rule.plan(copied(state), number)
+        return Scene(self.rule, number, state, params, plan, self.dtype, some_clients(self.clients))
 
 
-def _if_enough(rule: Aggregator, scene: Scene, updates: Sequence[ClientUpdate]) -> Tensors:
+@once
+def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64, clients: int = CLIENTS) -> Scenes:
+    """The rounds that the laws of a rule examine."""
+    return Scenes(rule, dtype, clients)
+
+
+def _if_enough(scene: Scene, updates: Sequence[ClientUpdate]) -> Tensors:
     """The parameters that a merge gives; none where the rule says that so few clients are not enough for it."""
     try:
-        return _merge(rule, scene, updates)[1]
+        return scene.merge(updates)[1]
     except AggregationError:
         if len(updates) >= ENOUGH:
             raise
@@ -109,7 +141,7 @@ def _plan(rule: Aggregator) -> None:
             raise LawBroken(
                 f"round {scene.round}: the plan trains {scene.plan.train}, which matches none of {', '.join(scene.params)}"
             )
-        again = rule.plan(deepcopy(scene.state), scene.round)
+        again = rule.plan(copied(scene.state), scene.round)
         if (again.train, again.statistics) != (scene.plan.train, scene.plan.statistics):
             raise LawBroken(f"round {scene.round}: plan gave {again}, after {scene.plan} for the same state and round")
         for request in scene.plan.statistics:
@@ -119,46 +151,44 @@ def _plan(rule: Aggregator) -> None:
 def _layout(rule: Aggregator) -> None:
     for dtype in (torch.float32, torch.float64):
         for scene in scenes(rule, dtype):
-            _, out = _merge(rule, scene, scene.updates)
-            if not same_layout(out, scene.params):
-                raise LawBroken(f"round {scene.round}: {layout_difference(out, scene.params)}")
+            if not same_layout(scene.out, scene.params):
+                raise LawBroken(f"round {scene.round}: {layout_difference(scene.out, scene.params)}")
 
 
 def _finite(rule: Aggregator) -> None:
     for dtype, numbers in ((torch.float64, NUMBERS[-1:]), (torch.float32, NUMBERS)):
         for scene, clients in itertools.product(scenes(rule, dtype, max(NUMBERS)), numbers):
-            expect_finite(_if_enough(rule, scene, scene.updates[:clients]), f"round {scene.round}, {clients} clients")
+            expect_finite(_if_enough(scene, scene.updates[:clients]), f"round {scene.round}, {clients} clients")
 
 
 def _fixed_point(rule: Aggregator) -> None:
-    for scene in scenes(rule, clients=max(NUMBERS)):
+    for scene in scenes(rule, torch.float64, max(NUMBERS)):
         common = scene.trained(0)
         updates = [scene.update(c, common) for c in scene.clients]
         for clients in NUMBERS:
             when = f"round {scene.round}, all {clients} clients sent the same tensors"
-            if out := _if_enough(rule, scene, updates[:clients]):
+            if out := _if_enough(scene, updates[:clients]):
                 expect_close(out, {**scene.params, **common}, when)
 
 
 def _one_client(rule: Aggregator) -> None:
     for scene in scenes(rule):
         update = scene.update(scene.clients[0])
-        _, out = _merge(rule, scene, [update])
+        _, out = scene.merge([update])
         expect_close(out, {**scene.params, **update.params}, f"round {scene.round}, one client alone")
 
 
 def _order(rule: Aggregator) -> None:
     for scene in scenes(rule):
         updates = scene.updates
-        _, want = _merge(rule, scene, updates)
         for name, other in (("reversed", updates[::-1]), ("rotated by 4", updates[4:] + updates[:4])):
-            expect_close(_merge(rule, scene, other)[1], want, f"round {scene.round}, updates {name}")
+            expect_close(scene.merge(other)[1], scene.out, f"round {scene.round}, updates {name}")
 
 
 def _no_mutation(rule: Aggregator) -> None:
     for scene in scenes(rule):
         before = {"state": scene.state, "params": scene.params, "updates": scene.updates}
-        given = deepcopy(before)
+        given = copied(before)
         rule.init(given["params"])
         rule.plan(given["state"], scene.round)
         rule.combine(given["state"], given["params"], given["updates"], scene.draw())
@@ -167,7 +197,7 @@ def _no_mutation(rule: Aggregator) -> None:
 
 def _deterministic(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        (state, out), (state_again, again) = (_merge(rule, scene, scene.updates) for _ in range(2))
+        (state, out), (state_again, again) = scene.merged, scene.merge(scene.updates)
         expect_bits(again, out, f"round {scene.round}, merged twice")
         if not same(state, state_again):
             raise LawBroken(f"round {scene.round}, merged twice: the new states differ")
@@ -179,24 +209,20 @@ def _state_file(rule: Aggregator) -> None:
         again = rule.plan(loaded, scene.round)
         if (again.train, again.statistics) != (scene.plan.train, scene.plan.statistics):
             raise LawBroken(f"round {scene.round}: the plan from the state in the file is another one")
-        resumed = replace(scene, state=loaded)
-        expect_bits(
-            _merge(rule, resumed, scene.updates)[1],
-            _merge(rule, scene, scene.updates)[1],
-            f"round {scene.round}, state from a file",
-        )
+        expect_bits(scene.merge(scene.updates, loaded)[1], scene.out, f"round {scene.round}, state from a file")
 
 
 def _any_sequence(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        updates = scene.updates
-        _, want = _merge(rule, scene, updates)
-        frozen = [
-            replace(u, params=MappingProxyType(dict(u.params)), statistics=MappingProxyType(dict(u.statistics))) for u in updates
-        ]
-        params = MappingProxyType(dict(deepcopy(scene.params)))
-        _, out = rule.combine(deepcopy(scene.state), params, _ReadOnly(frozen), scene.draw())
-        expect_bits(out, want, f"round {scene.round}, a read-only sequence in place of a list")
+        params = MappingProxyType(copied(scene.params))
+        frozen = _ReadOnly(
+            [
+                replace(u, params=MappingProxyType(copied(u.params)), statistics=MappingProxyType(copied(u.statistics)))
+                for u in scene.updates
+            ]
+        )
+        _, out = rule.combine(copied(scene.state), params, frozen, scene.draw())
+        expect_bits(out, scene.out, f"round {scene.round}, a read-only sequence in place of a list")
 
 
 def _no_data(rule: Aggregator) -> None:
@@ -206,7 +232,7 @@ def _no_data(rule: Aggregator) -> None:
         ]
         for what, updates in (("no updates", []), ("only clients without samples", empty)):
             try:
-                _merge(rule, scene, updates)
+                scene.merge(updates)
             except AggregationError:
                 continue
             except Exception as e:
@@ -221,10 +247,10 @@ def _no_data(rule: Aggregator) -> None:
 def _weights(rule: Aggregator) -> None:
     for scene in scenes(rule):
         number = CLIENTS // 2
-        once, before, after = scene.updates[number], scene.updates[:number], scene.updates[number + 1 :]
-        double = scene.update(scene.clients[number].repeated(2), once.params)
-        _, out = _merge(rule, scene, [*before, double, *after])
-        _, want = _merge(rule, scene, [*before, once, once, *after])
+        single, before, after = scene.updates[number], scene.updates[:number], scene.updates[number + 1 :]
+        double = scene.update(scene.clients[number].repeated(2), single.params)
+        _, out = scene.merge([*before, double, *after])
+        _, want = scene.merge([*before, single, single, *after])
         expect_close(out, want, f"round {scene.round}, a client with twice the samples against the client sent twice")
 
 
@@ -232,20 +258,19 @@ def _additive(rule: Aggregator) -> None:
     if not isinstance(rule, AdditiveAggregator) or (type(rule).additive is not AdditiveAggregator.additive and not rule.additive):
         return  # a `combine` of its own beside `lift` and `finish` must agree with them, so that is no way out
     for scene in scenes(rule):
-        updates = scene.updates
-        _, want = _merge(rule, scene, updates)
         for cuts in ((CLIENTS,), (1, CLIENTS), (4, 5, CLIENTS), tuple(range(1, CLIENTS + 1))):
-            bundles = [updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
-            partial_sums = [sum_of_lifts([rule.lift(u) for u in bundle]) for bundle in bundles]
-            _, out = rule.finish(deepcopy(scene.state), deepcopy(scene.params), sum_of_lifts(partial_sums), scene.draw())
-            expect_close(out, want, f"round {scene.round}, summed in bundles of {', '.join(str(len(b)) for b in bundles)}")
+            bundles = [scene.updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
+            partial_sums = [sum_of_lifts([rule.lift(copied(u)) for u in bundle]) for bundle in bundles]
+            _, out = rule.finish(copied(scene.state), copied(scene.params), sum_of_lifts(partial_sums), scene.draw())
+            expect_close(out, scene.out, f"round {scene.round}, summed in bundles of {', '.join(str(len(b)) for b in bundles)}")
 
 
 def _float64(rule: Aggregator) -> None:
     for narrow, wide in zip(scenes(rule, torch.float32), scenes(rule), strict=True):
-        _, got = _merge(rule, narrow, narrow.updates)
-        _, want = _merge(rule, wide, wide.updates)
-        expect_close({n: t.double() for n, t in got.items()}, want, f"round {narrow.round}, float32 against float64", ROUNDED)
+        want = wide.out
+        expect_close(
+            {n: t.double() for n, t in narrow.out.items()}, want, f"round {narrow.round}, float32 against float64", ROUNDED
+        )
         narrowed = [n for n, t in want.items() if bool(t.any()) and torch.equal(t, t.float().double())]
         if narrowed:
             raise LawBroken(f"round {wide.round}: '{narrowed[0]}' went in as float64 and came out with the digits of float32")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core.messages import Tensors
+from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.sums import summed
 from fedsim.laws.frame import LawBroken
 
+V = TypeVar("V")
 EXACT, ROUNDED = 1e-9, 1e-4  # tolerances, relative to 1 + |value|, in float64 and in float32
 
 
@@ -89,6 +91,24 @@ def through_file(value: Any, what: str, when: str) -> Any:
     if not same(loaded, value):
         raise LawBroken(f"{when}: the {what} that comes back from a file is another one")
     return loaded
+
+
+def copied(value: V) -> V:
+    """A value with new tensors in new containers, as `copy.deepcopy` makes it, in a tenth of the time."""
+    new: V = _copied(value)
+    return new
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is Tensor and not value.requires_grad:
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copied(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    if isinstance(value, ClientUpdate):
+        return replace(value, **{f.name: _copied(getattr(value, f.name)) for f in fields(value)})
+    return deepcopy(value)
 
 
 def same(a: Any, b: Any) -> bool:

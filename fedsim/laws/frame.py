@@ -5,6 +5,7 @@ A file `fedsim/laws/<kind>.py` has a tuple `LAWS`; nothing else says which kinds
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import traceback
@@ -20,6 +21,7 @@ from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import FedsimError, PluginError
 
 P = TypeVar("P")
+Play = TypeVar("Play", bound=Callable[..., Any])
 
 
 class LawBroken(Exception):
@@ -44,6 +46,23 @@ class LawResult:
     ok: bool
     exempt: str | None = None
     explanation: str = ""
+
+
+def once(play: Play) -> Play:
+    """What is played of a plug-in, called with the same words, is played once for all laws. Of the latest plug-in only."""
+    latest: list[Any] = [None]
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(play)
+    def kept(plugin: Any, *how: Any) -> Any:
+        if latest[0] is not plugin:
+            latest[0] = plugin
+            known.clear()
+        if how not in known:
+            known[how] = play(plugin, *how)
+        return known[how]
+
+    return kept  # type: ignore[return-value]
 
 
 def laws_of(kind: str) -> tuple[Law[Any], ...]:

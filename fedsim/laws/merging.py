@@ -14,7 +14,7 @@ from fedsim.core.contracts import Member, Merging
 from fedsim.core.rng import torch_stream
 from fedsim.laws import aggregators
 from fedsim.laws.comparing import expect_bits, expect_close, expect_finite, layout_difference
-from fedsim.laws.frame import Law, LawBroken
+from fedsim.laws.frame import Law, LawBroken, once
 from fedsim.laws.made_up import make_params, some_clients, stepped, synthesise
 from server.aggregators.merged import Aggregator
 from server.merging import _products
@@ -23,11 +23,14 @@ TASKS = 3
 OF_CLIENTS = {law.name: law.check for law in aggregators.LAWS}
 
 
+_of_clients = once(Aggregator)
+
+
 def _over_clients(law: str) -> Callable[[Merging], None]:
     """A law of aggregators, of the one that merges by this rule."""
 
     def check(rule: Merging) -> None:
-        OF_CLIENTS[law](Aggregator(rule))
+        OF_CLIENTS[law](_of_clients(rule))
 
     return check
 

@@ -21,8 +21,10 @@ from fedsim.core.config import build
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.laws import aggregators as rules
 from server.aggregators.fedavg import Aggregator as FedAvg
+from tests.laws.one import against
 from tests.readme import median_rule
 
+KIND = "aggregators"
 Combine = Callable[[State, Tensors, Sequence[ClientUpdate]], tuple[State, Tensors]]
 
 
@@ -152,9 +154,8 @@ def value_error_without_data(state: State, params: Tensors, updates: Sequence[Cl
     ],
 )
 def test_broken_rule_is_caught_by_its_law(merge: Combine, law: str, says: str) -> None:
-    found = broken(Rule(merge))
-    assert law in found
-    assert re.search(says, found[law]), found[law]
+    told = against(KIND, Rule(merge), law)
+    assert re.search(says, told), told
 
 
 @pytest.mark.parametrize(
@@ -191,22 +192,23 @@ def test_state_that_is_part_of_the_merge_is_seen() -> None:
             state[n].mul_(0.9).add_(out[n] - t)
         return state, {n: t + state[n] for n, t in params.items()}
 
-    found = broken(Rule(momentum, begin=lambda params: {n: torch.zeros_like(t) for n, t in params.items()}))
-    assert "the state that it was given changed" in found["no_mutation"]
+    rule = Rule(momentum, begin=lambda params: {n: torch.zeros_like(t) for n, t in params.items()})
+    assert "the state that it was given changed" in against(KIND, rule, "no_mutation")
 
 
 def test_plan_that_trains_nothing_there_is() -> None:
-    assert "which matches none of adapter.block.0.lora_A" in broken(Rule(fedavg, RoundPlan(train=("heads.*",))))["plan"]
+    assert "which matches none of adapter.block.0.lora_A" in against(KIND, Rule(fedavg, RoundPlan(train=("heads.*",))), "plan")
 
 
 def test_statistic_that_the_suite_cannot_make_up() -> None:
-    asks = RoundPlan(statistics=(StatisticRequest("fisher"),))
-    assert "asks for the statistic 'fisher' of *: statistic: unknown statistic 'fisher'" in broken(Rule(fedavg, asks))["plan"]
+    asks = RoundPlan(statistics=(StatisticRequest("torsion"),))
+    told = against(KIND, Rule(fedavg, asks), "plan")
+    assert "asks for the statistic 'torsion' of *: statistic: unknown statistic 'torsion'" in told
 
 
 def test_gram_that_there_is_not() -> None:
     asks = RoundPlan(statistics=(StatisticRequest("gram", ("*.lora_A",), {"form": "projected"}),))
-    assert "there is no gram of form 'projected' for 'adapter.block.0.lora_A'" in broken(Rule(fedavg, asks))["plan"]
+    assert "there is no gram of form 'projected' for 'adapter.block.0.lora_A'" in against(KIND, Rule(fedavg, asks), "plan")
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,9 @@ def test_the_rule_of_the_readme_keeps_the_laws(tmp_path: Path) -> None:
 
 
 def test_additive_rules_that_are_not() -> None:
-    assert "summed in bundles of 11" in broken(NotAdditive())["additive"]
-    assert "lift gives different names or shapes" in broken(Ragged())["additive"]
-    assert "torch.float32: sums are kept in float64" in broken(Narrow())["additive"]
+    assert "summed in bundles of 11" in against(KIND, NotAdditive(), "additive")
+    assert "lift gives different names or shapes" in against(KIND, Ragged(), "additive")
+    assert "torch.float32: sums are kept in float64" in against(KIND, Narrow(), "additive")
 
 
 @dataclass(frozen=True)

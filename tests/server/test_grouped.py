@@ -83,7 +83,7 @@ def test_equal_requests_of_two_groups_are_one_pass() -> None:
 
 def test_first_match_decides() -> None:
     rule = Grouped((("head.bias", FairAvg()), ("*", FedAvg())))
-    scene = next(rules.scenes(rule))
+    scene = next(iter(rules.scenes(rule)))
     _, out = rule.combine(scene.state, scene.params, scene.updates, torch.Generator())
     for name, alone in (("head.bias", FairAvg()), ("head.weight", FedAvg())):
         assert torch.equal(out[name], alone.combine({}, scene.params, scene.updates, torch.Generator())[1][name])
