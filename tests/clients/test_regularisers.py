@@ -20,7 +20,7 @@ from tests.clients.test_fused import Here, doubled, require_same, work
 from tests.clients.works import step_of
 from tests.tiny import final_state, kept, same_bits, tiny
 
-NEED_A_PAST = "lwf, feature_distillation, moon"
+NEED_A_PAST = "lwf, feature_distillation, moon, ewc, si"
 GOES_ON = ("server.aggregator=fedavg", "server.consolidator=none")
 
 
