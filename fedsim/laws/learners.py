@@ -42,7 +42,7 @@ from fedsim.laws.comparing import (
     sum_of_lifts,
     through_file,
 )
-from fedsim.laws.frame import Law, LawBroken
+from fedsim.laws.frame import Law, LawBroken, once
 from fedsim.models import model as models
 from fedsim.models.model import Model
 
@@ -90,12 +90,18 @@ class Place:
     @classmethod
     def new(cls) -> Place:
         config, split = _run()
-        return cls(config, models.build(config, sum(map(len, TASKS))), Watched(split))
+        return cls(config, deepcopy(_model()), Watched(split))
 
 
 @cache
 def _run() -> tuple[SimConfig, ArraySplit]:
     return configs.from_dict(RUN), Synthetic(classes=6, train_per_class=PER_CLASS, image_size=8).load().train
+
+
+@cache
+def _model() -> Model:
+    """As it is built, for copies."""
+    return models.build(_run()[0], sum(map(len, TASKS)))
 
 
 def shard(split: ArraySplit, task: int, client: int) -> IntArray:
@@ -126,6 +132,31 @@ Train = Callable[[Sequence[Work]], Sequence[ClientUpdate | ClientFailed]]
 def one_by_one(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
     """Client after client."""
     return [local.train(work) for work in works]
+
+
+@dataclass(eq=False)
+class Watch:
+    """Client after client, noting who looks at a sample that it never held, and who changes what it was given."""
+
+    strangers: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def __call__(self, works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
+        return [self._train(work) for work in works]
+
+    def _train(self, work: Work) -> ClientUpdate | ClientFailed:
+        when, samples = f"task {work.task}, round {work.round}: client {work.client_id}", Watched(_run()[1])
+        given = {"parameters": work.params, "memory": work.job.memory, "context": dict(work.received.context)}
+        before = deepcopy(given)
+        result = local.train(replace(work, samples=samples))
+        try:
+            expect_unchanged(given, before, when)
+        except LawBroken as e:
+            self.changed.append(str(e))
+        held = {p for task in range(work.task + 1) for p in shard(_run()[1], task, work.client_id).tolist()}
+        if strange := sorted(samples.seen - held):
+            self.strangers.append(f"{when} looks at sample {strange[0]}, which it has never held")
+        return result
 
 
 @dataclass(eq=False)
@@ -203,20 +234,22 @@ class Game:
         if plan is not None:
             plan = replace(plan, context={**plan.context, **self._context(state, teacher)})
             jobs = [ClientJob(k, task, ROUNDS, params, plan, memory=memories.get(k, {})) for k in range(CLIENTS)]
-            updates = _all_there(one_by_one(self._works(place, jobs)), f"the end of task {task}")
+            updates = _all_there(self.train(self._works(place, jobs)), f"the end of task {task}")
             lifted = lifts_of([f"{CLOSING}.{NAME}"], None, None, {NAME: self.learner}) or {}
             total = sum_of_lifts([parts for u in updates for lift in lifted.values() if (parts := lift(u)) is not None])
         return self.learner.closed(deepcopy(state), deepcopy(params), total), updates
 
 
+@once
+def watched(learner: Learner) -> tuple[list[Round], Watch]:
+    """As it is played without anything odd, and what was seen by the way."""
+    watch = Watch()
+    return Game(learner, watch).play(), watch
+
+
 def plain(learner: Learner) -> list[Round]:
-    """As it is played without anything odd, once for all laws of a learner."""
-    if not _played or _played[0][0] is not learner:
-        _played[:] = [(learner, Game(learner).play())]
-    return _played[0][1]
-
-
-_played: list[tuple[Learner, list[Round]]] = []  # the latest
+    """The rounds alone."""
+    return watched(learner)[0]
 
 
 def summed(learner: Learner, updates: Sequence[ClientUpdate], prefix: str) -> Tensors:
@@ -305,33 +338,14 @@ def _memory_file(learner: Learner) -> None:
 
 
 def _held(learner: Learner) -> None:
-    def watched(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
-        out = []
-        for work in works:
-            samples = Watched(_run()[1])
-            out.append(local.train(replace(work, samples=samples)))
-            held = {p for task in range(work.task + 1) for p in shard(_run()[1], task, work.client_id).tolist()}
-            if strange := sorted(samples.seen - held):
-                raise LawBroken(
-                    f"task {work.task}, round {work.round}: client {work.client_id} looks at sample {strange[0]}, which it has "
-                    "never held"
-                )
-        return out
-
-    Game(learner, watched).play()
+    for odd in watched(learner)[1].strangers:
+        raise LawBroken(odd)
 
 
 def _no_mutation(learner: Learner) -> None:
-    def watched(works: Sequence[Work]) -> list[ClientUpdate | ClientFailed]:
-        out = []
-        for work in works:
-            given = {"parameters": work.params, "memory": work.job.memory, "context": dict(work.received.context)}
-            before = deepcopy(given)
-            out.append(local.train(work))
-            expect_unchanged(given, before, f"task {work.task}, round {work.round}, client {work.client_id}")
-        return out
-
-    for done in Game(learner, watched).play():
+    for odd in watched(learner)[1].changed:
+        raise LawBroken(odd)
+    for done in plain(learner):
         given = {"state": done.state, "total": done.total, "parameters": done.works[0].params}
         before = deepcopy(given)
         learner.context(given["state"])

@@ -106,7 +106,7 @@ def test_good_ones_keep_all() -> None:
         ("batch-wise", "fused", "together against one by one"),
         ("unsavable", "memory_file", "a file cannot hold the server's state"),
         ("stranger", "held", "task 0, round 0: client 0 looks at sample 29, which it has never held"),
-        ("in place", "no_mutation", "task 0, round 1, client 0: the memory that it was given changed"),
+        ("in place", "no_mutation", "task 0, round 1: client 0: the memory that it was given changed"),
         ("total in place", "no_mutation", "the server's half: the total that it was given changed"),
         ("ragged", "order", "different names or shapes"),
         ("narrow", "order", "torch.float32: sums are kept in float64"),
