@@ -48,7 +48,7 @@ def run_clients(
         reply = replace(reply, observed=gather.observed(clients, params, plan))
     sizes = sim.shard_sizes[state.task]
     order = sampling.longest_first(clients, sizes)
-    memories = [sim.store.memory(c) if (plan.train or plan.review) and sizes[c] else {} for c in order]
+    memories = [sim.store.memory(c) if plan.review or (plan.train and sizes[c]) else {} for c in order]
     jobs = [ClientJob(c, state.task, state.round, params, plan, m, reply) for c, m in zip(order, memories, strict=True)]
     lifts = lifts_of(reply.sums or parts, sim.aggregator, sim.calibrator, sim.learners)
     assert lifts is not None, "the server has all parts at hand"
@@ -70,11 +70,11 @@ def run_clients(
 
 def remembered(sim: Simulation, bundle: Bundle, plan: RoundPlan) -> Bundle:
     """The bundle without what its clients remember, which goes into the store. Training reads and writes memory, and so does a
-    learner's review: who fails, holds no samples or does neither remembers what it did before."""
+    learner's review, of clients without samples too: who fails, or trains on no samples, remembers what it did before."""
     changed: dict[int, ClientUpdate] = {}
     for place, result in enumerate(bundle.results):
         if isinstance(result, ClientUpdate) and result.memory is not None:
-            if (plan.train or plan.review) and result.num_samples:
+            if plan.review or (plan.train and result.num_samples):
                 sim.store.remember(result.client_id, result.memory, device_bytes(sim, result.memory))
             changed[place] = replace(result, memory=None)
     return replace(bundle, results=tuple(changed.get(k, r) for k, r in enumerate(bundle.results))) if changed else bundle

@@ -66,13 +66,12 @@ class Learner(_buffers.Rehearsal):
 
     def loss(self, state: LocalState, step: Step) -> Tensor | None:
         with_logits, with_labels = state["drawn"]
-        logits, labels = (t[step.replayed].split([len(with_logits), len(with_labels)]) for t in (step.logits, step.labels))
-        terms = []
+        logits, labels, middle, terms = step.logits[step.replayed], step.labels[step.replayed], len(with_logits), list[Tensor]()
         if len(with_logits):
             stored = state["buffer"].beside[LOGITS][torch.from_numpy(with_logits)]
-            terms.append(self.alpha * F.mse_loss(columns(logits[0], step.seen), columns(stored, step.seen)))
+            terms.append(self.alpha * F.mse_loss(columns(logits[:middle], step.seen), columns(stored, step.seen)))
         if len(with_labels):
-            terms.append(self.beta * masked_cross_entropy(logits[1], labels[1], step.seen))
+            terms.append(self.beta * masked_cross_entropy(logits[middle:], labels[middle:], step.seen))
         return torch.stack(terms).sum() if terms else None
 
     def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:

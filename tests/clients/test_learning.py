@@ -442,7 +442,7 @@ def test_review_merged_and_deployed(tmp_path: Path) -> None:
     """In a run: what clients say of the deployed model, what they then remember, the bias that the server moved, and the head
     that it deployed, of which nothing is left when training goes on. Stopped and gone on with, the same bits."""
     (tmp_path / "reviewer.py").write_text(REVIEWER.replace("work.task\n", "(work.task if work.client_id != 1 else 0)\n"))
-    learners = {"client": {"learners": [str(tmp_path / "reviewer.py"), "er"]}}
+    learners = {"client": {"learners": [str(tmp_path / "reviewer.py"), {"name": "er", "size": 4}]}}
     options = ("server.aggregator=fedavg", "server.consolidator=none", "partition.name=iid")
     config = tiny(*options, output=tmp_path / "whole", **learners)
     results = run(config)

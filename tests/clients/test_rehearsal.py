@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.learners import derpp, er, lwf
+from clients.learners import derpp, er, icarl, lwf
 from clients.learners._buffers import Buffer, Rehearsal
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.core.tensors import without_prefix
 from fedsim.simulation import prepare, run
-from tests.clients.test_fused import Here, doubled, work
+from tests.clients.test_fused import CLASSES, Here, doubled, work
 from tests.clients.works import step_of
 from tests.tiny import final_state, kept, learned, same_bits, tiny
 
@@ -97,7 +98,7 @@ def test_derpp_remembers_what_the_model_said_and_is_stored_with_the_samples(tmp_
     for one, update in zip(here.works(), updates(here), strict=True):
         if update.num_samples:
             assert update.memory is not None
-            buffer = Buffer.of({n.removeprefix("learner.derpp/"): t for n, t in update.memory.items()})
+            buffer = Buffer.of(without_prefix(update.memory, "learner.derpp/"))
             want = one.outputs(buffer.positions, {**one.params, **update.params}).logits
             torch.testing.assert_close(buffer.beside["logits"], want)
 
@@ -124,13 +125,74 @@ def test_losses_of_rehearsal_and_distillation_add_up() -> None:
     assert max(far) > 1e-6
 
 
-@pytest.mark.parametrize("others", [["er", "derpp"]])
+def test_icarl_without_old_classes_is_the_binary_cross_entropy() -> None:
+    """Own rows 0-2, another learner's row 3, replayed rows 4-5, all classes of one task; and with two older ones taught."""
+    draw = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(6, 8, generator=draw), torch.randn(6, 8, generator=draw)
+    labels, rows, seen = torch.tensor([5, 6, 5, 7, 1, 2]), [0, 1, 2, 4, 5], [1, 2, 5, 6]
+    known = {"logits": logits, "labels": labels, "own": slice(0, 3), "replayed": slice(4, 6), "seen": seen}
+    targets = F.one_hot(torch.tensor([2, 3, 2, 0, 1]), 4).float()
+    want = F.binary_cross_entropy_with_logits(logits[rows][:, seen], targets)
+    torch.testing.assert_close(icarl.Learner().loss({"teacher": None}, step_of(**known, classes=seen)), want)
+    targets[:, :2] = taught[rows][:, [1, 2]].sigmoid()
+    want = F.binary_cross_entropy_with_logits(logits[rows][:, seen], targets)
+    step = step_of(**known, classes=(5, 6), model=lambda params: contracts.Outputs(taught, taught))
+    torch.testing.assert_close(icarl.Learner().loss({"teacher": {}}, step), want)
+
+
+def test_icarl_with_all_samples_is_the_nearest_mean_of_their_features() -> None:
+    learner, works = icarl.Learner(size=40), work().works()
+    draw, params = torch.Generator(), works[0].params
+    endings = [learner.review(one, {}, {}, draw) for one in works]
+    lifted = [learner.lift(e.statistics, 1) for e in endings]
+    total = {n: torch.stack([t[n] for t in lifted]).sum(0) for n in ("sum", "count")}
+    state = learner.closed(learner.opened(None, params, 0), params, total)
+    everything = np.concatenate([one.shard for one in works])
+    features = F.normalize(works[0].outputs(everything, params).features.double(), dim=1)
+    labels = works[0].labels(everything)
+    assert state["count"].tolist() == np.bincount(labels, minlength=6).tolist()
+    means = F.normalize(torch.stack([features[labels == c].mean(0) for c in CLASSES]), dim=1)
+    nearest = torch.cdist(features, means).argmin(1) + CLASSES[0]
+    deployed = learner.deployed(state, params)
+    outputs = works[0].outputs(everything, deployed)
+    assert torch.equal(outputs.logits.argmax(1), nearest) and len(set(nearest.tolist())) > 1
+    assert {n for n, t in params.items() if deployed[n] is not t} == {"head.weight", "head.bias"}
+    again = learner.closed(state, params, {n: torch.zeros_like(t) for n, t in total.items()})
+    assert same_bits(again, state), "of classes that nobody tells of, what was known stays"
+
+
+def test_icarl_hears_of_exemplars_of_clients_without_samples_of_the_task(tmp_path: Path) -> None:
+    """In the ledger: sums of C features and counts of every client at every task's end, whatever it holds; and exemplars."""
+    options = ("client.learners=[{name: icarl, size: 5}]", "server.aggregator=fedavg", "server.consolidator=none")
+    whole, path = prepare(tiny(*options)).manifest, tmp_path / "split.json"
+    shards = [[whole.shard(t, k).tolist() for k in range(3)] for t in range(2)]
+    shards[1] = [[], sorted(shards[1][0] + shards[1][1]), shards[1][2]]
+    sizes = np.array([[len(own) for own in task] for task in shards])
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    histograms = (
+        whole.histograms[0],
+        np.stack([0 * whole.histograms[1][0], whole.histograms[1][:2].sum(0), whole.histograms[1][2]]),
+    )
+    flat = np.array([p for task in shards for own in task for p in own])
+    replace(whole, shard_indices=flat, shard_offsets=offsets, histograms=histograms).save(path)
+    config = tiny(*options, f"manifest={path}", "server.rounds=1", output=tmp_path)
+    results = run(config)
+    assert sizes[0, 0] > 0 == sizes[1, 0], "the first client has samples of the first task alone"
+    held = {c: m["learner.icarl/positions"] for c, m in kept(results.path)["memory"].items()}
+    assert {c: len(p) for c, p in held.items()} == {c: min(5, n) for c, n in enumerate(sizes.sum(0).tolist()) if n}
+    state = final_state(results.path, config).learners["icarl"]
+    assert float(state["count"].sum()) == sum(map(len, held.values()))
+    assert results.costs["bytes"]["up"]["statistics"] == 3 * 2 * (6 * 16 + 6) * 4
+    assert results.costs["stored"]["max"] == 5 * (8 * 8 + 8) + 16
+
+
+@pytest.mark.parametrize("others", [["er", "derpp"], ["icarl", "er"]])
 def test_two_buffers_are_refused(others: list[str]) -> None:
     with pytest.raises(ConfigError, match="both take the place of the buffer, which only one part of a run can have: choose one"):
         prepare(tiny(client={"learners": [{"name": name, "size": 4} for name in others]}))
 
 
-@pytest.mark.parametrize("method", ["derpp"])
+@pytest.mark.parametrize("method", ["derpp", "icarl"])
 def test_a_run_that_was_stopped_remembers_the_same(method: str, tmp_path: Path) -> None:
     config = tiny(
         f"client.learners=[{{name: {method}, size: 6}}]", "server.aggregator=fedavg", "server.consolidator=none",

@@ -245,7 +245,8 @@ class Learner(Part):
 
     def review(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> Ending:
         """In the pass at the task's end, for which a learner with this method need not ask: memory and statistics, with
-        `work.params` being what is deployed. The statistics are handed to `lift` under their own names."""
+        `work.params` being what is deployed. Clients without samples of the task are asked too: they may remember older ones.
+        The statistics are handed to `lift` under their own names."""
         return Ending()
 
     # ------------------------------------------------ on the server

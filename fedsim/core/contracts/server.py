@@ -137,10 +137,11 @@ def lifts_of(
 
 
 def _lifted(learner: Learner, prefix: str, in_round: bool, update: ClientUpdate) -> Tensors | None:
-    """A learner's part of an update that is based on data: of a round its own statistics, of a closing pass all of them."""
-    if not update.num_samples:
-        return None
+    """A learner's part of an update that is based on data: of a round its own statistics, of a closing pass all of them. In its
+    review a client tells of what it remembers, whether or not it holds samples of the task."""
     own = without_prefix(update.statistics, prefix)
+    if not update.num_samples and (in_round or not own):
+        return None
     others = {} if in_round else {n: t for n, t in update.statistics.items() if not n.startswith(prefix)}
     return learner.lift({**others, **own}, update.num_samples)
 
