@@ -217,7 +217,8 @@ def one_pass(
         collecting = []
         for request in requests:
             subjects = matching(local, request.match)
-            collecting.append((request.name, stack.enter_context(statistic_of(request).collect(model, local, subjects))))
+            statistic = statistic_of(request).for_client(work.draw(f"statistic {request.name}"))
+            collecting.append((request.name, stack.enter_context(statistic.collect(model, local, subjects))))
         for positions in batches(work.shard, work.config.runtime.eval_batch):
             inputs, labels = work.samples.batch(positions)
             features = kept.asked(model, inputs, positions).features

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsim.core.subspace import complement, needed, orthonormal, signed
+
 REMOVE, RETAIN = "remove", "retain"
 
 
@@ -51,7 +53,7 @@ def free_directions(span: InputSpan, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
         return free_DF, torch.zeros(free_DF.shape[1], dtype=torch.float64)
     # P = Q Qᵀ with Q the basis, so the singular vectors of P G are Q times those of Qᵀ G.
     left_FF, values_F, _ = torch.linalg.svd(free_DF.T @ gram, full_matrices=False)
-    return _signed(free_DF @ left_FF), values_F.square() / total
+    return signed(free_DF @ left_FF), values_F.square() / total
 
 
 def updated(span: InputSpan, gram_DD: Tensor, threshold: float, guarantee: bool = True) -> InputSpan:
@@ -61,35 +63,12 @@ def updated(span: InputSpan, gram_DD: Tensor, threshold: float, guarantee: bool 
     guarantee: False takes one direction less in an empty span (one at least), which holds less than the threshold.
     """
     directions_DF, energies_F = free_directions(span, gram_DD)
-    held_F = (1 - energies_F.sum()) + energies_F.cumsum(0) - energies_F  # before each direction is taken
-    count = int((held_F < threshold).sum()) if bool(energies_F.any()) else 0
+    count = needed(energies_F, 1 - energies_F.sum(), threshold) if bool(energies_F.any()) else 0
     if not guarantee and count > 1 and span.mode == REMOVE and span.basis.shape[1] == 0:
         count -= 1
     new_DK, left_DF = directions_DF[:, :count], directions_DF[:, count:]
     if span.mode == REMOVE:
         basis = torch.cat([span.basis, new_DK], dim=1)
         if 2 * basis.shape[1] <= len(basis):
-            return InputSpan(_orthonormal(basis), REMOVE)
-    return InputSpan(_orthonormal(left_DF), RETAIN)
-
-
-def complement(basis_DK: Tensor) -> Tensor:
-    """An orthonormal basis of what is orthogonal to the columns of an orthonormal one, (D, D − K)."""
-    if basis_DK.shape[1] == 0:
-        return torch.eye(len(basis_DK), dtype=basis_DK.dtype)
-    q_DD: Tensor = torch.linalg.qr(basis_DK, mode="complete")[0]
-    return q_DD[:, basis_DK.shape[1] :]
-
-
-def _orthonormal(basis_DK: Tensor) -> Tensor:
-    """A basis that is orthonormal but for rounding, without the rounding: errors of many tasks would add up."""
-    q_DK, r_KK = torch.linalg.qr(basis_DK)
-    basis: Tensor = torch.where(r_KK.diagonal() < 0, -q_DK, q_DK)
-    return basis
-
-
-def _signed(vectors_DF: Tensor) -> Tensor:
-    if vectors_DF.shape[1] == 0:
-        return vectors_DF
-    largest_F = vectors_DF.gather(0, vectors_DF.abs().argmax(dim=0, keepdim=True))
-    return torch.where(largest_F < 0, -vectors_DF, vectors_DF)
+            return InputSpan(orthonormal(basis), REMOVE)
+    return InputSpan(orthonormal(left_DF), RETAIN)

@@ -1,16 +1,22 @@
-"""What Grams need of a layer's inputs, computed once however many layers and requests see the same tensor.
+"""What Grams and sketches need of a layer's inputs, computed once however many layers and requests see the same tensor.
 
 Shapes: N rows (all tokens of a batch), I inputs of a layer (x_NI, gram_II = Σ x xᵀ).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsim.core.contracts import ModelLike
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import wide
+
+WEIGHT = ".weight"
 
 ROWS = 256  # widened at a time: torch sums 16 × 16 rows at a time itself, so that up to 4,096 rows give the bits of one sum
 AT_ONCE = 1 << 17  # numbers that stay in the cache when they are widened: 1 MB
@@ -57,3 +63,26 @@ def of(x: Tensor) -> Inputs:
         setattr(x, KEPT, kept)
     inputs: Inputs = kept[1]
     return inputs
+
+
+class Fed(Protocol):
+    def add(self, inputs: Inputs) -> None: ...
+
+
+def feeding(one: Fed) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that shows the inputs of a layer to a sum."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        one.add(of(args[0]))
+
+    return hook
+
+
+def layer_of(subject: str) -> str:
+    """The layer that a tensor belongs to."""
+    return subject.rpartition(".")[0]
+
+
+def has_inputs(model: ModelLike, subject: str) -> bool:
+    """Whether it is the weight of a linear map: those of norms and embeddings are passed over."""
+    return subject == HEAD_WEIGHT or not subject.endswith(WEIGHT) or isinstance(model.layer(subject), nn.Linear)

@@ -5,23 +5,21 @@ Shapes: N rows (all tokens of a batch), I inputs of a layer, R rank (x_NI, A_RI,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clients.statistics._inputs import Inputs
-from clients.statistics._inputs import of as inputs_of
+from clients.statistics._inputs import WEIGHT, Inputs, feeding, has_inputs, layer_of
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, LORA_B, upper_triangle, wide
 
-WEIGHT = ".weight"
 FORMS = {  # form -> what its subjects may be
     "diagonal": (HEAD_WEIGHT, LORA_A, LORA_B, WEIGHT),
     "full": (HEAD_WEIGHT, LORA_A, LORA_B, WEIGHT),
@@ -63,24 +61,24 @@ class Statistic(contracts.Statistic):
     @contextmanager
     def collect(self, model: contracts.ModelLike, params: Tensors, subjects: Sequence[str]) -> Iterator[_Accumulator]:
         """Raises ConfigError for a subject that has no Gram of this form."""
-        sums = {subject: self._sum(params, subject) for subject in subjects if _has_gram(model, subject)}
+        sums = {subject: self._sum(params, subject) for subject in subjects if has_inputs(model, subject)}
         with ExitStack() as hooks:
             for subject, one in sums.items():
                 if subject != HEAD_WEIGHT:
-                    hooks.callback(model.layer(subject).register_forward_pre_hook(_feeding(one)).remove)
+                    hooks.callback(model.layer(subject).register_forward_pre_hook(feeding(one)).remove)
             yield _Accumulator(self.form, sums)
 
     def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
-        fed = [s for s in subjects if s == HEAD_WEIGHT or not s.endswith(WEIGHT) or _layer(s) in seen.inputs]
+        fed = [s for s in subjects if s == HEAD_WEIGHT or not s.endswith(WEIGHT) or layer_of(s) in seen.inputs]
         return {f"{self.form}/{s}": self._of(seen, params, s) for s in fed}
 
     def _of(self, seen: contracts.Seen, params: Tensors, subject: str) -> Tensor:
         """The form of all samples at once."""
         self._require_form(subject)
-        if subject != HEAD_WEIGHT and _layer(subject) not in seen.inputs:
+        if subject != HEAD_WEIGHT and layer_of(subject) not in seen.inputs:
             raise ConfigError(f"'{subject}' belongs to no layer that has inputs")
-        x_NI = seen.features if subject == HEAD_WEIGHT else seen.inputs[_layer(subject)]
-        a_RI = params[_layer(subject) + LORA_A].double() if subject.endswith(LORA_B) else None
+        x_NI = seen.features if subject == HEAD_WEIGHT else seen.inputs[layer_of(subject)]
+        a_RI = params[layer_of(subject) + LORA_A].double() if subject.endswith(LORA_B) else None
         if a_RI is not None and self.form in ("diagonal", "full"):
             x_NI = x_NI @ a_RI.T
         gram_II = self.decay * x_NI.T @ x_NI + (1 - self.decay) * torch.diag(x_NI.square().sum(0))
@@ -168,19 +166,3 @@ class _Accumulator:
         if self.form == "diagonal":
             return one.energies()
         return upper_triangle(one.total()) if self.form == "full" else one.total()
-
-
-def _layer(subject: str) -> str:
-    """The layer that a tensor belongs to."""
-    return subject.rpartition(".")[0]
-
-
-def _has_gram(model: contracts.ModelLike, subject: str) -> bool:
-    return subject == HEAD_WEIGHT or not subject.endswith(WEIGHT) or isinstance(model.layer(subject), nn.Linear)
-
-
-def _feeding(one: _DecayedSum) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        one.add(inputs_of(args[0]))
-
-    return hook

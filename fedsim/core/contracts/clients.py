@@ -322,6 +322,11 @@ class Statistic(Plugin, ABC):
         """Open for one pass over the client's samples. `params` are the client's own tensors; `subjects` the parameter
         names that the request matched."""
 
+    def for_client(self, draw: torch.Generator) -> Statistic:
+        """What it is for one client's pass: itself, unless it draws something. draw: on the CPU; addressed by the run's seed, the
+        client, the task and the round."""
+        return self
+
     def synthetic(self, seen: Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
         """What `collect` would send for these samples, float64, by its formula: the laws make up with it what clients send to a
         rule that asks for this statistic."""

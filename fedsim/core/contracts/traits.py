@@ -20,6 +20,7 @@ WORDS: Mapping[str, str] = {
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
+    "linear maps": "the module is made of linear maps that are trained, weights of layers or LoRA pairs",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",

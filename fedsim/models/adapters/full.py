@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike
+from fedsim.core.contracts import BackboneLike, Traits
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import Tensors
 from fedsim.models.kernels import FrozenLinear
@@ -50,6 +50,10 @@ class Adapter(contracts.Adapter):
         globs = [self.targets] if isinstance(self.targets, str) else self.targets
         if not isinstance(globs, list | tuple) or not globs or not all(isinstance(g, str) and g for g in globs):
             raise ConfigError(f"targets must be 'all' or a list of globs such as [layers.11.*], got {self.targets!r}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={"linear maps"})
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """The pretrained tensors, copied."""

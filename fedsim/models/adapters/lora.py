@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BackboneLike, Slots
+from fedsim.core.contracts import BackboneLike, Slots, Traits
 from fedsim.core.errors import ConfigError, ModelError
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
@@ -59,6 +59,10 @@ class Adapter(contracts.Adapter):
             raise ConfigError(f"alpha must be positive, or null for a scale of 1, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={"linear maps"})
 
     @property
     def scale(self) -> float:

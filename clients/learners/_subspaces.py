@@ -1,0 +1,93 @@
+"""What learners share that keep later tasks out of the span of old tasks' inputs: its bases on the server, layer by layer.
+
+A linear map whose update is ΔW answers as before to every input x of span(U) where ΔW U = 0: rows of ΔW are projected to
+ΔW (I − U Uᵀ). Of a LoRA pair both factors are such maps, A of the layer's inputs and B of A x: where neither changes what it
+says to old inputs, B A x stays as it was [ours]. Once the r inputs of a B are taken up, A alone learns.
+
+Shapes: D inputs of a map, K directions kept, U (D, K) orthonormal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.core import contracts
+from fedsim.core.contracts import Traits
+from fedsim.core.errors import ConfigError, require_choice
+from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
+from fedsim.core.subspace import extended, outside, root
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle
+
+ADAPTER = "adapter."
+MAPS = tuple(f"{ADAPTER}*{kind}" for kind in (".weight", LORA_A, LORA_B))
+SKETCH, GRAM = "sketch", "gram"
+FORMS: Mapping[str, str] = {SKETCH: "range", GRAM: "full"}
+
+
+@dataclass(frozen=True)
+class SpanLearner(contracts.Learner):
+    """The server's half: at a task's end the bases are extended until they hold a share of the energy of the task's inputs.
+
+        ε_t = min(threshold + growth · t, 1),   U ← qr [U, leading left singular vectors of (I − U Uᵀ) X]
+
+    as many as it takes until ‖Uᵀ X‖² ≥ ε_t ‖X‖², X the inputs of all clients' samples of the task in the model that is deployed.
+
+    form: "sketch": clients send Y_i = X_i Ω_i, D · q numbers a map; the sum stands for X. "gram": they send Σ x xᵀ, D (D + 1) / 2
+    numbers, which is exact. columns: q.
+    State: `bases`, by the tensor's name, (D, K), float32, and `task`.
+    """
+
+    threshold: float
+    growth: float
+    form: str = SKETCH
+    columns: int = 64
+
+    def __post_init__(self) -> None:
+        require_choice("form", self.form, tuple(FORMS))
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold must be in [0, 1], got {self.threshold}")
+        if not self.growth >= 0:
+            raise ConfigError(f"growth must not be negative, got {self.growth}")
+        if self.columns < 1:
+            raise ConfigError(f"columns must be at least 1, got {self.columns}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            needs={
+                "linear maps": "keeps what linear layers say to old inputs, and {adapter} trains none: use adapter: lora or full",
+                "one module goes on": "protects one module that learns task after task, and {consolidator} does not leave it as "
+                "it was trained: use consolidator: none",
+            }
+        )
+
+    def opened(self, state: State, params: Tensors, task: int) -> State:
+        return {"bases": state["bases"] if state else {}, "task": task}
+
+    def closing(self, state: State, params: Tensors) -> RoundPlan | None:
+        if not self.threshold and not self.growth:
+            return None
+        options = {"columns": self.columns} if self.form == SKETCH else {"form": "full", "decay": 1.0}
+        return RoundPlan(train=(), statistics=(StatisticRequest(self.form, MAPS, options),))
+
+    def closed(self, state: State, params: Tensors, total: Tensors) -> State:
+        share = min(self.threshold + self.growth * state["task"], 1.0)
+        bases = dict(state["bases"])
+        for key, sent in total.items():
+            name = key.partition("/")[2]
+            columns_Dn = sent if self.form == SKETCH else root(from_upper_triangle(sent))
+            before_DK = bases.get(name, columns_Dn[:, :0])
+            bases[name] = extended(before_DK, columns_Dn, share).float()
+        return {**state, "bases": bases}
+
+
+def protected(name: str, change: Tensor, bases: Tensors) -> Tensor:
+    """A tensor's change without what would answer to old inputs. What of the module is no linear map (norms, biases, embeddings)
+    does not change any more, once there are bases; the head does."""
+    if name in bases:
+        return outside(change, bases[name].to(change))
+    return torch.zeros_like(change) if bases and name.startswith(ADAPTER) else change
