@@ -265,7 +265,7 @@ class _Step:
         if bundle.looks:
             inputs = {n: t.view(len(self.slots.rows), -1, *t.shape[1:])[k, :rows] for n, t in self._inputs.items()}
             mine, other = Outputs(*(t[k, :rows] for t in outputs)), partial(self._other, k)
-            terms += learning.terms(inputs, positions, labels_ab[k, :rows], mine, own, other, query=query)
+            terms += learning.terms(inputs, positions, labels_ab[k, :rows], mine, own, other, self.frame.left, query=query)
         return torch.stack(terms).sum() if terms else outputs.logits.new_zeros(())
 
     def _queries_of(self, k: int) -> Tensor | None:

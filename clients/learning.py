@@ -6,6 +6,7 @@ a learner is written once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -200,22 +201,27 @@ class Learning:
         outputs: Outputs,
         params: Tensors,
         run: Callable[[Tensors], Outputs],
+        left: Callable[[], AbstractContextManager[None]],
         blocks: Sequence[Tensor] = (),
         query: Tensor | None = None,
     ) -> list[Tensor]:
-        """What learners add to the loss of a batch. run: other tensors on the same inputs; blocks: what came out of them; query:
-        of each sample."""
+        """What learners add to the loss of a batch. run: other tensors on the same inputs; left: while open, nothing is in the
+        encoder; blocks: what came out of them; query: of each sample."""
         work, once = self.work, _Once(run)
         whole = {**work.params, **params}
 
         def head(features: Tensor, params: Tensors | None = None) -> Tensor:
             return work.model.logits(features, whole if params is None else params)
 
+        def outputs_of(positions: IntArray, params: Tensors) -> Outputs:
+            with left():
+                return work.outputs(positions, params)
+
         terms = []
         for part in self._loss:
             step = Step(
                 inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
-                part.made, part.draw, once, head, blocks, query,
+                part.made, part.draw, once, head, outputs_of, blocks, query,
             )  # fmt: skip
             term = part.learner.loss(part.state, step)
             if term is not None:

@@ -87,7 +87,7 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = N
                 terms.append(of_adapter)
             if learning.looks:
                 other = _other(work, frame, inputs, drawn, query)
-                terms += learning.terms(inputs, positions, labels, outputs, parameters, other, tuple(blocks), query)
+                terms += learning.terms(inputs, positions, labels, outputs, parameters, other, frame.left, tuple(blocks), query)
             loss = sum(terms[1:], terms[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

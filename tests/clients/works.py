@@ -17,6 +17,6 @@ def step_of(**known: Any) -> Step:
         "inputs": {}, "positions": np.arange(rows), "labels": torch.zeros(0), "features": torch.zeros(rows, 1),
         "logits": torch.zeros(rows, 2), "params": {}, "start": {}, "classes": (0, 1), "seen": known.get("classes", (0, 1)),
         "own": slice(0, rows), "replayed": slice(rows, rows), "synthetic": slice(rows, rows),
-        "draw": torch.Generator(), "model": None, "head": None,
+        "draw": torch.Generator(), "model": None, "head": None, "outputs": None,
     }  # fmt: skip
     return Step(**empty | known)

@@ -141,8 +141,9 @@ class Step:
     rows of the current task, and of all tasks so far. query: what an adapter with queries was asked with, (b, D).
     draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
     gradient, and on past modules as in `ClientWork.outputs`; once per batch for one mapping, however many learners ask. head:
-    logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones. blocks: what
-    comes out of every block of the encoder, (b, L, D) each, with gradients, for a learner that says so (`Learner.blocks`).
+    logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones. outputs:
+    `ClientWork.outputs`, which by itself is for before and after the steps. blocks: what comes out of every block of the encoder,
+    (b, L, D) each, with gradients, for a learner that says so (`Learner.blocks`).
     """
 
     inputs: Tensors
@@ -160,6 +161,7 @@ class Step:
     draw: torch.Generator
     model: Callable[[Tensors], Outputs]
     head: HeadLike
+    outputs: Callable[[IntArray, Tensors], Outputs]
     blocks: Sequence[Tensor] = ()
     query: Tensor | None = None
 
