@@ -69,9 +69,13 @@ METHODS: dict[str, dict[str, Any]] = {
             "participation": 0.67,
         },
     },
-    "learners": {  # both halves, context, memory of clients, replayed samples, corrected gradients
+    "learners": {  # both halves, context, teachers, memory of clients, replay, corrected gradients, a pass, changed tensors
         "server": {"aggregator": "fairavg", "consolidator": "none", "participation": 0.67},
-        "client": {"optimizer": "sgd", "lr": 0.05, "learners": [{"name": "er", "size": 8}, "scaffold"]},
+        "client": {
+            "optimizer": "sgd",
+            "lr": 0.05,
+            "learners": [{"name": "er", "size": 8}, "scaffold", "lwf", "moon", "si", "ewc", "feddyn"],
+        },
     },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
