@@ -28,7 +28,7 @@ from fedsim.core.contracts.clients import (
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
 from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging
-from fedsim.core.contracts.models import Adapter, BackboneLike, Head, ModelLike, Slots
+from fedsim.core.contracts.models import CENTRES, Adapter, BackboneLike, Head, ModelLike, Slots
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
@@ -60,6 +60,7 @@ __all__ = [
     "BESIDE",
     "BUFFER",
     "CALIBRATOR",
+    "CENTRES",
     "CLOSING",
     "CROSS_ENTROPY",
     "LEARNER",

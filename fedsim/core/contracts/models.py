@@ -15,6 +15,8 @@ from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 
+CENTRES = "class centres"  # a word of `Traits`
+
 
 class BackboneLike(Protocol):
     """What adapters see of a backbone: the frozen encoder and its width."""

@@ -15,6 +15,7 @@ WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
     "composes modules": "makes one prediction of tensors with such an axis",
     "composes heads": "makes one prediction of a head per client",
+    "class centres": "head.weight has a point per class among the features, and logits fall with the distance to it",
     "an affine head": "logits are W inputs + b, of head.weight and head.bias",
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
