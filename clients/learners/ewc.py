@@ -57,7 +57,8 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=_anchor.NEEDS)
+        other = "asks what the deployed model depends on, and {other} deploys other tensors than those that are trained"
+        return Traits(needs=_anchor.NEEDS, refuses={"other tensors deployed": other})
 
     # ------------------------------------------------ on the client
 

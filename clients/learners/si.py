@@ -67,7 +67,7 @@ class Learner(contracts.Learner):
 
     def corrected(self, state: LocalState, gradients: Tensors, params: Tensors) -> Tensors:
         """The gradients as they are. What is kept are copies: clipping writes into them."""
-        for name in state["path"].keys() & gradients.keys():
+        for name in (n for n in gradients if n in state["path"]):
             value = params[name].detach()
             own = gradients[name].detach() - self.c * _anchor.pull(state, name, value)
             state["before"][name] = own, value.clone()

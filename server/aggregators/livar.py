@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -78,6 +79,10 @@ class Aggregator(contracts.Aggregator):
         require_choice("evaluated", self.evaluated, ("merged", "products"))
         if not self.total_weights_sum > 0:
             raise ConfigError(f"total_weights_sum must be above 0, got {self.total_weights_sum}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={"other tensors deployed"} if self.evaluated == "products" else ())
 
     def init(self, params: Tensors, task: int = 0) -> State:
         layers = lora_layers(params)

@@ -197,12 +197,23 @@ def test_in_a_run_they_hold_it_back_and_travel_as_they_say(tmp_path: Path) -> No
         assert not same_bits(ended[name], ended["none"])
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_a_new_module_for_every_task_has_no_anchor(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"^learner {name} holds every number near .* consolidator mean starts .* consolidator: none$"
-    ):
-        prepare(tiny("server.aggregator=fedavg", "server.consolidator=mean", f"client.learners=[{name}]"))
+@pytest.mark.parametrize(
+    ("learner", "overrides", "told"),
+    [
+        *(
+            (name, ["server.consolidator=mean"], f"^learner {name} holds every number near .* mean starts .*: none$")
+            for name in BOTH
+        ),
+        (
+            "ewc",
+            ["server.aggregator={name: livar, evaluated: products}"],
+            "^learner ewc asks what .* aggregator livar deploys other",
+        ),
+    ],
+)
+def test_where_there_is_no_anchor_or_nothing_to_measure(learner: str, overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        prepare(tiny(*GOES_ON, f"client.learners=[{learner}]", *overrides))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ WORDS: Mapping[str, str] = {
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "linear maps": "the module is made of linear maps that are trained, weights of layers or LoRA pairs",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
+    "other tensors deployed": "what is evaluated at a task's end has other tensors than what is trained",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
