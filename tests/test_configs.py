@@ -13,12 +13,13 @@ from fedsim.core.config import SimConfig, load
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import prepare_data, run
 from fedsim.sweep.plan import expand
-from tests.tiny import TINY
+from tests.tiny import TINY, VIT
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")])
 SWEEPS = [path for path in FILES if "base" in configs.read_yaml(path)]
 PRESETS, METHODS, STREAMS = (sorted((ROOT / "configs" / part).glob("*.yaml")) for part in (".", "methods", "streams"))
+DEEP = {**VIT, "num_hidden_layers": 6}  # as many blocks as the embedded backbone has, which methods may name
 OF_A_STREAM = {"data", "stream", "partition", "model", "transform"}
 OF_A_METHOD = {"adapter", "server.aggregator", "server.consolidator", "server.calibrator", "client.optimizer", "client.lr"}
 
@@ -110,7 +111,7 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
         "data": {**TINY["data"], "kind": "tokens" if text else "image"},
         "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
         "partition": {**plain["partition"], "clients": min(2, plain["partition"]["clients"]), "min_samples": 1},
-        "model": {**TINY["model"], "pooling": plain["model"]["pooling"], **({"config": bert} if text else {})},
+        "model": {**TINY["model"], "config": bert if text else DEEP, "pooling": plain["model"]["pooling"]},
         "client": {**plain["client"], "epochs": 1},
         "server": {**plain["server"], "rounds": 1},
         "runtime": {**TINY["runtime"], "output": str(tmp_path)},

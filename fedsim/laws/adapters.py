@@ -22,7 +22,7 @@ from fedsim.core.config import ModelConfig, TransformConfig
 from fedsim.core.contracts import Adapter, Slots
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
-from fedsim.core.tensors import matching
+from fedsim.core.tensors import matching, without_prefix
 from fedsim.laws.comparing import expect_bits, expect_close, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
 from fedsim.models import backbone as backbones
@@ -289,6 +289,53 @@ def sources(scene: Scene) -> None:
     _expect(one[:, 0], features(scene.model, scene.inputs, first), f"{scene.backbone}, a source among two against alone")
 
 
+@torch.no_grad()
+def alone(scene: Scene) -> None:
+    """In inference a sample's features do not depend on the others of its batch."""
+    params = moved(scene.fresh, 4)
+    with scene.model.merged(params):
+        together = scene.model.features(scene.inputs)
+        for i in range(len(together)):
+            by_itself = scene.model.features({n: t[i : i + 1] for n, t in scene.inputs.items()})
+            _expect(by_itself[0], together[i], f"{scene.backbone}, sample {i} alone against in a batch")
+
+
+@torch.no_grad()
+def unasked(scene: Scene) -> None:
+    """An adapter with queries does nothing to a pass that it is not asked for: so queries are the bare backbone's features."""
+    if not scene.model.adapter.queries:
+        return
+    bare, params = scene.model.query(scene.inputs), moved(scene.fresh, 4)
+    for opened in (scene.model.applied, scene.model.merged):
+        with opened(params):
+            inside = scene.model.query(scene.inputs)
+        expect_bits({"features": inside}, {"features": bare}, f"{scene.backbone}, not asked inside '{opened.__name__}'")
+
+
+def grown(scene: Scene) -> None:
+    """What a second task brings is new, comes from the generator alone and can be trained; what was there stays as it is."""
+    adapter = scene.model.adapter
+    if type(adapter).grown is Adapter.grown:
+        return
+    plain = deepcopy(scene.model.backbone)
+    plain.encoder.float()
+    before = {n: t.float() for n, t in without_prefix(scene.fresh, ADAPTER).items()}
+    first, again = (adapter.grown(plain, before, torch.Generator().manual_seed(3)) for _ in range(2))
+    expect_bits(again, first, f"{scene.backbone}, grown with the same generator")
+    expect_bits(
+        {n: t for n, t in first.items() if n in before}, before, f"{scene.backbone}, tensors of the first task once grown"
+    )
+    new = first.keys() - before.keys()
+    for name in new:
+        if first[name].dtype != torch.float32 or first[name].device.type != "cpu":
+            raise LawBroken(f"{scene.backbone}: new '{name}' must be float32 on the CPU")
+    if new and new.issubset(matching(first, adapter.frozen(first))):
+        raise LawBroken(f"{scene.backbone}: all that a second task brings is frozen: {', '.join(sorted(new))}")
+    later = dataclasses.replace(scene, fresh={ADAPTER + n: t.double() for n, t in first.items()})
+    for law in (gradients, stacked, alone, lean, deterministic):
+        law(later)
+
+
 def init(scene: Scene) -> None:
     """Fresh tensors are CPU float32, and come from the generator alone."""
     plain = deepcopy(scene.model.backbone)
@@ -326,6 +373,9 @@ LAWS: tuple[Law[Adapter], ...] = tuple(
         (untouched, "the backbone is as it was, bit for bit, without hooks, after an error too"),
         (deterministic, "the same tensors give the same bits, and the same generator the same dropout"),
         (no_mutation, "tensors that go in are not changed"),
+        (alone, "in inference a sample's features do not depend on the others of its batch"),
+        (unasked, "an adapter with queries does nothing to a pass that it is not asked for"),
+        (grown, "what a second task brings can be trained, comes from the generator alone, and changes nothing that was there"),
         (lean, "features are the same where tokens are left out on which none depends"),
         (affine, "features of an adapter that says so are affine in its tensors"),
         (sources, "sources have the features that each has alone, if it takes several"),

@@ -132,14 +132,14 @@ class Model:
     def enterable(self, inputs: Tensors) -> bool:
         """Whether `upper_asked` works with this encoder: found out once, with a small raw batch."""
         if self._enterable is None:
-            self._enterable = lower.is_chain(self.backbone.encoder, lambda: self._bare(inputs))
+            self._enterable = lower.is_chain(self.backbone.encoder, lambda: self.query(inputs))
         return self._enterable
 
     @torch.no_grad()
     def lower_states(self, inputs: Tensors, count: int) -> Tensor:
         """What comes out of the first `count` blocks for a raw batch, (b, L, D); after all of them: the features (b, D)."""
         with lower.capturing(self.backbone.encoder, count) as found:
-            features = self._bare(inputs)
+            features = self.query(inputs)
         return features if count == self.depth else found[0]
 
     def upper_asked(self, inputs: Tensors, states: Tensor, count: int, lean: bool = False, query: Tensor | None = None) -> Asked:
@@ -228,8 +228,8 @@ class Model:
         with self.adapter.asked(self.backbone, query):
             return Asked(self._encoded(shown, lean), query)
 
-    def _bare(self, inputs: Tensors) -> Tensor:
-        """Features of a raw batch, for which no adapter is asked."""
+    def query(self, inputs: Tensors) -> Tensor:
+        """Features (b, D) of a raw batch as it is, for which no adapter with queries is asked: the bare backbone's."""
         return self._encoded(self._shown(inputs), lean=False)
 
     def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:

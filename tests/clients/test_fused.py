@@ -38,6 +38,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "vpt": {"name": "vpt", "length": 3, "blocks": [1]},
     "apt": {"name": "apt", "memory": 3},
     "tangent": {"name": "tangent", "rank": 2, "targets": "all-linear", "alpha": 3.0, "full_blocks": 1},
+    "l2p": {"name": "l2p", "size": 5, "top": 2, "length": 3},
+    "dualprompt": {"name": "dualprompt", "shared_blocks": [0], "own_blocks": [1], "shared": 2, "own": 3},
     "none": {"name": "none"},
 }
 
@@ -148,6 +150,8 @@ CASES: dict[str, Callable[[], Here]] = {
     "tangent": lambda: work(adapter="tangent"),
     "tangent, square": lambda: work("client.learners=[{name: square, kappa: 5.0}]", adapter="tangent"),
     "none": lambda: work(adapter="none"),
+    "l2p": lambda: work(adapter="l2p"),
+    "dualprompt": lambda: work(adapter="dualprompt"),
     "lora, text": lambda: work(text=True),
     "lora with dropout, text": lambda: work(text=True, adapter="dropout"),
     "prefix, text": lambda: work(text=True, adapter="prefix"),

@@ -19,12 +19,14 @@ CENTRES = "class centres"  # a word of `Traits`
 
 
 class BackboneLike(Protocol):
-    """What adapters see of a backbone: the frozen encoder and its width."""
+    """What adapters see of a backbone: the frozen encoder, its width, and whether features are the encoder's own pooler's."""
 
     @property
     def encoder(self) -> nn.Module: ...
     @property
     def width(self) -> int: ...
+    @property
+    def by_encoder(self) -> bool: ...
 
 
 @dataclass

@@ -51,36 +51,44 @@ class Adapter(contracts.Adapter):
         """Fresh `<block>.prefix_key` and `<block>.prefix_value` (P, D). Raises ModelError if a block has no such attention."""
         tensors: dict[str, Tensor] = {}
         for name in _prompts.blocks("prefix", backbone.encoder, self.blocks):
-            _, width = _attention(backbone.encoder, name)
+            _, width = attention(backbone.encoder, name)
             for part in (KEY, VALUE):
                 tensors[name + part] = _prompts.normal(self.length, width, self.init_std, generator)
         return tensors
 
-    @contextmanager
-    def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> Iterator[None]:
+    def applied(
+        self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None
+    ) -> AbstractContextManager[None]:
         """Attention with the prefixes that the tensors name, while open."""
         names = [n.removesuffix(KEY) for n in tensors if n.endswith(KEY)]
-        if not names:
-            yield
-            return
-        _register()
-        config: Any = backbone.encoder.config
-        before, changed = config._attn_implementation, []
-        try:
-            config._attn_implementation = ATTENTION
-            for name in names:
-                module, _ = _attention(backbone.encoder, name)
-                module.__dict__[SLOT] = tensors[name + KEY], tensors[name + VALUE]
-                changed.append(module)
-            yield
-        finally:
-            config._attn_implementation = before
-            for module in changed:
-                del module.__dict__[SLOT]
+        return attending(backbone.encoder, {name: (tensors[name + KEY], tensors[name + VALUE]) for name in names})
 
     def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
         """Every sample's attention gets the prefixes of its client, from tensors (K, P, D)."""
         return self.applied(backbone, tensors)
+
+
+@contextmanager
+def attending(encoder: nn.Module, prefixes: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, attention in these blocks has these keys and values before its own: (P, D) each for all samples, or (K, P, D),
+    the k-th for the k-th of K equal parts of the batch, which may be single samples."""
+    if not prefixes:
+        yield
+        return
+    _register()
+    config: Any = encoder.config
+    before, changed = config._attn_implementation, []
+    try:
+        config._attn_implementation = ATTENTION
+        for name, prefix in prefixes.items():
+            module, _ = attention(encoder, name)
+            module.__dict__[SLOT] = prefix
+            changed.append(module)
+        yield
+    finally:
+        config._attn_implementation = before
+        for module in changed:
+            del module.__dict__[SLOT]
 
 
 def prefix_attention(
@@ -111,8 +119,9 @@ def _heads(prefix: Tensor, like_bhLe: Tensor) -> Tensor:
     return _prompts.per_sample(prefix, b).view(b, -1, h, e).transpose(1, 2)
 
 
-def _attention(encoder: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """The self-attention module of a block and the width of its keys. Raises ModelError if it takes no prefixes."""
+def attention(encoder: nn.Module, name: str, adapter: str = "prefix") -> tuple[nn.Module, int]:
+    """The self-attention module of a block and the width of its keys. Raises ModelError, which
+    names the adapter, if it takes no prefixes."""
     modules = _prompts.attention_of(inject.submodule(encoder, name))
     for child in KEY_LAYERS + FUSED_LAYERS if len(modules) == 1 else ():
         layer = getattr(modules[0], child, None)
@@ -123,7 +132,7 @@ def _attention(encoder: nn.Module, name: str) -> tuple[nn.Module, int]:
         "an attention of unknown layout, and no place for",
         "several attentions, and no one place for",
     )
-    raise _prompts.refuse("prefix", encoder, f"block '{name}' has {has[min(len(modules), 2)]} more keys and values")
+    raise _prompts.refuse(adapter, encoder, f"block '{name}' has {has[min(len(modules), 2)]} more keys and values")
 
 
 def _register() -> None:

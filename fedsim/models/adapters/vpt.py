@@ -58,7 +58,7 @@ class Adapter(contracts.Adapter):
         """Fresh `<block>.prompt` (P, D)."""
         names = _prompts.blocks("vpt", backbone.encoder, self.blocks)
         for name, block in names.items():
-            why = _obstacle(block)
+            why = obstacle(block)
             if why is not None:
                 raise _prompts.refuse("vpt", backbone.encoder, f"block '{name}' {why}")
         return {n + PROMPT: _prompts.normal(self.length, backbone.width, self.init_std, generator) for n in names}
@@ -69,7 +69,7 @@ class Adapter(contracts.Adapter):
         hooks: list[Callable[..., Any]] = []
         for name in (n for n in tensors if n.endswith(PROMPT)):
             block = inject.submodule(backbone.encoder, name.removesuffix(PROMPT))
-            hooks.append(partial(block.register_forward_pre_hook, _inserting(block, tensors[name]), with_kwargs=True))
+            hooks.append(inserting(block, tensors[name].shape[-2], tensors[name]))
             hooks.append(partial(block.register_forward_hook, _dropping(tensors[name].shape[-2])))
         with inject.installed(hooks):
             yield
@@ -79,7 +79,7 @@ class Adapter(contracts.Adapter):
         return self.applied(backbone, tensors)
 
 
-def _obstacle(block: nn.Module) -> str | None:
+def obstacle(block: nn.Module) -> str | None:
     """Why tokens cannot be put into a block and taken out again; None if they can."""
     _, *others = _signature(block).parameters
     unknown = [n for n in others if n not in {MASK, ROTATION, POSITIONS, *WITHOUT_TOKENS}]
@@ -95,10 +95,10 @@ def _signature(block: nn.Module) -> inspect.Signature:
     return inspect.signature(block.forward)
 
 
-def _inserting(block: nn.Module, prompt: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A pre-hook that puts the prompts, (P, D) or (K, P, D), into a block's tokens (b, L, D) and makes room for them in all that
-    the block is told of its tokens."""
-    length, signature = prompt.shape[-2], _signature(block)
+def inserting(block: nn.Module, length: int, prompt: Tensor | None) -> Callable[..., inject.Removable]:
+    """Registers a pre-hook that puts `length` prompts, (P, D) or (K, P, D), into a block's tokens (b, L, D) and makes room for
+    them in all that the block is told of its tokens; without prompts they are among the tokens already."""
+    signature = _signature(block)
     causal = any(module.is_causal for module in _prompts.attention_of(block))
     wideners: dict[str, Callable[[Any], Any]] = {
         MASK: lambda mask: _prompts.widened(mask, PLACE, length, queries=True),
@@ -112,18 +112,19 @@ def _inserting(block: nn.Module, prompt: Tensor) -> Callable[..., tuple[tuple[An
         named, unnamed = given.arguments, given.arguments.get("kwargs", {})
         states = next(iter(named))
         x_bLD = named[states]
-        named[states] = torch.cat(
-            [x_bLD[:, :PLACE], _prompts.per_sample(prompt.to(x_bLD.dtype), len(x_bLD)), x_bLD[:, PLACE:]], 1
-        )
+        tokens = x_bLD.shape[1] - (length if prompt is None else 0)
+        if prompt is not None:
+            prompts_bPD = _prompts.per_sample(prompt.to(x_bLD.dtype), len(x_bLD))
+            named[states] = torch.cat([x_bLD[:, :PLACE], prompts_bPD, x_bLD[:, PLACE:]], dim=1)
         for name, wider in wideners.items():
             told = named if name in named else unnamed
             if told.get(name) is not None:
                 told[name] = wider(told[name])
             elif name == MASK and causal:
-                told[name] = wider(_prompts.causal_mask(x_bLD.shape[1], x_bLD.shape[1], x_bLD.device))
+                told[name] = wider(_prompts.causal_mask(tokens, tokens, x_bLD.device))
         return given.args, given.kwargs
 
-    return hook
+    return partial(block.register_forward_pre_hook, hook, with_kwargs=True)
 
 
 def _repeated(x_bLe: Tensor, length: int) -> Tensor:
