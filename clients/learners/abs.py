@@ -1,0 +1,92 @@
+"""ABS, asymmetric balanced sampling: which samples a client keeps where labels may be wrong (Millunzi, Bonicelli, Porrello,
+Credi, Kolm, Calderara 2024, "May the forgetting be with you: alternate replay for learning with noisy labels", BMVC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.learners import aer
+from clients.learners._buffers import Buffer, shares
+from fedsim.core.contracts import ClientWork, Ending, IntArray, LocalState
+from fedsim.core.errors import ConfigError
+from fedsim.core.messages import Tensors
+
+
+@dataclass(frozen=True)
+class Learner(aer.Learner):
+    """Replay as in `aer`. After every round the client chooses anew from its buffer and its samples of the task, as many of every
+    class as can be, of each class without replacement and with weights
+
+        classes of the current task   q_y        the model's probability of the label that the sample has: likely right ones
+        classes of earlier tasks      1 − q_y    those that tell most, since they were chosen for being right before
+
+    q is a softmax over the task's classes for the former and over all classes seen for the latter. It is that of the client's
+    model at the end of the round's last forgetting epoch, when wrong labels are least known; a round without one keeps the buffer
+    as it is, unless the task's samples were never offered. With forget: false it is that of the round's last step.
+
+    Reconstructed from the abstract (purity for the current task, complex samples for the past) and from what is known of
+    mammoth's er_ace_aer_abs; the paper was not read. Ours: q as weights, and that the whole shard is weighed in every round,
+    which a client has at hand as long as the task lasts (the reference sees a stream go by).
+
+    Nothing travels. Memory: as of `er`. size, total, batch_size: as there; forget: see `aer`.
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 4}, {"size": 3, "forget": False})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buffer != "reservoir":
+            raise ConfigError(
+                f"buffer {self.buffer} does not go with abs, which chooses by itself: leave it out, or use learner aer"
+            )
+
+    def stepped(self, state: LocalState, params: Tensors) -> None:
+        ends = (state["step"] + 1) % state["per_epoch"] == 0
+        if ends and not self.learns(state):
+            state["forgotten"] = {name: t.detach().clone() for name, t in params.items()}
+        super().stepped(state, params)
+
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
+        buffer: Buffer = state["buffer"]
+        if self.forget and "forgotten" not in state and buffer.task == work.task:
+            return Ending()
+        return Ending(self.filled(buffer, work, {**params, **state.get("forgotten", {})}, draw).memory())
+
+    def filled(self, buffer: Buffer, work: ClientWork, params: Tensors, draw: torch.Generator) -> Buffer:
+        fresh = work.shard[~np.isin(work.shard, buffer.positions)]
+        candidates = np.concatenate([buffer.positions, fresh])
+        labels, current = work.labels(candidates), torch.tensor(list(work.classes))
+        likely = _likelihood(work, candidates, params, labels, work.classes)
+        past = 1 - _likelihood(work, candidates, params, labels, work.seen)
+        weights = torch.where(torch.isin(labels.cpu(), current), likely, past)
+        kept = chosen(labels.cpu().numpy(), weights, self.room(work.config.partition["clients"]), draw)
+        offered = buffer.offered + (0 if buffer.task == work.task else len(work.shard))
+        return Buffer(candidates[kept], {}, offered, task=work.task)
+
+
+def chosen(labels: IntArray, weights: Tensor, room: int, draw: torch.Generator) -> IntArray:
+    """Places that are kept, the same number of every class as far as there are any, by weighted sampling without replacement: the
+    largest keys log(u) / w (Efraimidis & Spirakis 2006)."""
+    uniform = torch.rand(len(labels), dtype=torch.float64, generator=draw).clamp_min(1e-300)
+    keys = (uniform.log() / weights.double().clamp_min(1e-12)).numpy()
+    classes, held = np.unique(labels, return_counts=True)
+    kept = []
+    for label, count in zip(classes.tolist(), shares(held, room), strict=True):
+        places = np.flatnonzero(labels == label)
+        kept.append(places[np.argsort(-keys[places], kind="stable")[:count]])
+    return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
+
+
+def _likelihood(work: ClientWork, positions: IntArray, params: Tensors, labels: Tensor, rows: Sequence[int]) -> Tensor:
+    """q_y over these rows of the head, (n,), on the CPU; of labels that are none of them something that nobody looks at."""
+    logits = work.outputs(positions, params).logits
+    every = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    every[list(rows)] = True
+    found: Tensor = logits.masked_fill(~every, -torch.inf).softmax(1).gather(1, labels[:, None])[:, 0].cpu()
+    return found
