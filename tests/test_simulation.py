@@ -69,12 +69,16 @@ METHODS: dict[str, dict[str, Any]] = {
             "participation": 0.67,
         },
     },
-    "learners": {  # both halves, context, teachers, memory of clients, replay, corrected gradients, a pass, changed tensors
+    "learners": {  # both halves, context, teachers, memory, replay, corrected gradients, passes (one that draws), changed tensors
         "server": {"aggregator": "fairavg", "consolidator": "none", "participation": 0.67},
         "client": {
             "optimizer": "sgd",
             "lr": 0.05,
-            "learners": [{"name": "er", "size": 8}, "scaffold", "lwf", "moon", "si", "ewc", "feddyn"],
+            "learners": [
+                {"name": "abs", "size": 8},
+                *("scaffold", "lwf", "moon", "si", "ewc", "feddyn"),
+                {"name": "gpm", "threshold": 0.3, "columns": 4},
+            ],
         },
     },
     "composed": {
