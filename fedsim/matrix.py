@@ -44,6 +44,7 @@ SCENE: Mapping[str, Any] = {
     "runtime": {"pool": "serial", "device": "cpu", "kernels": "torch"},
 }  # fmt: skip
 SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so small a model
+    ("adapters", "codaprompt"): {"length": 2, "blocks": [1], "components": 2},
     ("adapters", "dualprompt"): {"shared_blocks": [0], "own_blocks": [1], "shared": 2, "own": 2},
     ("adapters", "l2p"): {"size": 4, "top": 2, "length": 2},
     ("adapters", "lora"): {"rank": 2, "targets": "all-linear"},

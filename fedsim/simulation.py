@@ -178,6 +178,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
     state, trained, plan = first_state(config, model, rule)
+    require_room(config, model, state.params, manifest.num_tasks)
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     learners = configs.build_learners(config.client.learners)
@@ -274,6 +275,13 @@ def grown(config: SimConfig, model: Model, task: int, start: TaskStart) -> TaskS
     if task and type(model.adapter).grown is not Adapter.grown:
         params = _made(config, lambda: model.grown(params, rng.torch_stream(config.seed, "grown", task)))
     return dataclasses.replace(start, params=params, frozen=(*start.frozen, *model.frozen(params)))
+
+
+def require_room(config: SimConfig, model: Model, params: Tensors, tasks: int) -> None:
+    """Raise ModelError for an adapter that cannot grow by what all tasks bring, before any is trained."""
+    start = TaskStart(params)
+    for task in range(1, tasks):
+        start = grown(config, model, task, start)
 
 
 def _made(config: SimConfig, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
