@@ -51,7 +51,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("adapters", "prefix"): {"length": 2},
     ("adapters", "vpt"): {"length": 2},
     ("heads", "random_features"): {"size": 12},
-    **{("learners", name): {"size": 4} for name in ("derpp", "er", "icarl")},
+    **{("learners", name): {"size": 4} for name in ("derpp", "er", "icarl", "xder")},
     ("aggregators", "flower"): {"strategy": "FedMedian"},
     ("aggregators", "merged"): {"rule": "ties"},
     ("consolidators", "merged"): {"rule": "ties"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.learners import derpp, er, icarl, lwf
+from clients.learners import derpp, er, icarl, lwf, xder
 from clients.learners._buffers import Buffer, Rehearsal
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
@@ -39,6 +39,7 @@ def updates(here: Here) -> list[ClientUpdate]:
 
 NULLS: dict[str, contracts.Learner] = {
     "derpp": derpp.Learner(size=4, alpha=0.0, beta=0.0),
+    "xder": xder.Learner(size=4, alpha=0.0, beta=0.0, contrast=0.0, constraint=0.0),
 }
 
 
@@ -186,13 +187,107 @@ def test_icarl_hears_of_exemplars_of_clients_without_samples_of_the_task(tmp_pat
     assert results.costs["stored"]["max"] == 5 * (8 * 8 + 8) + 16
 
 
-@pytest.mark.parametrize("others", [["er", "derpp"], ["icarl", "er"]])
+@pytest.mark.parametrize("gamma", [0.0, 0.85, 1.0])
+def test_no_transplanted_logit_is_above_its_share_of_the_true_one(gamma: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, true = 3 * torch.randn(200, 5, generator=generator), 3 * torch.randn(200, generator=generator)
+    got = xder.transplanted(logits, true, gamma)
+    assert bool((got <= gamma * true[:, None]).all()) and bool(torch.isfinite(got).all())
+    below = logits.amax(1) <= gamma * true
+    assert 0 < int(below.sum()) < 200 and torch.equal(got[below], logits[below]), "what is below stays as it is"
+    if gamma:
+        torch.testing.assert_close(got[~below].amax(1), gamma * true[~below])
+        assert torch.equal(got.argsort(1), logits.argsort(1)), "their order stays"
+        scaled = ~below & (true > 0)
+        torch.testing.assert_close(got[scaled] / logits[scaled], (gamma * true / logits.amax(1))[scaled][:, None].expand(-1, 5))
+    else:
+        assert not got[~below].any()
+
+
+def test_contrast_by_brute_force() -> None:
+    z = F.normalize(torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    labels, each = [0, 1, 0, 2, 1, 0, 3], []
+    for i in range(7):
+        friends = [p for p in range(7) if p != i and labels[p] == labels[i]]
+        weights = {a: float(z[i] @ z[a] / 5.0) for a in range(7) if a != i}
+        total = np.log(sum(np.exp(w) for w in weights.values()))
+        if friends:
+            each.append(-np.mean([weights[p] - total for p in friends]))
+    assert float(xder.contrastive(z, torch.tensor(labels), 5.0)) == pytest.approx(np.mean(each))
+
+
+def test_xder_by_hand() -> None:
+    """Classes 0, 1 past, 2, 3 present, 4 to 6 to come: two tasks of two and one. Two own rows, one for its logits, two for
+    labels, and a further view of the first own row and the replayed one."""
+    generator = torch.Generator().manual_seed(0)
+    logits, stored = torch.randn(7, 7, generator=generator), torch.randn(4, 7, generator=generator)
+    logits[1, 3] = 9.0
+    labels = torch.tensor([2, 3, 0, 1, 0, 2, 0])
+    step = step_of(logits=logits, labels=labels, classes=(2, 3), seen=(0, 1, 2, 3), own=slice(0, 2), replayed=slice(2, 7))
+    drawn = [np.array([3]), np.array([1, 0])]
+    state = {"buffer": Buffer(np.arange(4), {"logits": stored}), "drawn": drawn, "future": [4, 5, 6], "more": 1}
+    learner = xder.Learner(alpha=0.3, beta=0.8, contrast=0.7, constraint=0.1, margin=2.0, contrasted=1)
+    square = (logits[2] - stored[3]).square().mean()
+    entropy = F.cross_entropy(logits[3:5, :2], torch.tensor([1, 0]))
+    shown, friends = [0, 2, 5, 6], torch.tensor([2, 0, 2, 0])
+    parts = [xder.contrastive(F.normalize(logits[shown][:, part], dim=1), friends, 5.0) for part in ([4, 5], [6])]
+    good = ((0, [2, 3]), (1, [2, 3]), (2, [0, 1]))
+    future = torch.stack([logits[row, 4:].max() + 2.0 - logits[row, classes].max() for row, classes in good])
+    p = logits[:2, :4].softmax(1)
+    past = p[:, :2].amax(1) + 2.0 - p[:, 2:].amax(1)
+    assert (future > 0).any() and not (future > 0).all()
+    want = 0.3 * square + 0.8 * entropy + 0.7 * torch.stack(parts).mean() + 0.1 * (future[future > 0].mean() + past.mean())
+    got = learner.loss(state, step)
+    assert got is not None
+    torch.testing.assert_close(got, want)
+
+
+def test_xder_brings_stored_logits_up_to_date_at_a_task_s_end() -> None:
+    """Of classes of the task (2, 3, 4) and later ones (5); what was stored of past ones (0, 1) stays."""
+    one = replace(work().works()[2], seen=(0, 1, *CLASSES))
+    learner, draw = xder.Learner(size=8, gamma=0.5), torch.Generator().manual_seed(0)
+    old = one.shard[:3]  # as if they were of a past task, with these logits and their own labels
+    stored = torch.randn(3, 6, generator=draw)
+    memory = Buffer(old, {"logits": stored}, 3, np.array([0, 0, 3]), task=0).memory()
+    after = Buffer.of(learner.review(replace(one, shard=one.shard[3:]), memory, {}, draw).memory or {})
+    assert len(after.positions) == 8 and after.task == 1
+    true = stored.gather(1, one.labels(old)[:, None])[:, 0]
+    now = one.outputs(old, one.params).logits
+    for place, position in enumerate(after.positions):
+        where = np.flatnonzero(old == position)
+        if len(where):
+            want = torch.cat([stored[where[0], :2], xder.transplanted(now[where, 2:], true[where], 0.5)[0]])
+        else:
+            want = one.outputs(np.array([position]), one.params).logits[0]
+            own = want[one.labels(np.array([position]))]
+            want = torch.cat([xder.transplanted(want[None, :2], own, 0.5)[0], want[2:]])
+        torch.testing.assert_close(after.beside["logits"][place], want)
+
+
+@pytest.mark.parametrize(("augment", "rows"), [("none", 3 + 3), ("crop_flip", 3 + 3 + 3 * (5 + 3))])
+def test_xder_takes_further_views_where_they_differ(augment: str, rows: int) -> None:
+    one = work(f"transform.augment={augment}").works()[0]
+    learner, draw = xder.Learner(size=8), torch.Generator().manual_seed(0)
+    state = learner.begin(one, Buffer(one.shard[:3], {"logits": torch.zeros(3, 6)}).memory(), {}, draw)
+    assert state["future"] == [0, 1, 5]
+    assert len(learner.replay(state, one.shard[3:8], draw)) == rows
+
+
+def test_xder_needs_past_and_future_classes() -> None:
+    config = tiny("client.learners=[{name: xder, size: 4}]")
+    stream = replace(config.stream, name="domain_incremental")
+    with pytest.raises(ConfigError, match="learner xder divides the head's rows into past, present and future classes, which a "):
+        xder.Learner(size=4).suits(replace(config, stream=stream), np.ones((2, 2), dtype=np.int64))
+    assert any("use head: cosine" in note for note in prepare(config).notes)
+
+
+@pytest.mark.parametrize("others", [["er", "derpp"], ["icarl", "er"], ["xder", "icarl"]])
 def test_two_buffers_are_refused(others: list[str]) -> None:
     with pytest.raises(ConfigError, match="both take the place of the buffer, which only one part of a run can have: choose one"):
         prepare(tiny(client={"learners": [{"name": name, "size": 4} for name in others]}))
 
 
-@pytest.mark.parametrize("method", ["derpp", "icarl"])
+@pytest.mark.parametrize("method", ["derpp", "icarl", "xder"])
 def test_a_run_that_was_stopped_remembers_the_same(method: str, tmp_path: Path) -> None:
     config = tiny(
         f"client.learners=[{{name: {method}, size: 6}}]", "server.aggregator=fedavg", "server.consolidator=none",
