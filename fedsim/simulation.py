@@ -173,7 +173,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     check(config)
     suitable.require(config, rule)
     manifest, spec, notes = prepare_data(config)
-    suitable.require(config, rule, manifest.num_tasks)
+    suitable.require(config, rule, spec)
     suitable.require_clients(config, manifest)
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)

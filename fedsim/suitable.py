@@ -22,6 +22,7 @@ from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import matching
+from fedsim.core.work import WorkSpec
 from fedsim.data.manifest import Manifest
 from server import sampling
 
@@ -44,9 +45,9 @@ class Chosen:
         return {self.kind, str(self), *self.traits.gives, *self.traits.takes}
 
 
-def require(config: SimConfig, rule: Aggregator, tasks: int | None = None) -> None:
-    """Raise ConfigError for parts that cannot work together, in one line. tasks: how many, once it is known."""
-    line = obstacle(chosen_parts(config, rule), run_words(config, tasks), config)
+def require(config: SimConfig, rule: Aggregator, spec: WorkSpec | None = None) -> None:
+    """Raise ConfigError for parts that cannot work together, in one line. spec: data and tasks, once they are known."""
+    line = obstacle(chosen_parts(config, rule), run_words(config, spec), config)
     if line is not None:
         raise ConfigError(line)
 
@@ -85,11 +86,12 @@ def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
     return found
 
 
-def run_words(config: SimConfig, tasks: int | None = None) -> dict[str, str]:
-    """Words that the run itself gives -> the key and value that give them. tasks: how many, once it is known."""
+def run_words(config: SimConfig, spec: WorkSpec | None = None) -> dict[str, str]:
+    """Words that the run itself gives -> the key and value that give them. spec: data and tasks, once they are known."""
     stream, server = config.stream, config.server
-    several_tasks = tasks > 1 if tasks is not None else stream.tasks != 1 and not stream.joint
+    several_tasks = stream.tasks != 1 and not stream.joint if spec is None else len(spec.task_classes) > 1
     found = [
+        ("texts", "data.source", spec is not None and "input_ids" in spec.train.inputs),
         ("several tasks", "stream.tasks", several_tasks),
         (f"context {contracts.TEACHER}", "stream.tasks", several_tasks),  # the last task's model
         ("online", "stream.online", stream.online),

@@ -35,6 +35,7 @@ POOLS = {
     "ray, 2 workers": ["runtime.pool=ray", "runtime.workers=2"],
     "flower": ["runtime.pool=flower", "runtime.workers=1"],
 }
+IMAGES = {"name": "target", "images": 8, "batch": 4, "steps": 2, "warmup": 0, "latent": 4, "width": 2}  # the server makes them
 METHODS: dict[str, dict[str, Any]] = {
     "lorm": {},
     "groups": {
@@ -69,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "participation": 0.67,
         },
     },
-    "learners": {  # both halves, context, teachers, memory, replay, corrected gradients, passes (one that draws), changed tensors
+    "learners": {  # both halves, context, teachers, memory, replay, images made up, corrected gradients, passes, changed tensors
         "server": {"aggregator": "fairavg", "consolidator": "none", "participation": 0.67},
         "client": {
             "optimizer": "sgd",
@@ -77,7 +78,8 @@ METHODS: dict[str, dict[str, Any]] = {
             "learners": [
                 {"name": "abs", "size": 8},
                 *("scaffold", "lwf", "moon", "si", "ewc", "feddyn"),
-                {"name": "gpm", "threshold": 0.3, "columns": 4},
+                {"name": "gpm", "threshold": 0.3, "columns": 4},  # a pass that draws
+                IMAGES,
             ],
         },
     },

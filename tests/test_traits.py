@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,16 @@ def test_the_run_gives_words_of_its_own(overrides: str, word: str, said: str) ->
     assert suitable.run_words(tiny(*plain, overrides))[word] == said
 
 
+TEXTS: Any = SimpleNamespace(task_classes=((0,),), train=SimpleNamespace(inputs={"input_ids": None}))  # of a run's WorkSpec
+
+
+def test_data_that_are_known_give_words_too() -> None:
+    """A stream whose number of tasks the config leaves open turns out to have one."""
+    config = tiny("stream.tasks=null")
+    assert {"texts", "several tasks"} & set(suitable.run_words(config)) == {"several tasks"}
+    assert {"texts", "several tasks"} & set(suitable.run_words(config, TEXTS)) == {"texts"}
+
+
 def test_words_of_our_own_parts_are_explained_and_can_be_met() -> None:
     """A word that is misspelt would be refused by nobody, or never be given."""
     kinds = [kind for kind, what in plugins.KINDS.items() if issubclass(what.contract, Part)]
@@ -154,7 +165,7 @@ def traits_of(kind: str, name: str) -> list[Traits]:
 
 def words_of_runs() -> set[str]:
     """All words that a run may give, those of other optimizers and pools left out."""
-    return {word for overrides, _, _ in RUN_WORDS for word in suitable.run_words(tiny(overrides))}
+    return {w for overrides, _, _ in RUN_WORDS for known in (None, TEXTS) for w in suitable.run_words(tiny(overrides), known)}
 
 
 MINE = """
