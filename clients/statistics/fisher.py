@@ -51,7 +51,7 @@ class Statistic(contracts.WorkStatistic):
     def measured(self, work: ClientWork, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
         rows = list(work.seen if self.classes == "seen" else work.classes)
         sums = {s: torch.zeros(params[s].shape, dtype=torch.float64) for s in subjects}
-        for loss in self._losses(rows):
+        for loss in self._losses(rows) if subjects else ():
             for _, gradients in work.gradients(work.shard, params, list(subjects), loss):
                 for s in subjects:
                     sums[s] += gradients[s].cpu().double().square().sum(0)

@@ -113,6 +113,11 @@ def test_in_a_run_lambda_1_is_fedavg_and_the_information_is_that_of_all_samples(
     assert any(bool(f.any()) for f in states[2].consolidator["fisher"].values())
 
 
+def test_a_run_without_a_module_has_nothing_to_average(tmp_path: Path) -> None:
+    results = run(tiny(*SMALL, "adapter=none", "server.consolidator=cofima", output=tmp_path))
+    assert results.costs["bytes"]["up"].get("statistics", 0) == 0
+
+
 def test_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"weight must be in \[0, 1\], got 1.1"):
         CoMA(weight=1.1)
