@@ -74,19 +74,19 @@ class Mix:
 
     def config(self) -> SimConfig:
         """The run of this mix on the small stream: one round, for rules that take one round only, else two."""
-        rule: Aggregator = configs.build("aggregators", _section("aggregators", self.aggregator))
+        rule: Aggregator = configs.build("aggregators", section("aggregators", self.aggregator))
         server = {
             "rounds": 1 if "several rounds" in rule.traits.refuses else 2,
-            "aggregator": _section("aggregators", self.aggregator),
-            "consolidator": _section("consolidators", self.consolidator),
-            "calibrator": None if self.calibrator == NONE else _section("calibrators", self.calibrator),
-            "channel": [] if self.channel == NONE else [_section("channels", self.channel)],
+            "aggregator": section("aggregators", self.aggregator),
+            "consolidator": section("consolidators", self.consolidator),
+            "calibrator": None if self.calibrator == NONE else section("calibrators", self.calibrator),
+            "channel": [] if self.channel == NONE else [section("channels", self.channel)],
         }
-        learners = [] if self.learner == NONE else [_section("learners", self.learner)]
+        learners = [] if self.learner == NONE else [section("learners", self.learner)]
         suits = "mixture" if "composes heads" in rule.traits.needs else "linear"
         layer = {
-            "adapter": _section("adapters", self.adapter),
-            "head": _section("heads", self.head or suits),
+            "adapter": section("adapters", self.adapter),
+            "head": section("heads", self.head or suits),
             "client": {"learners": learners},
             "server": server,
         }
@@ -120,7 +120,8 @@ def descriptions() -> str:
     return "\n".join([*lines, *_presets(), *_plugins()])
 
 
-def _section(kind: str, name: str) -> dict[str, Any]:
+def section(kind: str, name: str) -> dict[str, Any]:
+    """Of a config, for a part of a mix."""
     return {"name": name, **SMALL.get((kind, name), {})}
 
 

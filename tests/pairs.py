@@ -1,11 +1,12 @@
 """A few mixes of parts in which all pairs meet: a covering array of strength two, where some parts refuse each other.
 
-Greedy and deterministic, nothing is drawn. Of every pair one knows that it ran in a mix (safe), that it was in refused mixes only
-(suspect), or nothing (fresh). A refused mix does not say which of its pairs is to blame, so a pair is first tried in the mix with
-fewest suspects and most fresh pairs, and if that is refused in mixes whose other pairs are safe.
+Greedy and deterministic, nothing is drawn: a mix is built around a pair that has not met yet, kind by kind, always with the part
+that brings most new pairs. Of every pair one knows that it ran in a mix (safe), that it was in refused mixes only (suspect), or
+nothing (fresh). A refused mix does not say which of its pairs is to blame, so a pair is first tried in the mix with fewest
+suspects and most fresh pairs, and if that is refused in mixes whose other pairs are safe.
 """
 
-# n mixes, k kinds, p parts of all kinds together
+# p parts of all kinds together
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 Options = Mapping[str, Sequence[str]]  # kind -> its parts
 Choice = Mapping[str, str]  # kind -> one of its parts
 Pair = frozenset[tuple[str, str]]  # two parts of different kinds, each with its kind
+Fits = Callable[[Choice], bool]  # whether parts, of some kinds only it may be, do not refuse each other by what they say
 
 TRIES = 4  # mixes, before a pair is taken for one that never runs
+SUSPECT = 1000  # new pairs that a suspect one must bring
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,19 @@ def met(choice: Choice) -> set[Pair]:
     return {frozenset(two) for two in itertools.combinations(choice.items(), 2)}
 
 
-def cover(options: Options, runs: Callable[[Choice], bool], known_to_run: Sequence[Choice]) -> Cover:
+def cover(
+    options: Options, runs: Callable[[Choice], bool], known_to_run: Sequence[Choice], fits: Fits = lambda choice: True
+) -> Cover:
     """Mixes in which all pairs meet, beginning with those that are known to run. Parts that go together in a group only are found
     in such a beginning: a pair is taken for one that never runs when `TRIES` mixes with it were refused.
 
-    Pairs that were refused at first wait until all have had a turn: their company is then chosen from what was found to run."""
-    known, found = _Known(options), Cover([*known_to_run])
+    fits: what parts say without being tried; a pair for which no parts fit is tried in one mix. Pairs that were refused at first
+    wait until all have had a turn: their company is then chosen from what was found to run."""
+    known, found = _Known(options, fits), Cover([*known_to_run])
     for choice in known_to_run:
         known.ran(choice)
     for tries in (2, TRIES, TRIES):
-        for pair in pairs(options):
+        for pair in sorted(pairs(options), key=known.rarity):
             if known.safe(pair):
                 continue
             for choice in itertools.islice(known.companies(pair), tries):
@@ -78,15 +84,24 @@ def fewer(choices: Sequence[Choice]) -> list[Choice]:
 class _Known:
     """What is known of every pair: safe_pp, and refusals_pp, in how many refused mixes it was before it was safe."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, options: Options, fits: Fits) -> None:
+        self._options, self._fits = options, fits
         self._places = {part: i for i, part in enumerate((kind, name) for kind in options for name in options[kind])}
         self._safe_pp = np.zeros((len(self._places), len(self._places)), dtype=bool)
         self._refusals_pp = np.zeros_like(self._safe_pp, dtype=np.int64)
+        self._of = {kind: np.array([self._places[kind, name] for name in names]) for kind, names in options.items()}
+        self._fits_pp = np.ones_like(self._safe_pp)
+        for pair in pairs(options):
+            self._fits_pp[self._among(dict(pair))] = fits(dict(pair))
+        np.fill_diagonal(self._fits_pp, True)
 
     def safe(self, pair: Pair) -> bool:
         a, b = (self._places[part] for part in pair)
         return bool(self._safe_pp[a, b])
+
+    def rarity(self, pair: Pair) -> int:
+        """Pairs of the largest kinds first: they need a mix each, the others find room beside them."""
+        return -int(np.prod([len(self._options[kind]) for kind, _ in pair]))
 
     def ran(self, choice: Choice) -> None:
         self._safe_pp[self._among(choice)] = True
@@ -95,23 +110,37 @@ class _Known:
         self._refusals_pp[self._among(choice)] += 1
 
     def companies(self, pair: Pair) -> Iterator[Choice]:
-        """Mixes with this pair: that with fewest suspects and most to find out, then those with most safe pairs."""
-        mixes_nk = self._mixes(dict(pair))
-        columns = np.array([*itertools.combinations(range(mixes_nk.shape[1]), 2)]).T
-        one, other = (mixes_nk[:, c] for c in columns)
-        safe, refusals = self._safe_pp[one, other], self._refusals_pp[one, other]
-        suspects_n, fresh_n = (~safe & (refusals > 0)).sum(1), (~safe & (refusals == 0)).sum(1)
-        bold = np.lexsort((-fresh_n, suspects_n))[:1]
-        careful = np.lexsort(((~safe * refusals).sum(1), suspects_n + fresh_n))[:TRIES]
-        parts = [*self._places]
-        for n in dict.fromkeys([*bold, *careful]):
-            yield dict(parts[place] for place in mixes_nk[n])
+        """Mixes with this pair: that with fewest suspects and most to find out, then, by what became of it, those with most safe
+        pairs. Where no parts fit, one mix."""
+        tried = list[Choice]()
+        while True:
+            fresh_pp = ~self._safe_pp & (self._refusals_pp == 0)
+            worth_pp = np.where(fresh_pp, -1 if tried else 1, -SUSPECT * self._refusals_pp * ~self._safe_pp)
+            kinds = [kind for kind in self._options if kind not in dict(pair)]
+            orders = [kinds[n:] + kinds[:n] for n in range(len(kinds))]
+            built = [mix for order in orders if (mix := self._grown(dict(pair), order, worth_pp, fresh_pp.sum(1))) is not None]
+            built = [mix for mix in built if mix not in tried]
+            if not built and not tried:
+                yield dict(pair) | {kind: self._options[kind][0] for kind in kinds}
+            if not built:
+                return
+            tried.append(max(built, key=lambda mix: int(worth_pp[self._among(mix)].sum())))
+            yield tried[-1]
 
-    def _mixes(self, fixed: Choice) -> NDArray[np.int64]:
-        """(n, k) All mixes with these parts, as places in the list of all parts."""
-        free = [[fixed[kind]] if kind in fixed else names for kind, names in self._options.items()]
-        places = [[self._places[kind, name] for name in names] for kind, names in zip(self._options, free, strict=True)]
-        return np.stack([grid.ravel() for grid in np.meshgrid(*places, indexing="ij")], axis=1)
+    def _grown(self, mix: Choice, kinds: Sequence[str], worth_pp: NDArray[np.int64], left_p: NDArray[np.int64]) -> Choice | None:
+        """A mix that fits, kind by kind the part of most worth beside those before, and of these that with most pairs left."""
+        beside = [self._places[part] for part in mix.items()]
+        fits_p = self._fits_pp[beside].all(0)
+        if not self._fits(mix) or not all(fits_p[self._of[kind]].any() for kind in kinds):
+            return None
+        if not kinds:
+            return mix
+        places, worth_p = self._of[kinds[0]], worth_pp[beside].sum(0)
+        for place in places[np.lexsort((-left_p[places], -worth_p[places]))]:
+            name = self._options[kinds[0]][place - places[0]]
+            if fits_p[place] and (whole := self._grown({**mix, kinds[0]: name}, kinds[1:], worth_pp, left_p)) is not None:
+                return whole
+        return None
 
     def _among(self, choice: Choice) -> tuple[NDArray[np.int64], ...]:
         places = [self._places[part] for part in choice.items()]
