@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.simulation import run
+from fedsim.simulation import prepare, run
 from server.calibrators._gaussians import Mixture, head_gradient
 from server.calibrators.slca import Calibrator
 from tests.tiny import final_state, same_bits, tiny
@@ -114,6 +114,13 @@ def test_training_goes_on_from_the_head_as_it_was(tmp_path: Path) -> None:
     assert not np.array_equal(results[0].accuracy, results[1].accuracy, equal_nan=True)
     deployed = Calibrator().deployed(with_it.calibrator, with_it.params)
     assert {n for n, t in deployed.items() if not torch.equal(t, with_it.params[n])} == {"head.weight", "head.bias"}
+    numbers, width = 0, with_it.params["head.weight"].shape[1]
+    for held_KC in prepare(configs[1]).manifest.histograms:  # a client sends n, and of what it holds the mean, and the covariance
+        numbers += held_KC.size + (held_KC > 0).sum() * width + (held_KC > 1).sum() * width * (width + 1) // 2
+    up = [r.costs["bytes"]["up"].get("statistics", 0) for r in results]
+    assert up == [0, 4 * numbers]
+    assert results[0].costs["bytes"]["down"].keys() == results[1].costs["bytes"]["down"].keys()
+    assert "stored" not in results[1].costs
 
 
 def test_bad_options() -> None:
