@@ -58,7 +58,9 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "client": {"weight_decay": 0.1, "learners": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
     },
-    "channels": {  # memory of clients, draws of clients and of the server
+    "channels": {  # memory of clients, draws of clients and of the server; a module that grows, and a teacher that has not grown
+        "adapter": {"name": "codaprompt", "length": 2, "blocks": "all", "components": 2, "mu": 0.1},
+        "client": {"learners": ["fedcprompt"]},
         "server": {
             "channel": [
                 {"name": "topk", "share": 0.2},
