@@ -177,7 +177,7 @@ def test_block_that_is_not_there(name: str) -> None:
 def test_encoder_without_blocks_or_attention_is_refused() -> None:
     built = model(VIT, {"name": "prefix"}, double=False)
     with pytest.raises(ModelError, match=r"block '1' has no attention that takes more keys and values; use the adapter lora"):
-        prefix._attention(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "1")
+        prefix.attention(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "1")
     with pytest.raises(ModelError, match="Linear has no list of blocks"):
         inject.blocks(nn.Linear(2, 2))
     assert list(inject.blocks(built.backbone.encoder, [-1, 0])) == ["layers.0", "layers.1"]
