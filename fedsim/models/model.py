@@ -223,7 +223,8 @@ class Model:
         if not self.adapter.queries:
             return Asked(self._encoded(shown, lean))
         if query is None:
-            with torch.no_grad():
+            wanted = any(t.requires_grad for t in shown.values())  # a generator's images
+            with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
                 query = self._encoded(shown, lean=True)
         with self.adapter.asked(self.backbone, query):
             return Asked(self._encoded(shown, lean), query)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,11 +18,13 @@ def server_work(here: Here, shape: tuple[int, ...] = (8, 8)) -> ServerWork:
     return ServerWork(here.model, here.config, 0, (2, 3, 4), params, fresh, {"pixel_values": shape}, draw)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "prefix", "tangent"])
-def test_outputs_are_those_of_clients_and_gradients_flow(adapter: str) -> None:
-    """As of the same images in bytes, augmented by nobody; derivatives along a direction against differences."""
+@pytest.mark.parametrize(("adapter", "size"), [("lora", 1), ("prefix", 1), ("tangent", 1), ("codaprompt", 5)])
+def test_outputs_are_those_of_clients_and_gradients_flow(adapter: str, size: float) -> None:
+    """As of the same images in bytes, augmented by nobody; derivatives along a direction against differences, those by way of a
+    prompt pool's queries among them (size: of the adapter's tensors, for these to count)."""
     here = work("transform.augment=crop_flip", adapter=adapter)
-    server, one = server_work(here), here.works()[0]
+    params = {n: size * t if n.startswith("adapter.") else t for n, t in here.jobs[0].params.items()}
+    server, one = replace(server_work(here), params=params), here.works()[0]
     images = here.samples.batch(one.shard)[0]["pixel_values"]
     want = one.outputs(one.shard, server.params)
     pixels = (images.float() / 255).requires_grad_()
