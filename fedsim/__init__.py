@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Source,
         Statistic,
         Step,
+        Synthetic,
         TaskStart,
         Tracker,
         TrainingStatistic,
@@ -86,6 +87,7 @@ __all__ = [
     "Statistic",
     "StatisticRequest",
     "Step",
+    "Synthetic",
     "TaskStart",
     "Tensors",
     "Tracker",
@@ -105,7 +107,7 @@ _MODULE_OF = {  # name -> where it lies
         "fedsim.core.contracts": (
             "Adapter AdditiveAggregator AdditiveMerging Aggregator ArraySplit Calibrator Channel "
             "Consolidator Dataset Ending Head Learner LocalState Merging Outputs Parcel Partition "
-            "Pool Source Statistic Step TaskStart Tracker TrainingStatistic Traits WorkStatistic"
+            "Pool Source Statistic Step Synthetic TaskStart Tracker TrainingStatistic Traits WorkStatistic"
         ),
         "fedsim.core.errors": "FedsimError",
         "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",
