@@ -34,7 +34,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 OPTIONS: Options = {
     f.name: ([NONE] if f.default == NONE else []) + plugins.names(f"{f.name}s") for f in fields(Mix)
 }  # a field of `Mix` is called like its kind
-RUN = suitable.run_words(Mix("none", "fedavg", "none").config(), 2)
+RUN = suitable.run_words(Mix("none", "fedavg", "none").config())
 NOT_MIXED = {"data", "partition"}  # sections of a config that hold a plug-in, but are no part of a method
 
 
