@@ -317,7 +317,7 @@ def _any_worker(learner: Learner) -> None:
 
 
 def _fused(learner: Learner) -> None:
-    if learner.alone:
+    if learner.alone or learner.blocks:
         return
     for done in plain(learner):
         notes: list[str] = []

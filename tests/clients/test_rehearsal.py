@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.learners import derpp, er, icarl, lwf, xder
+from clients.learners import derpp, er, icarl, lider, lwf, xder
 from clients.learners._buffers import Buffer, Rehearsal
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
@@ -279,6 +279,73 @@ def test_xder_needs_past_and_future_classes() -> None:
     with pytest.raises(ConfigError, match="learner xder divides the head's rows into past, present and future classes, which a "):
         xder.Learner(size=4).suits(replace(config, stream=stream), np.ones((2, 2), dtype=np.int64))
     assert any("use head: cosine" in note for note in prepare(config).notes)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["images", "texts"])
+def test_the_largest_singular_value_of_what_a_block_makes_of_tokens(masked: bool) -> None:
+    """Within 1 % of the root of the largest eigenvalue of T Tᵀ, whose gradient is that of the singular value; features of another
+    size change nothing, nor does padding."""
+    generator = torch.Generator().manual_seed(0)
+    front, step = (torch.randn(3, 7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    front = front + 2 * torch.randn(5, generator=generator, dtype=torch.float64)  # tokens have a direction in common, as they do
+    back, used = front + 0.5 * step, [7, 4, 1] if masked else [7, 7, 7]
+    mask = torch.arange(7) < torch.tensor(used)[:, None] if masked else None
+    front.requires_grad_()
+    got = lider.largest_singular(lider.unit_tokens(front, mask), lider.unit_tokens(back, mask), 10)
+    want = []
+    for one, other, length in zip(front, back, used, strict=True):
+        a, c = (F.normalize(tokens[:length], dim=1) for tokens in (one, other))
+        matrix = a.T @ c / length
+        want.append(torch.linalg.eigvalsh(matrix @ matrix.T)[-1].sqrt())
+    torch.testing.assert_close(got, torch.stack(want), rtol=0.01, atol=0)
+    ours, theirs = (torch.autograd.grad(values.sum(), front, retain_graph=True)[0] for values in (got, torch.stack(want)))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-4)
+    again = lider.largest_singular(lider.unit_tokens(3 * front, mask), lider.unit_tokens(7 * back, mask), 10)
+    torch.testing.assert_close(again, got)
+
+
+def test_lider_by_hand() -> None:
+    """Two own rows, three that others replay, one synthetic; three blocks. Budgets start at own rows, then follow the loss."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(6, 4, 3, generator=generator) + 1 for _ in range(3)]
+    positions = np.array([4, 5, 8, 9, 4, -1])
+    step = step_of(blocks=blocks, labels=torch.zeros(6), positions=positions, own=slice(0, 2), replayed=slice(5, 5))
+    learner, state = lider.Learner(alpha=0.3, beta=0.5), {"budgets": None, "rate": 0.1, "slope": None}
+    own, replayed = (learner.constants(step, rows) for rows in (slice(0, 2), slice(2, 5)))
+    got = learner.loss(state, step)
+    assert got is not None and len(own) == 2
+    torch.testing.assert_close(got, 0.3 * replayed.mean() + 0.5 * (replayed - own).abs().mean())
+    learner.stepped(state, {})
+    torch.testing.assert_close(state["budgets"], own + 0.1 * 0.5 / 2 * (replayed - own).sign())
+    state["budgets"] = torch.tensor([-1.0, 1.0])
+    got = learner.loss(state, step)
+    assert got is not None and float(state["slope"][0]) == 0, "a budget below 0 stands for 0, and moves no more"
+    torch.testing.assert_close(got, 0.3 * replayed.mean() + 0.5 * (replayed - torch.tensor([0.0, 1.0])).abs().mean())
+    nothing = step_of(blocks=blocks, labels=torch.zeros(6), own=slice(0, 6))
+    assert learner.loss(state, nothing) is None and lider.Learner(alpha=0.0, beta=0.0).loss(state, step) is None
+
+
+def test_lider_beside_a_buffer(tmp_path: Path) -> None:
+    """What it adds trains, its budgets are remembered, and nothing but what its rival sends travels; alone it is refused."""
+    found = []
+    for others in ("", ", lider", ", {name: lider, alpha: 0.0, beta: 0.0}"):
+        config = tiny(f"client.learners=[{{name: er, size: 6}}{others}]", "server.aggregator=fedavg", "server.consolidator=none",
+                      "server.rounds=1", output=tmp_path / str(len(found)))  # fmt: skip
+        found.append((config, run(config)))
+    params = [final_state(results.path, config).params for config, results in found]
+    assert same_bits(params[0], params[2]) and not same_bits(params[0], params[1])
+    for memory in kept(found[1][1].path)["memory"].values():
+        assert memory["learner.lider/budgets"].shape == (1,)
+    assert found[1][1].costs["bytes"] == found[0][1].costs["bytes"]
+    assert found[1][1].costs["stored"]["max"] == found[0][1].costs["stored"]["max"] + 4
+    with pytest.raises(ConfigError, match="learner lider works on samples that are replayed, but no learner keeps a buffer"):
+        prepare(tiny("client.learners=[lider]"))
+
+
+def test_lider_needs_blocks_of_one_shape() -> None:
+    for blocks in ([torch.zeros(2, 4, 3)], [torch.zeros(2, 4, 3), torch.zeros(2, 2, 6)]):
+        with pytest.raises(ConfigError, match="learner lider needs blocks with outputs of one shape"):
+            lider.require_tokens(blocks)
 
 
 @pytest.mark.parametrize("others", [["er", "derpp"], ["icarl", "er"], ["xder", "icarl"]])
