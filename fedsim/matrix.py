@@ -58,6 +58,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("aggregators", "merged"): {"rule": "ties"},
     ("consolidators", "merged"): {"rule": "ties"},
 }
+BESIDE: Mapping[str, Sequence[str]] = {"lider": ["er"]}  # learners that one needs beside it
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Mix:
             "calibrator": None if self.calibrator == NONE else section("calibrators", self.calibrator),
             "channel": [] if self.channel == NONE else [section("channels", self.channel)],
         }
-        learners = [] if self.learner == NONE else [section("learners", self.learner)]
+        named = [] if self.learner == NONE else [*BESIDE.get(self.learner, ()), self.learner]
+        learners = [section("learners", name) for name in named]
         suits = "mixture" if "composes heads" in rule.traits.needs else "linear"
         layer = {
             "adapter": section("adapters", self.adapter),

@@ -5,6 +5,7 @@ effectiveness of Lipschitz-driven rehearsal in continual learning"; as in mammot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,7 +109,7 @@ def unit_tokens(tokens_bLD: Tensor, mask_bL: Tensor | None) -> Tensor:
     """Tokens of length 1, over the root of their number, so that products of two such need no other factor; zeros for padding."""
     tokens_bLD = F.normalize(tokens_bLD.to(torch.promote_types(tokens_bLD.dtype, torch.float32)), dim=-1)
     if mask_bL is None:
-        return tokens_bLD / tokens_bLD.shape[1] ** 0.5
+        return tokens_bLD / math.sqrt(tokens_bLD.shape[1])
     mask_bL1 = mask_bL[:, : tokens_bLD.shape[1], None].to(tokens_bLD)
     units: Tensor = tokens_bLD * mask_bL1 / mask_bL1.sum(1, keepdim=True).clamp(min=1).sqrt()
     return units
