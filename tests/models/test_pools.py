@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedsim.core.contracts import Step
 from fedsim.core.errors import FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
-from fedsim.models.adapters import _keys, l2p
+from fedsim.models.adapters import _keys, l2p, lora
 from fedsim.models.model import ADAPTER, Model
 from fedsim.runs.results import Results
 from fedsim.simulation import prepare, run
@@ -235,13 +235,40 @@ def test_queries_found_or_computed_again_are_the_same(way: str, monkeypatch: pyt
 
 def test_a_learner_sees_the_queries_that_the_adapter_was_asked_with(monkeypatch: pytest.MonkeyPatch) -> None:
     for augment in ("none", "crop_flip"):
-        here, seen = second_task("l2p", f"transform.augment={augment}"), list[Step]()
+        here, seen, asked = second_task("l2p", f"transform.augment={augment}"), list[Step](), list[Tensor]()
         monkeypatch.setattr(Er, "loss", lambda self, state, step, seen=seen: seen.append(step))
+        monkeypatch.setattr(l2p.Adapter, "loss", lambda self, tensors, query, asked=asked: asked.append(query))
         here.one_by_one()
-        for step in seen:
+        for step, own in zip(seen, asked, strict=True):
+            assert step.query is not None and len(step.query) > step.own.stop
+            assert torch.equal(step.query[step.own], own), "the adapter's own term is over the client's own samples"
             assert step.query is not None and not step.query.requires_grad
             close = torch.allclose(step.query, here.model.query(step.inputs), rtol=1e-9)
             assert close == (augment == "none")
+
+
+@dataclass(frozen=True)
+class Shrinking(lora.Adapter):
+    """A term of its own, without queries."""
+
+    def loss(self, tensors: Tensors, query_bD: Tensor | None) -> Tensor:
+        assert query_bD is None
+        return torch.stack([t.square().sum() for n, t in tensors.items() if n.endswith("lora_B")]).sum()
+
+
+def test_any_adapter_may_add_a_term() -> None:
+    """Its gradient by hand: 2 B more in the first step, which is the only one."""
+    found = {}
+    for shrinks in (False, True):
+        here = doubled(work("client.optimizer=sgd", "client.epochs=1", "client.batch_size=64", "client.lr=0.1"))
+        if shrinks:
+            here.model.adapter = Shrinking(targets="all-linear", rank=2, alpha=3.0)
+        require_same(here.together(), here.one_by_one(), 1e-9)
+        found[shrinks] = here.one_by_one()[0]
+    plain, shrunk = (found[s].params for s in (False, True))  # type: ignore[union-attr]
+    for name, tensor in plain.items():
+        more = 2 * here.jobs[0].params[name] if name.endswith("lora_B") else torch.zeros(())
+        torch.testing.assert_close(shrunk[name], tensor - 0.1 * more, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------- whole runs
