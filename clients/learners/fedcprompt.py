@@ -30,8 +30,9 @@ class Learner(contracts.Learner):
         triplet   λ · max(0, Σ_b (α ‖f − f_g‖² − β ‖f − f_p‖²) + m);   in a first task   λ · Σ_b α ‖f − f_g‖²
         infonce   λ · mean over b of −log(e^{s_g} / (e^{s_g} + e^{s_p})),   s = cos(f, f_·) / τ;   in a first task nothing
 
-    It is 0 at the first step of a round of a first task. Down come the last task's tensors, once, for f_p (those that the client
-    does not have: see the ledger); up goes nothing more, and nothing is stored. A step costs two forward passes more.
+    It is 0 at the first step of a round of a first task. For f_p a client keeps the last task's tensors over the task. They come
+    down once, and cost nothing where the task begins with them, as with consolidator none; up goes nothing more. A step costs two
+    forward passes more.
 
     kind: triplet | infonce. weight: λ, 0 for nothing. positive, negative, margin: α, β, m; temperature: τ. Defaults are those of
     the published code, which works on features before the head. Its quirks, kept: the sum over the batch stands within the

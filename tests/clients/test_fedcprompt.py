@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from fedsim.core import config as configs
 from fedsim.core.contracts import Outputs
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate
-from fedsim.simulation import prepare
+from fedsim.simulation import prepare, run
 from tests.clients.test_fused import work
 from tests.clients.works import step_of
-from tests.tiny import same_bits, tiny
+from tests.tiny import final_state, same_bits, tiny
 
 OURS, COMMON, PAST = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -60,6 +61,15 @@ def test_where_there_is_nothing_to_lose() -> None:
     for got, want in zip(idle.one_by_one(), here.one_by_one(), strict=True):
         assert isinstance(got, ClientUpdate) and isinstance(want, ClientUpdate)
         assert same_bits(got.params, want.params)
+
+
+def test_the_last_tasks_model_comes_down_with_what_the_task_begins_with(tmp_path: Path) -> None:
+    whole = ("server.aggregator=fedavg", "server.consolidator=none")
+    plain, config = tiny(*whole, output=tmp_path), tiny(*whole, client={"learners": ["fedcprompt"]}, output=tmp_path)
+    ours, theirs = run(config), run(plain)
+    got, want = ours.costs["bytes"], theirs.costs["bytes"]
+    assert got["down"].pop("context") == 0 and got == want
+    assert not same_bits(final_state(ours.path, config).params, final_state(theirs.path, plain).params)
 
 
 @pytest.mark.parametrize("options", [{"kind": "moon"}, {"weight": -1.0}, {"positive": -1.0}, {"temperature": 0.0}])
