@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "lr": 0.05,
             "learners": [
                 {"name": "abs", "size": 8},
-                *("scaffold", "lwf", "moon", "si", "ewc", "feddyn"),
+                *("scaffold", "lwf", "moon", "si", "ewc", "feddyn", "fedproto"),
                 {"name": "gpm", "threshold": 0.3, "columns": 4},  # a pass that draws
                 IMAGES,
             ],

@@ -23,9 +23,10 @@ from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import summed
 from fedsim.core.tensors import upper_triangle, with_prefix
-from fedsim.simulation import prepare
+from fedsim.simulation import prepare, run
+from server import checkpoint
 from tests.server.test_calibrators import features_of, recorded
-from tests.tiny import same_bits, tiny
+from tests.tiny import final_state, kept, learned, same_bits, stopping, tiny
 
 CLASSES, WIDTH, TASKS = 6, 7, ((4, 0, 2), (1, 3, 5))
 
@@ -214,6 +215,20 @@ def test_the_head_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert same_bits(with_prefix(states[1].params, "adapter."), with_prefix(states[0].params, "adapter."))
     assert not torch.equal(states[1].params["head.weight"][3:], states[0].params["head.weight"][3:])
     assert results.costs["bytes"]["up"]["head"] == 2 * states[0].bytes["up"]["head"]
+
+
+def test_a_run_that_was_stopped_while_clients_rest_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(*FSA, *WAYS["learners with a server"], output=tmp_path)
+    whole = run(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping(4))  # two rounds, the first task's end, a round of the second
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=tmp_path / "stopped")
+    run(resume=tmp_path / "stopped")
+    assert same_bits(learned(final_state(whole.path, config)), learned(final_state(tmp_path / "stopped", config)))
+    assert same_bits(kept(whole.path), kept(tmp_path / "stopped"))
 
 
 def test_who_makes_the_head_of_later_classes() -> None:
