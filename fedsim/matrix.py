@@ -19,7 +19,7 @@ from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import WORDS, Aggregator, Part
+from fedsim.core.contracts import CENTRES, WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
 from fedsim.core.home import ROOT
 
@@ -59,6 +59,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("consolidators", "merged"): {"rule": "ties"},
 }
 BESIDE: Mapping[str, Sequence[str]] = {"lider": ["er"]}  # learners that one needs beside it
+HEADS: Mapping[str, str] = {"composes heads": "mixture", CENTRES: "centres"}  # for those that need the word
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Mix:
         }
         named = [] if self.learner == NONE else [*BESIDE.get(self.learner, ()), self.learner]
         learners = [section("learners", name) for name in named]
-        suits = "mixture" if "composes heads" in rule.traits.needs else "linear"
+        needed = {word for part in (rule, *configs.build_learners(learners).values()) for word in part.traits.needs}
+        suits = next((head for word, head in HEADS.items() if word in needed), "linear")
         layer = {
             "adapter": section("adapters", self.adapter),
             "head": section("heads", self.head or suits),
