@@ -44,11 +44,13 @@ class Figure:
     per_run: bool = False
     wide: bool = False
     limit: int = 0  # series that it shows at most
+    _specs: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # Altair takes its time
 
     def spec(self, place: int = 0) -> dict[str, Any]:
         """The Vega-Lite specification, without data."""
-        spec: dict[str, Any] = self.charts[place].to_dict()
-        return spec | {"config": dict(theme.CONFIG), "description": f"{self.title}. {self.note}"}
+        if place not in self._specs:
+            self._specs[place] = self.charts[place].to_dict()
+        return self._specs[place] | {"config": dict(theme.CONFIG), "description": f"{self.title}. {self.note}"}
 
 
 @dataclass(frozen=True)

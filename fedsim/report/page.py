@@ -6,6 +6,7 @@ All text that comes from runs is escaped; scripts are allowed by their hash, so 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -507,6 +508,7 @@ def _command(environment: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- file
 
 
+@functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, of the versions that Altair writes for."""
     import vl_convert

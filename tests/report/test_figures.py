@@ -35,6 +35,23 @@ def drawn(study: Study) -> dict[str, Drawing]:
     return {d.name: d for d in drawings(study, figures(study))}
 
 
+class Pictures(dict[str, str]):
+    """Every drawing as SVG, made when it is asked for."""
+
+    def __init__(self, drawn: dict[str, Drawing]) -> None:
+        super().__init__()
+        self._drawn = drawn
+
+    def __missing__(self, name: str) -> str:
+        self[name] = svg(self._drawn[name])
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def pictures(drawn: dict[str, Drawing]) -> Pictures:
+    return Pictures(drawn)
+
+
 def svg(drawing: Drawing) -> str:
     return convert(drawing, "svg").decode()
 
@@ -112,11 +129,11 @@ def test_many_clients_have_a_histogram_of_sizes(run_dirs: Path) -> None:
 # ---------------------------------------------------------------- what they draw
 
 
-def test_every_figure_becomes_a_file(drawn: dict[str, Drawing]) -> None:
-    for drawing in drawn.values():
-        text = svg(drawing)
+def test_every_figure_becomes_a_file(drawn: dict[str, Drawing], pictures: Pictures) -> None:
+    for name in drawn:
+        text = pictures[name]
         assert "var(--" not in text and "{{" not in text and "NaN" not in text
-        assert sum(marks(text, kind) for kind in ("symbol", "rect", "line", "rule")) > 0, drawing.name
+        assert sum(marks(text, kind) for kind in ("symbol", "rect", "line", "rule")) > 0, name
 
 
 @pytest.mark.parametrize(
@@ -139,17 +156,17 @@ def test_every_figure_becomes_a_file(drawn: dict[str, Drawing]) -> None:
         ("client_accuracy-0.1", "symbol", 5),
     ],
 )
-def test_number_of_marks(drawn: dict[str, Drawing], name: str, kind: str, count: int) -> None:
-    assert marks(svg(drawn[name]), kind) == count
+def test_number_of_marks(pictures: Pictures, name: str, kind: str, count: int) -> None:
+    assert marks(pictures[name], kind) == count
 
 
-def test_a_bubble_per_client_and_class(study: Study, drawn: dict[str, Drawing]) -> None:
+def test_a_bubble_per_client_and_class(study: Study, drawn: dict[str, Drawing], pictures: Pictures) -> None:
     rows = drawn["partition-0.1"].spec["datasets"]["rows"]
     first = next(run.results for run in study.runs if run.labels == {"method": "variance_weighted", "alpha": 0.1, "seed": 0})
     assert {(row["client"], row["column"], row["samples"]) for row in rows} == {
         (h.client, h.class_row, h.samples) for h in first.holdings
     }
-    assert marks(svg(drawn["partition-0.1"]), "symbol") == len(rows)
+    assert marks(pictures["partition-0.1"], "symbol") == len(rows)
 
 
 @pytest.mark.parametrize("seeds", [2, 4])
