@@ -94,7 +94,10 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=_generator.NEEDS, refuses=_generator.REFUSES) if self.head or self.features else Traits()
+        if not self.head and not self.features:
+            return Traits()
+        composed = "asks the head of the last task's model about a client's features, and {other} keeps a head per client"
+        return Traits(needs=_generator.NEEDS, refuses={**_generator.REFUSES, "a module per client": composed})
 
     # ------------------------------------------------ on the client
 

@@ -295,6 +295,12 @@ def test_what_cannot_work_is_said_before_training(learner: str, overrides: list[
         prepare(tiny(*GOES_ON, f"client.learners=[{learner}]", *overrides, **({"model": model} if model else {})))
 
 
+def test_mfcl_needs_one_head() -> None:
+    server = {"aggregator": "collect", "consolidator": "compose", "rounds": 1}
+    with pytest.raises(ConfigError, match=r"^learner mfcl asks the head .* aggregator collect keeps a head per client"):
+        prepare(tiny("client.learners=[mfcl]", server=server, adapter={"name": "apt", "memory": 1}, head="mixture"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
