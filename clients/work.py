@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, sample_gradients
+from clients.lower_states import Kept, queries_of
 from clients.samples import Samples
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
@@ -151,9 +152,10 @@ class Work:
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
         """What these tensors make of samples, in evaluation: no augmentation, no dropout, no gradient."""
         found: list[Outputs] = []
+        kept = Kept(queries=queries_of(self.model, self.samples, positions, self.config.runtime))
         with self.beneath(params), self.model.merged(params):
             for some in batches(positions, self.config.runtime.eval_batch):
-                features_bD = self.model.features(self.samples.batch(some)[0], lean=True)
+                features_bD = kept.asked(self.model, self.samples.batch(some)[0], some, lean=True).features
                 found.append(Outputs(features_bD, self.model.logits(features_bD, params)))
         return Outputs(torch.cat([o.features for o in found]), torch.cat([o.logits for o in found]))
 

@@ -19,6 +19,7 @@ from fedsim.core.contracts import Step
 from fedsim.core.errors import FedsimError
 from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import matching
+from fedsim.models import inject
 from fedsim.models.adapters import _keys, l2p, lora
 from fedsim.models.model import ADAPTER, Model
 from fedsim.runs.results import Results
@@ -231,6 +232,19 @@ def test_queries_found_or_computed_again_are_the_same(way: str, monkeypatch: pyt
         assert same_bits(a.statistics, b.statistics) and same_bits(a.statistics, c.statistics)
     found = passes[computed : 2 * computed]
     assert 0 < sum(found) < sum(passes[:computed])
+
+
+def test_outputs_between_rounds_find_the_queries_of_a_shard() -> None:
+    """Half of the passes are saved."""
+    one = second_task("dualprompt").works()[0]
+    inputs, encoder, passes = one.samples.batch(one.shard)[0], one.model.backbone.encoder, list[int]()
+    with torch.no_grad(), one.model.merged(one.params):
+        want = one.model.features(inputs)
+    for expected in (2, 1):
+        with inject.installed([lambda: encoder.register_forward_hook(lambda *told: passes.append(1))]):
+            torch.testing.assert_close(one.outputs(one.shard, one.params).features, want)
+        assert len(passes) == expected
+        passes.clear()
 
 
 def test_a_learner_sees_the_queries_that_the_adapter_was_asked_with(monkeypatch: pytest.MonkeyPatch) -> None:
