@@ -66,7 +66,9 @@ class Adapter(_pool.Pool):
         _pool.require_not_negative(mu=self.mu)
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
-        """The first task's components. Raises ModelError if a block has no attention that takes prefixes."""
+        """The first task's components. Raises ModelError for a backbone that is no vision transformer, or a block without an
+        attention that takes prefixes."""
+        _pool.require_vision_transformer("codaprompt", backbone.encoder)
         return self._brought(backbone, {}, 0, generator)
 
     def grown(self, backbone: BackboneLike, tensors: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
