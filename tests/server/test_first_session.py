@@ -170,7 +170,7 @@ WAYS = {
     "teen, a rule with statistics": ("server.aggregator=lorm", "server.calibrator=teen"),
     "moments of a round": ("server.aggregator=lorm", "server.calibrator={name: ccvr, when: round, covariance: diagonal}"),
     "learners with a server": ("server.aggregator=fairavg", "server.calibrator=lda", "client.optimizer=sgd",
-                               "client.learners=[scaffold]"),
+                               "client.learners=[scaffold, lwf]"),
 }  # fmt: skip
 
 
