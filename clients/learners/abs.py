@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.learners import aer
@@ -21,18 +22,21 @@ from fedsim.core.messages import Tensors
 @dataclass(frozen=True)
 class Learner(aer.Learner):
     """Replay as in `aer`. After every round the client chooses anew from its buffer and its samples of the task, as many of every
-    class as can be, of each class without replacement and with weights
+    class as can be, of each class
 
-        classes of the current task   q_y        the model's probability of the label that the sample has: likely right ones
-        classes of earlier tasks      1 − q_y    those that tell most, since they were chosen for being right before
+        of the current task    those with the largest q_y, the model's probability of the label that the sample has (the smallest
+                               losses): likely right ones
+        of earlier tasks       without replacement with weights 1 − q_y: those that tell most, since they were chosen for being
+                               right before
 
     q is a softmax over the task's classes for the former and over all classes seen for the latter. It is that of the client's
     model at the end of the round's last forgetting epoch, when wrong labels are least known; a round without one keeps the buffer
     as it is, unless the task's samples were never offered. With forget: false it is that of the round's last step.
 
     Reconstructed from the abstract (purity for the current task, complex samples for the past) and from what is known of
-    mammoth's er_ace_aer_abs; the paper was not read. Ours: q as weights, and that the whole shard is weighed in every round,
-    which a client has at hand as long as the task lasts (the reference sees a stream go by).
+    mammoth's er_ace_aer_abs; the paper was not read. Ours: 1 − q as weights, and that the whole shard is weighed in every
+    round, which a client has at hand as long as the task lasts (the reference sees a stream go by). With q as weights for the
+    current task too, as many labels in the buffers were wrong as in the data (40 % on Fashion-MNIST, symmetric noise of 40 %).
 
     Nothing travels. Memory: as of `er`. size, total, batch_size: as there; forget: see `aer`.
     """
@@ -64,17 +68,20 @@ class Learner(aer.Learner):
         labels, current = work.labels(candidates), torch.tensor(list(work.classes))
         likely = _likelihood(work, candidates, params, labels, work.classes)
         past = 1 - _likelihood(work, candidates, params, labels, work.seen)
-        weights = torch.where(torch.isin(labels.cpu(), current), likely, past)
-        kept = chosen(labels.cpu().numpy(), weights, self.room(work.config.partition["clients"]), draw)
+        keys = torch.where(torch.isin(labels.cpu(), current), likely.double(), sampling_keys(past, draw))
+        kept = chosen(labels.cpu().numpy(), keys.numpy(), self.room(work.config.partition["clients"]))
         offered = buffer.offered + (0 if buffer.task == work.task else len(work.shard))
         return Buffer(candidates[kept], {}, offered, task=work.task)
 
 
-def chosen(labels: IntArray, weights: Tensor, room: int, draw: torch.Generator) -> IntArray:
-    """Places that are kept, the same number of every class as far as there are any, by weighted sampling without replacement: the
-    largest keys log(u) / w (Efraimidis & Spirakis 2006)."""
-    uniform = torch.rand(len(labels), dtype=torch.float64, generator=draw).clamp_min(1e-300)
-    keys = (uniform.log() / weights.double().clamp_min(1e-12)).numpy()
+def sampling_keys(weights: Tensor, draw: torch.Generator) -> Tensor:
+    """Keys log(u) / w, the largest of which are a weighted sample without replacement (Efraimidis & Spirakis 2006)."""
+    uniform = torch.rand(len(weights), dtype=torch.float64, generator=draw).clamp_min(1e-300)
+    return uniform.log() / weights.double().clamp_min(1e-12)
+
+
+def chosen(labels: IntArray, keys: NDArray[np.float64], room: int) -> IntArray:
+    """Places with the largest keys of every class, the same number of each as far as there are any."""
     classes, held = np.unique(labels, return_counts=True)
     kept = []
     for label, count in zip(classes.tolist(), shares(held, room), strict=True):

@@ -70,16 +70,14 @@ def test_the_loss_by_hand() -> None:
     assert aer.Learner().loss({}, step_of(**known, replayed=slice(3, 3))) is None
 
 
-def test_a_weighted_sample_without_replacement() -> None:
-    """Of two samples of a class the first is kept with chance w_1 / (w_1 + w_2); classes share the room evenly."""
-    weights = torch.tensor([0.6, 0.2, 0.5, 0.5, 0.5])
-    labels, draw, first = np.array([3, 3, 1, 1, 1]), torch_stream(1, "draw"), 0
-    for _ in range(2000):
-        kept = asymmetric.chosen(labels, weights, 2, draw)
-        assert sorted(labels[kept]) == [1, 3]
-        first += int(0 in kept)
+def test_the_largest_keys_of_every_class_are_kept_and_weigh_as_they_should() -> None:
+    """Of two samples the first is kept with chance w_1 / (w_1 + w_2); classes share the room evenly."""
+    labels, keys = np.array([3, 3, 1, 1, 1]), np.array([0.6, 0.9, 0.1, 0.3, 0.2])
+    assert asymmetric.chosen(labels, keys, 2).tolist() == [3, 1]
+    assert asymmetric.chosen(labels, keys, 4).tolist() == [3, 4, 1, 0]
+    draw, weights = torch_stream(1, "draw"), torch.tensor([0.6, 0.2])
+    first = sum(int(asymmetric.sampling_keys(weights, draw).argmax() == 0) for _ in range(2000))
     assert stats.binomtest(first, 2000, 0.75).pvalue > 0.001
-    assert sorted(asymmetric.chosen(labels, weights, 4, draw)[-2:]) == [0, 1]
 
 
 def seeing(right: np.ndarray, current: np.ndarray) -> Any:
@@ -102,7 +100,7 @@ def test_new_samples_are_kept_for_being_likely_and_old_ones_for_being_unlikely()
     labels = here.labels(buffer.positions).numpy()
     assert np.bincount(labels).tolist() == [6, 6, 6, 6]
     of_now = current[buffer.positions]
-    assert right[buffer.positions][of_now].mean() > 0.9
+    assert right[buffer.positions][of_now].all()
     assert right[buffer.positions][~of_now].mean() < 0.1
     assert (buffer.offered, buffer.task) == (100, 1)
     again = rule.filled(
@@ -110,7 +108,7 @@ def test_new_samples_are_kept_for_being_likely_and_old_ones_for_being_unlikely()
     )  # the same task's next round: all of its samples are weighed anew
     assert again.offered == 100
     assert len(set(again.positions)) == 24
-    assert set(again.positions[current[again.positions]]) != set(buffer.positions[of_now])
+    assert set(again.positions[current[again.positions]]) == set(buffer.positions[of_now])
 
 
 def test_what_is_weighed_is_the_model_after_the_last_forgetting_epoch() -> None:
