@@ -29,12 +29,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
-    from fedsim.sweep import launch
-    from fedsim.sweep.plan import expand, keep_record, verify
+    from fedsim.sweep.plan import expand, finished, keep_record, verify
 
     how: dict[str, Any] = {k: v for k in ("jobs", "retry", "address") if (v := getattr(args, k)) is not None}
     plan = expand(args.sweep, args.overrides, args.output, **how)
-    done = launch.finished(plan)
+    done = finished(plan)
     missing = [run for run in plan.runs if run.entry.identity not in done]
     print_line = line_printer(console())
     if not args.quiet:
@@ -61,6 +60,7 @@ def _make(
 ) -> dict[str, str]:
     from fedsim.sweep import launch
     from fedsim.sweep.display import SweepDisplay
+    from fedsim.sweep.plan import finished
 
     display = SweepDisplay(plan, done, console(), args.quiet)
     try:
@@ -68,7 +68,7 @@ def _make(
             for event in launch.execute(plan, missing):
                 display(event)
     except KeyboardInterrupt:
-        there = len(launch.finished(plan))
+        there = len(finished(plan))
         fail(f"stopped, {there} of {len(plan.runs)} runs are finished; the same command goes on with the others", 130)
         raise SystemExit(130) from None
     return display.failed

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,11 +22,9 @@ from filelock import Timeout
 
 from clients import cluster
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import PoolError, RunDirError, StorageError
+from fedsim.core.errors import PoolError, StorageError
 from fedsim.core.files import in_use
 from fedsim.core.home import ROOT, ours_first
-from fedsim.runs.collection import verified
-from fedsim.runs.results import Results
 from fedsim.sweep.job import Cost, JobResult, lock_of, note_failure
 from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
 
@@ -57,19 +55,6 @@ class Tick:
 
 
 SweepEvent: TypeAlias = Begun | Ended | Tick
-
-
-def finished(plan: SweepPlan) -> dict[str, Results]:
-    """By identity, the runs of a sweep that need not be made: they lie in the folder, finished and whole."""
-    there: dict[str, Results] = {}
-    for run in plan.runs:
-        path = plan.folder / run.entry.folder
-        if (path / "status.json").is_file():
-            with suppress(RunDirError):
-                results, identity = verified(path)
-                if identity == run.entry.identity:
-                    there[identity] = results
-    return there
 
 
 def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[SweepEvent]:

@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
-from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text
+from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text, verified
+from fedsim.runs.results import Results
 from fedsim.sweep.fit import Fitted, fit, notes
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
@@ -391,6 +393,19 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
             raise DataError(
                 f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
             )
+
+
+def finished(plan: SweepPlan) -> dict[str, Results]:
+    """By identity, the runs of a sweep that need not be made: they lie in the folder, finished and whole."""
+    there: dict[str, Results] = {}
+    for run in plan.runs:
+        path = plan.folder / run.entry.folder
+        if (path / "status.json").is_file():
+            with suppress(RunDirError):
+                results, identity = verified(path)
+                if identity == run.entry.identity:
+                    there[identity] = results
+    return there
 
 
 def keep_record(plan: SweepPlan) -> SweepPlan:

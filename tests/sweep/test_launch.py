@@ -25,7 +25,7 @@ from fedsim.simulation import run
 from fedsim.sweep import launch
 from fedsim.sweep.job import lock_of
 from fedsim.sweep.launch import Begun, Ended
-from fedsim.sweep.plan import PlannedRun, SweepPlan, expand, verify
+from fedsim.sweep.plan import PlannedRun, SweepPlan, expand, finished, verify
 from tests.tiny import TINY, final_state, learned, plain_vit, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def logging(folder: Path, **options: Any) -> dict[str, Any]:
 def execute(plan: SweepPlan) -> list[Ended]:
     """Make what is missing; how every attempt ended."""
     plan.record.save(plan.folder)
-    done = launch.finished(plan)
+    done = finished(plan)
     missing = [r for r in plan.runs if r.entry.identity not in done]
     return [e for e in launch.execute(plan, missing) if isinstance(e, Ended)] if missing else []
 
