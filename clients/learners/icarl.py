@@ -68,7 +68,10 @@ class Learner(_buffers.Rehearsal):
     @property
     def traits(self) -> Traits:
         head = {"an affine head": "deploys means of exemplars as rows of the head, but {head} is no linear map: use head: linear"}
-        return Traits(gives={ONE_CLASS}, takes={CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head})
+        repaired = {
+            "calibrator": "deploys means of exemplars as the head, whatever {other} makes of it: set server.calibrator to null"
+        }
+        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=repaired)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         told = super().suits(config, sizes_TK)

@@ -281,6 +281,21 @@ def test_xder_needs_past_and_future_classes() -> None:
     assert any("use head: cosine" in note for note in prepare(config).notes)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("server.calibrator=nearest_mean", "whatever calibrator nearest_mean makes of it: set server.calibrator to null"),
+        ("head=cosine", "head cosine is no linear map: use head: linear"),
+        ("stream.tasks=1", "is taught by the model of the last task's end, which a stream of one task has not"),
+    ],
+)
+def test_icarl_refuses_what_it_cannot_deploy_or_learn_from(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^learner icarl .*{told}"):
+        prepare(
+            tiny("client.learners=[{name: icarl, size: 4}]", "server.aggregator=fedavg", "server.consolidator=none", override)
+        )
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["images", "texts"])
 def test_the_largest_singular_value_of_what_a_block_makes_of_tokens(masked: bool) -> None:
     """Within 1 % of the root of the largest eigenvalue of T Tᵀ, whose gradient is that of the singular value; features of another
