@@ -29,14 +29,16 @@ class Learner(aer.Learner):
         of earlier tasks       without replacement with weights 1 − q_y: those that tell most, since they were chosen for being
                                right before
 
-    q is a softmax over the task's classes for the former and over all classes seen for the latter. It is that of the client's
-    model at the end of the round's last forgetting epoch, when wrong labels are least known; a round without one keeps the buffer
-    as it is, unless the task's samples were never offered. With forget: false it is that of the round's last step.
+    q is a softmax over the task's classes for the former and over all classes seen for the latter, in the model that the round
+    began with: what one client learned by heart, wrong labels among it, the mean over clients has forgotten. In a task's first
+    round, where nobody has learned its classes yet, it is that of the client's own model at the end of the last forgetting epoch
+    (with none, of the last step).
 
     Reconstructed from the abstract (purity for the current task, complex samples for the past) and from what is known of
-    mammoth's er_ace_aer_abs; the paper was not read. Ours: 1 − q as weights, and that the whole shard is weighed in every
-    round, which a client has at hand as long as the task lasts (the reference sees a stream go by). With q as weights for the
-    current task too, as many labels in the buffers were wrong as in the data (40 % on Fashion-MNIST, symmetric noise of 40 %).
+    mammoth's er_ace_aer_abs; the paper was not read. Ours: 1 − q as weights; that the whole shard is weighed in every round,
+    which a client has at hand as long as the task lasts (the reference sees a stream go by); and the model that judges.
+    Fashion-MNIST with 40 % of the labels wrong: of the quarter of a task's samples that is likeliest to the merged model 10 % are
+    wrong, of what the clients' own models find likeliest 31 % to 34 %.
 
     Nothing travels. Memory: as of `er`. size, total, batch_size: as there; forget: see `aer`.
     """
@@ -57,10 +59,8 @@ class Learner(aer.Learner):
         super().stepped(state, params)
 
     def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
-        buffer: Buffer = state["buffer"]
-        if self.forget and "forgotten" not in state and buffer.task == work.task:
-            return Ending()
-        return Ending(self.filled(buffer, work, {**params, **state.get("forgotten", {})}, draw).memory())
+        judge = work.params if work.round else {**params, **state.get("forgotten", {})}
+        return Ending(self.filled(state["buffer"], work, judge, draw).memory())
 
     def filled(self, buffer: Buffer, work: ClientWork, params: Tensors, draw: torch.Generator) -> Buffer:
         fresh = work.shard[~np.isin(work.shard, buffer.positions)]

@@ -111,19 +111,21 @@ def test_new_samples_are_kept_for_being_likely_and_old_ones_for_being_unlikely()
     assert set(again.positions[current[again.positions]]) == set(buffer.positions[of_now])
 
 
-def test_what_is_weighed_is_the_model_after_the_last_forgetting_epoch() -> None:
+@pytest.mark.parametrize(("round", "judge"), [(0, 2.0), (1, 9.0)])
+def test_the_model_that_judges(round: int, judge: float) -> None:
+    """The one that the round began with; in a task's first round the client's own after the forgetting epoch, steps 0 to 2."""
     seen: list[float] = []
     rule = asymmetric.Learner(size=4)
     here = seeing(np.ones(5, dtype=bool), np.ones(5, dtype=bool))
     outputs = here.outputs
     here.outputs = lambda at, params: (seen.append(float(params["w"])), outputs(at, params))[1]
-    here.config = client(0, 2, 2).config
+    here.config, here.round, here.params = client(0, 2, 2).config, round, {"w": torch.tensor(9.0)}
     state = rule.begin(here, {}, {}, NOBODY)
     for step in range(6):
         rule.replay(state, np.arange(2), NOBODY)
         rule.stepped(state, {"w": torch.tensor(float(step))})
     rule.end(state, here, {"w": torch.tensor(5.0)}, torch_stream(4, "abs"))
-    assert set(seen) == {2.0}  # the third step of six ends the first epoch, and the second one learns
+    assert set(seen) == {judge}
 
 
 @pytest.mark.parametrize("rule", [aer.Learner(size=4), asymmetric.Learner(size=4)])
