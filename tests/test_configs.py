@@ -22,6 +22,7 @@ PRESETS, METHODS, STREAMS = (sorted((ROOT / "configs" / part).glob("*.yaml")) fo
 DEEP = {**VIT, "num_hidden_layers": 6}  # as many blocks as the embedded backbone has, which methods may name
 OF_A_STREAM = {"data", "stream", "partition", "model", "transform"}
 OF_A_METHOD = {"adapter", "server.aggregator", "server.consolidator", "server.calibrator", "client.optimizer", "client.lr"}
+MANY, FEW = {"images", "batch", "width"}, 4  # options of generators that take their time
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
@@ -99,6 +100,7 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
     """Its rules, adapter and client on synthetic data and a random backbone of the same family."""
     plain = config.to_dict()
     text = config.data["source"] == "text"
+    learners = [{**one, **dict.fromkeys(MANY & {*one}, FEW)} for one in plain["client"]["learners"]]
     bert = {
         "model_type": "bert",
         "hidden_size": 16,
@@ -108,11 +110,15 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
         "vocab_size": 500,
     }
     small: dict[str, Any] = {
-        "data": {**TINY["data"], "kind": "tokens" if text else "image"},
+        "data": {**TINY["data"], "train_per_class": 6, "kind": "tokens" if text else "image"},
         "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
         "partition": {**plain["partition"], "clients": min(2, plain["partition"]["clients"]), "min_samples": 1},
         "model": {**TINY["model"], "config": bert if text else DEEP, "pooling": plain["model"]["pooling"]},
-        "client": {**plain["client"], "epochs": 1},
+        "client": {
+            **plain["client"],
+            "epochs": 1,
+            "learners": [{**one, **dict.fromkeys(MANY & {*one}, FEW)} for one in learners],
+        },
         "server": {**plain["server"], "rounds": 1},
         "runtime": {**TINY["runtime"], "output": str(tmp_path)},
     }
