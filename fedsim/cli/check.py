@@ -48,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kinds(name: str, wanted: str | None) -> list[str]:
-    """The kinds that a name or a file has a plug-in of, those that have laws, or the one that is wanted."""
-    from fedsim import laws
+    """The kinds that a name or a file has a plug-in of, or the one that is wanted."""
     from fedsim.core import plugins
 
     if wanted is None:
-        found = plugins.kinds_of(name)
-        return [kind for kind in found if laws.are_there(kind)] or found
+        return list(plugins.kinds_of(name))
     if wanted not in plugins.KINDS:
         raise ConfigError(f"unknown kind '{wanted}'.{did_you_mean(wanted, plugins.KINDS)}")
     return [wanted]

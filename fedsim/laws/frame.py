@@ -1,13 +1,12 @@
 """What the laws of every kind of plug-in are made of, and how a plug-in is held against them.
 
-A file `fedsim/laws/<kind>.py` has a tuple `LAWS`; nothing else says which kinds have laws.
+A file `fedsim/laws/<kind>.py` for every kind has a tuple `LAWS`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import FedsimError, PluginError
+from fedsim.core.errors import ConfigError, FedsimError
 
 P = TypeVar("P")
 Play = TypeVar("Play", bound=Callable[..., Any])
@@ -66,16 +65,9 @@ def once(play: Play) -> Play:
 
 
 def laws_of(kind: str) -> tuple[Law[Any], ...]:
-    """The laws of a kind of plug-ins. Raises PluginError where there are none."""
-    if not are_there(kind):
-        raise PluginError(f"there are no laws of {kind}: try them in a run")
+    """The laws of a kind of plug-ins."""
     found: tuple[Law[Any], ...] = importlib.import_module(f"fedsim.laws.{kind}").LAWS
     return found
-
-
-def are_there(kind: str) -> bool:
-    """Whether a kind of plug-ins has laws."""
-    return importlib.util.find_spec(f"fedsim.laws.{kind}") is not None
 
 
 def check(kind: str, plugin: Any) -> list[LawResult]:
@@ -92,7 +84,7 @@ def check_named(kind: str, name: str, options: Mapping[str, Any] | None = None) 
     several = plugins.load(kind, name).examples if options is None else (options,)
     found: dict[str, LawResult] = {}
     for chosen in several:
-        plugin = configs.build(kind, configs.expand(kind, {key: name, **chosen}, "check"))
+        plugin = _made(kind, {key: name, **chosen})
         for result in check(kind, plugin):
             before = found.get(result.name)
             if result.explanation and options is None and chosen:
@@ -101,6 +93,16 @@ def check_named(kind: str, name: str, options: Mapping[str, Any] | None = None) 
             if before is None or (before.ok, before.exempt is None) > (result.ok, result.exempt is None):
                 found[result.name] = result
     return list(found.values())
+
+
+def _made(kind: str, section: Mapping[str, Any]) -> Any:
+    """A plug-in with its options; a pool has none, it is made with a run's work by whoever plays it."""
+    if kind != "pools":
+        return configs.build(kind, configs.expand(kind, section, "check"))
+    name, *odd = section.values()
+    if odd:
+        raise ConfigError(f"pool {name} has no options here: what a pool is told lies in the section runtime of a run")
+    return plugins.load(kind, name)
 
 
 def hold(plugin: Any, laws: Sequence[Law[Any]]) -> list[LawResult]:

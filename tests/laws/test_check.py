@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from fedsim import cli, laws
-from fedsim.cli import check as cli_check
 from fedsim.core import plugins
 from fedsim.core.errors import PluginError
 
@@ -95,12 +94,13 @@ def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         plugins.kinds_of(str(tmp_path / "empty.py"))
 
 
-def test_kinds_without_laws(capsys: pytest.CaptureFixture[str]) -> None:
-    """A tracker has none; of two kinds of one name, the one that has some is checked."""
-    code, out = check(capsys, "tensorboard")
-    assert (code, "there are no laws of trackers: try them in a run" in out) == (2, True)
-    assert [kind for kind in plugins.kinds_of("flower") if laws.are_there(kind)] == ["aggregators"]
-    assert cli_check._kinds("flower", None) == ["aggregators"]
+def test_every_kind_has_laws() -> None:
+    assert all(len(laws.laws_of(kind)) >= 5 for kind in plugins.KINDS)
+
+
+def test_a_pool_has_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = check(capsys, "serial", "workers=2")
+    assert (code, "pool serial has no options here" in out) == (2, True)
 
 
 def test_a_name_of_several_kinds() -> None:

@@ -8,14 +8,16 @@ from fedsim import laws
 from fedsim.core import plugins
 
 ELSEWHERE = ("aggregators",)  # tests/server/test_aggregators.py
+ALONE = {"pools": ["serial"], "trackers": ["tensorboard"]}  # of what starts processes; tests of the kind play the others
 LAWFUL = (
-    "adapters", "calibrators", "channels", "consolidators", "heads", "learners", "merging", "partitions", "sources", "statistics",
+    "adapters", "calibrators", "channels", "consolidators", "heads", "learners", "merging", "partitions", "pools", "sources",
+    "statistics", "trackers",
 )  # fmt: skip
 FROM_FILES = ("huggingface", "npz", "text")  # sources of data that the tests of the kind bring along
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in LAWFUL for name in plugins.names(kind) if name not in FROM_FILES]
+    ("kind", "name"), [(kind, name) for kind in LAWFUL for name in ALONE.get(kind, plugins.names(kind)) if name not in FROM_FILES]
 )
 def test_it_keeps_the_laws(kind: str, name: str) -> None:
     broken = [r for r in laws.check_named(kind, name) if not r.ok]
