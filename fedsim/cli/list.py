@@ -52,11 +52,11 @@ def describe(kind: str, name: str, width: int) -> Iterator[str]:
     try:
         found = plugins.load(kind, name)
     except PluginError as e:
-        yield from wrapped(f"  {name:<18}", f"not available: {e}", width)
+        yield from wrapped(f"  {name + ' ':<18}", f"not available: {e}", width)
         return
     texts = [_first_sentence(sys.modules[found.__module__].__doc__), _first_sentence(found.__doc__)]
     texts = [t for t in dict.fromkeys(texts) if t]
-    yield from wrapped(f"  {name:<18}", texts[0] if texts else "", width)
+    yield from wrapped(f"  {name + ' ':<18}", texts[0] if texts else "", width)
     for text in texts[1:]:
         yield from wrapped(" " * 20, text, width)
     for f in fields(found) if is_dataclass(found) else ():
