@@ -63,7 +63,8 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=_teacher.NEEDS)
+        composed = "compares features with one model's, but what {other} deploys are the clients' models side by side"
+        return Traits(needs=_teacher.NEEDS, refuses={"a module per client": f"{composed}: use another aggregator"})
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         return {"received": work.params, "last": _teacher.teacher(context)}

@@ -100,6 +100,8 @@ class Learner(contracts.Learner):
         return {} if state is None or self.reset else state
 
     def lift(self, statistics: Tensors, num_samples: int) -> Tensors:
+        if not statistics:  # the round trains nothing
+            return {}
         count_C, mean_HD = statistics[COUNT].double(), statistics[MEAN].double()
         held = count_C > 0
         weight_C = count_C if self.averaging == "samples" else held.double()
@@ -108,9 +110,9 @@ class Learner(contracts.Learner):
         return {WEIGHT: weight_C, SUM: sum_CD}
 
     def heard(self, state: State, total: Tensors, clients: int) -> State:
+        if not state or not total:
+            return dict(total) or state
         told = total[WEIGHT] > 0
-        if not state:
-            return dict(total)
         return {WEIGHT: torch.where(told, total[WEIGHT], state[WEIGHT]), SUM: torch.where(told[:, None], total[SUM], state[SUM])}
 
     def context(self, state: State) -> Tensors:

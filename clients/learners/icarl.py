@@ -68,10 +68,14 @@ class Learner(_buffers.Rehearsal):
     @property
     def traits(self) -> Traits:
         head = {"an affine head": "deploys means of exemplars as rows of the head, but {head} is no linear map: use head: linear"}
-        repaired = {
-            "calibrator": "deploys means of exemplars as the head, whatever {other} makes of it: set server.calibrator to null"
+        refused = {
+            "calibrator": "deploys means of exemplars as the head, whatever {other} makes of it: set server.calibrator to null",
+            "head random_features": "deploys means of exemplars' features as rows of the head, but {other} makes others of them "
+            "first: use head: linear",
+            "a module per client": "takes means of one model's features, but what {other} deploys are the clients' models: use "
+            "another aggregator",
         }
-        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=repaired)
+        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=refused)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         told = super().suits(config, sizes_TK)

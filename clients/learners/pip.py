@@ -99,7 +99,9 @@ class Learner(contracts.Learner):
     # ------------------------------------------------ on the server
 
     def lift(self, statistics: Tensors, num_samples: int) -> Tensors:
-        """n, Σ f and Σ f² of every class, (C,) and twice (C, D)."""
+        """n, Σ f and Σ f² of every class, (C,) and twice (C, D); nothing in a round that trains nothing."""
+        if not statistics:
+            return {}
         count_C, mean_HD, variance_HD = (statistics[n].double() for n in (COUNT, MEAN, VARIANCE))
         held = count_C > 0
         sums_CD, squares_CD = (count_C.new_zeros(len(count_C), mean_HD.shape[1]) for _ in range(2))
@@ -111,6 +113,8 @@ class Learner(contracts.Learner):
         return {}
 
     def heard(self, state: State, total: Tensors, clients: int) -> State:
+        if not total:
+            return state
         count_C = total[COUNT]
         mean_CD = total["sums"] / count_C.clamp_min(1)[:, None]
         variance_CD = (total["squares"] / count_C.clamp_min(1)[:, None] - mean_CD.square()).clamp_min(0)

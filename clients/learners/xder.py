@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.learners import _buffers
 from clients.learners._buffers import Buffer
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Step
+from fedsim.core.contracts import BUFFER, ClientWork, Context, Ending, IntArray, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -96,6 +96,14 @@ class Learner(_buffers.Rehearsal):
         for key in ("views", "contrasted"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+    @property
+    def traits(self) -> Traits:
+        composed = (
+            "keeps logits of the deployed model, but what {other} deploys are the clients' models, which say nothing of classes "
+            "to come: use another aggregator"
+        )
+        return Traits(takes={BUFFER}, refuses={"a module per client": composed})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.stream.name == "domain_incremental":
