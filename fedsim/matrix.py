@@ -109,8 +109,8 @@ def mixes() -> list[Mix]:
     """Every adapter with every aggregator, consolidator and calibrator; learners take turns, along every one of the four."""
     adapters, learners, aggregators, consolidators, calibrators = (plugins.names(kind) for kind in KINDS)
     turns, parts = [NONE, *learners], (adapters, aggregators, consolidators, [NONE, *calibrators])
-    found = itertools.product(*(enumerate(names) for names in parts))
-    return [Mix(a, g, s, r, turns[(i + j + k + n) % len(turns)]) for (i, a), (j, g), (k, s), (n, r) in found]
+    found, wide = itertools.product(*(enumerate(names) for names in parts)), min(len(adapters), len(aggregators))
+    return [Mix(a, g, s, r, turns[(i + j + wide * (k + n)) % len(turns)]) for (i, a), (j, g), (k, s), (n, r) in found]
 
 
 def page() -> str:

@@ -116,7 +116,7 @@ def test_good_ones_keep_all() -> None:
     ],
 )
 def test_broken_one_is_caught_by_its_law(what: str, law: str, says: str) -> None:
-    told = against("calibrators", Changed(what), law)
+    told = against("calibrators", Changed(what=what), law)
     assert re.search(says, told), told
 
 

@@ -100,6 +100,8 @@ def by_definition(name: str, f: list[float], params: dict[str, Tensor]) -> list[
     weight = params["head.weight"].tolist()
     if name == "cosine":
         return [16 * dot(f, w) / math.sqrt(dot(f, f)) / math.sqrt(dot(w, w)) for w in weight]
+    if name == "centres":
+        return [-sum((x - y) ** 2 for x, y in zip(f, w, strict=True)) / len(f) for w in weight]
     if name == "random_features":
         f = [max(0.0, dot(f, column)) for column in params["head.projection"].T.tolist()]
     return [b + dot(f, w) for w, b in zip(weight, params["head.bias"].tolist(), strict=True)]
