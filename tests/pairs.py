@@ -2,8 +2,8 @@
 
 Greedy and deterministic, nothing is drawn: a mix is built around a pair that has not met yet, kind by kind, always with the part
 that brings most new pairs. Of every pair one knows that it ran in a mix (safe), that it was in refused mixes only (suspect), or
-nothing (fresh). A refused mix does not say which of its pairs is to blame, so a pair is first tried in the mix with fewest
-suspects and most fresh pairs, and if that is refused in mixes whose other pairs are safe.
+nothing (fresh). A refused mix names a part and not a pair, so a pair is first tried in mixes with fewest suspects and most fresh
+pairs, and if these are refused in mixes whose other pairs are safe.
 """
 
 # p parts of all kinds together
@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Options = Mapping[str, Sequence[str]]  # kind -> its parts
+Options = Mapping[str, Sequence[str]]  # kind -> its parts; "learner beside" is a second place for parts of the kind "learner"
 Choice = Mapping[str, str]  # kind -> one of its parts
-Pair = frozenset[tuple[str, str]]  # two parts of different kinds, each with its kind
+Part = tuple[str, str]  # its kind and its name
+Pair = frozenset[Part]  # two parts of different kinds
+Refusal = Callable[[Choice], Sequence[Part] | None]  # None: the mix runs; else which of its parts are named, all if none is
 Fits = Callable[[Choice], bool]  # whether parts, of some kinds only it may be, do not refuse each other by what they say
 
+BOLD = 2  # mixes with most fresh pairs, before safe ones are looked for
 TRIES = 4  # mixes, before a pair is taken for one that never runs
 SUSPECT = 1000  # new pairs that a suspect one must bring
 
@@ -36,18 +39,21 @@ class Cover:
 
 def pairs(options: Options) -> list[Pair]:
     """Every two parts of different kinds."""
-    kinds = itertools.combinations(options.items(), 2)
-    return [frozenset({(k, a), (m, b)}) for (k, some), (m, others) in kinds for a in some for b in others]
+    kinds = ((one, other) for one, other in itertools.combinations(options, 2) if _differ(one, other))
+    return [frozenset({(one, a), (other, b)}) for one, other in kinds for a in options[one] for b in options[other]]
 
 
 def met(choice: Choice) -> set[Pair]:
     """The pairs that meet in a mix."""
-    return {frozenset(two) for two in itertools.combinations(choice.items(), 2)}
+    return {frozenset((a, b)) for a, b in itertools.combinations(choice.items(), 2) if _differ(a[0], b[0])}
 
 
-def cover(
-    options: Options, runs: Callable[[Choice], bool], known_to_run: Sequence[Choice], fits: Fits = lambda choice: True
-) -> Cover:
+def _differ(one: str, other: str) -> bool:
+    """Parts in two places of one kind need not meet."""
+    return one.split()[0] != other.split()[0]
+
+
+def cover(options: Options, refusal: Refusal, known_to_run: Sequence[Choice], fits: Fits = lambda choice: True) -> Cover:
     """Mixes in which all pairs meet, beginning with those that are known to run. Parts that go together in a group only are found
     in such a beginning: a pair is taken for one that never runs when `TRIES` mixes with it were refused.
 
@@ -56,16 +62,16 @@ def cover(
     known, found = _Known(options, fits), Cover([*known_to_run])
     for choice in known_to_run:
         known.ran(choice)
-    for tries in (2, TRIES, TRIES):
+    for tries in (1, BOLD, TRIES, TRIES):
         for pair in sorted(pairs(options), key=known.rarity):
             if known.safe(pair):
                 continue
             for choice in itertools.islice(known.companies(pair), tries):
-                if runs(choice):
+                if (named := refusal(choice)) is None:
                     found.running.append(choice)
                     known.ran(choice)
                     break
-                known.refused(choice)
+                known.refused(choice, named)
                 found.refused[pair] = choice
     refused = {pair: choice for pair, choice in found.refused.items() if not known.safe(pair)}
     return Cover(fewer(found.running), refused)
@@ -106,16 +112,19 @@ class _Known:
     def ran(self, choice: Choice) -> None:
         self._safe_pp[self._among(choice)] = True
 
-    def refused(self, choice: Choice) -> None:
-        self._refusals_pp[self._among(choice)] += 1
+    def refused(self, choice: Choice, named: Sequence[Part]) -> None:
+        """Pairs of a named part with any other are suspect from now on."""
+        places, blamed = ([self._places[part] for part in parts] for parts in (choice.items(), named))
+        self._refusals_pp[np.ix_(blamed, places)] += 1
+        self._refusals_pp[np.ix_(places, blamed)] += 1
 
     def companies(self, pair: Pair) -> Iterator[Choice]:
-        """Mixes with this pair: that with fewest suspects and most to find out, then, by what became of it, those with most safe
-        pairs. Where no parts fit, one mix."""
+        """Mixes with this pair: those with fewest suspects and most to find out, then those with most safe pairs, each by what
+        became of the last one. Where no parts fit, one mix."""
         tried = list[Choice]()
         while True:
             fresh_pp = ~self._safe_pp & (self._refusals_pp == 0)
-            worth_pp = np.where(fresh_pp, -1 if tried else 1, -SUSPECT * self._refusals_pp * ~self._safe_pp)
+            worth_pp = np.where(fresh_pp, 1 if len(tried) < BOLD else -1, -SUSPECT * self._refusals_pp * ~self._safe_pp)
             kinds = [kind for kind in self._options if kind not in dict(pair)]
             orders = [kinds[n:] + kinds[:n] for n in range(len(kinds))]
             built = [mix for order in orders if (mix := self._grown(dict(pair), order, worth_pp, fresh_pp.sum(1))) is not None]

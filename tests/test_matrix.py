@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, fields
 from functools import cache
 from pathlib import Path
@@ -20,20 +20,22 @@ import pytest
 
 from fedsim import matrix, simulation, suitable
 from fedsim.core import config as configs
-from fedsim.core import plugins
+from fedsim.core import contracts, plugins
 from fedsim.core.config import ModelConfig
-from fedsim.core.contracts import Part
 from fedsim.core.errors import ConfigError, FedsimError, ModelError
 from fedsim.matrix import NONE, Mix
 from fedsim.models import pretrained
 from fedsim.suitable import Chosen
 from tests import pairs
-from tests.pairs import Choice, Cover, Options
+from tests.pairs import Choice, Cover, Options, Part
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+SECOND = "learner beside"  # a mix has two learners: one of those that take a place of the run, one of the others
+LEARNERS = plugins.names("learners")
+TAKING = [name for name in LEARNERS if plugins.load("learners", name).usual_traits().takes]
 OPTIONS: Options = {
-    f.name: ([NONE] if f.default == NONE else []) + plugins.names(f"{f.name}s") for f in fields(Mix)
-}  # a field of `Mix` is called like its kind
+    f.name: ([NONE] if f.default == NONE else []) + plugins.names(f"{f.name}s") for f in fields(Mix) if f.name != "beside"
+} | {"learner": [NONE, *TAKING], SECOND: [NONE, *sorted({*LEARNERS} - {*TAKING})]}  # a field of `Mix` is called like its kind
 RUN = suitable.run_words(Mix("none", "fedavg", "none").config())
 NOT_MIXED = {"data", "partition"}  # sections of a config that hold a plug-in, but are no part of a method
 
@@ -58,11 +60,18 @@ def presets() -> list[Choice]:
     found = list[Choice]()
     for path in sorted((matrix.PRESETS / "methods").glob("*.yaml")):
         config = configs.load([matrix.PRESETS / "streams" / "omniglot.yaml", path])
-        sections = {**vars(config), **vars(config.server), "learner": config.client.learners}
+        places: dict[str, list[Any]] = {"learner": [], SECOND: []}
+        for one in config.client.learners:
+            places["learner" if one["name"] in TAKING else SECOND].append(one)
+        sections = {**vars(config), **vars(config.server), **places}
         chosen = {kind: sections[kind] if isinstance(sections[kind], list) else [sections[kind]] for kind in OPTIONS}
         if all(len(some) <= 1 for some in chosen.values()):
             found.append({kind: some[0]["name"] if some and some[0] else NONE for kind, some in chosen.items()})
     return found
+
+
+def mixed(choice: Choice) -> Mix:
+    return Mix(**{kind.split()[-1]: name for kind, name in choice.items()})
 
 
 @cache
@@ -73,7 +82,8 @@ def obstacle(mix: Mix) -> str | None:
 @cache
 def part(kind: str, name: str) -> Chosen:
     """A part with what it says of others."""
-    built: Part = configs.build(f"{kind}s", matrix.section(f"{kind}s", name))
+    kind = kind.split()[0]
+    built: contracts.Part = configs.build(f"{kind}s", matrix.section(f"{kind}s", name))
     return Chosen(kind, name, built.traits)
 
 
@@ -99,10 +109,17 @@ def fits(choice: Choice) -> bool:
 
 @cache
 def covered() -> Cover:
-    def runs(choice: Choice) -> bool:
-        return obstacle(Mix(**choice)) is None
+    return pairs.cover(OPTIONS, named, [choice for choice in presets() if obstacle(mixed(choice)) is None], fits)
 
-    return pairs.cover(OPTIONS, runs, [choice for choice in presets() if runs(choice)], fits)
+
+def named(choice: Choice) -> list[Part] | None:
+    """Which parts a refusal names, by kind and name or else by name; None of a mix that runs."""
+    told = obstacle(mixed(choice))
+    if told is None:
+        return None
+    parts = [*choice.items()]
+    by_kind = [(kind, name) for kind, name in parts if f"{kind.split()[0]} {name}" in told]
+    return by_kind or [(kind, name) for kind, name in parts if re.search(rf"\b{re.escape(name)}\b", told)] or parts
 
 
 def plays(mix: Mix) -> None:
@@ -125,11 +142,11 @@ def is_refused_clearly(mix: Mix) -> None:
 def test_every_pair_meets_in_a_mix_that_runs(aggregator: str) -> None:
     for choice in covered().running:
         if choice["aggregator"] == aggregator:
-            plays(Mix(**choice))
+            plays(mixed(choice))
 
 
 def test_a_pair_that_never_runs_is_refused_in_one_line_that_names_a_part() -> None:
-    for mix in {Mix(**choice) for choice in covered().refused.values()}:
+    for mix in {mixed(choice) for choice in covered().refused.values()}:
         is_refused_clearly(mix)
 
 
@@ -140,7 +157,9 @@ def test_all_pairs_are_covered() -> None:
     assert not met & set(covered().refused)
     every = [(kind, part) for kind, some in OPTIONS.items() for part in some]
     for (kind, part), other in itertools.product(every, OPTIONS):
-        assert kind == other or any(frozenset({(kind, part), (other, name)}) in met for name in OPTIONS[other]), (part, other)
+        assert kind.split()[0] == other.split()[0] or any(
+            frozenset({(kind, part), (other, name)}) in met for name in OPTIONS[other]
+        ), (part, other)
 
 
 def test_the_page_describes_the_plugins_as_they_are() -> None:
@@ -168,7 +187,7 @@ def tables(page: str) -> dict[tuple[str, str], Mapping[tuple[str, str], str]]:
 def test_every_kind_of_part_is_mixed() -> None:
     """A section of a config that holds a plug-in is a field of `Mix`, and so meets all others."""
     sections = {*configs.PLUGIN_KEYS, *configs.SERVER_PLUGIN_KEYS} - NOT_MIXED
-    assert {*OPTIONS} == sections | {"learner"}
+    assert {kind.split()[0] for kind in OPTIONS} == sections | {"learner"}
 
 
 def test_a_cover_finds_what_goes_together_in_a_group_only() -> None:
@@ -177,11 +196,14 @@ def test_a_cover_finds_what_goes_together_in_a_group_only() -> None:
     calls = []
 
     def runs(choice: Choice) -> bool:
-        calls.append(choice)
         digits = {name[-1] for name in choice.values()}
         return digits == {"0"} or ("0" not in digits and not {"a1", "b1"} <= {*choice.values()})
 
-    found = pairs.cover(options, runs, [{kind: f"{kind}0" for kind in options}])
+    def refusal(choice: Choice) -> Sequence[pairs.Part] | None:
+        calls.append(choice)
+        return None if runs(choice) else [*choice.items()]
+
+    found = pairs.cover(options, refusal, [{kind: f"{kind}0" for kind in options}])
     everywhere = [dict(zip(options, names, strict=True)) for names in itertools.product(*options.values())]
     possible = set().union(*(pairs.met(choice) for choice in everywhere if runs(choice)))
     assert set().union(*map(pairs.met, found.running)) == possible
@@ -218,14 +240,15 @@ def test_no_pair_that_runs_was_missed() -> None:
     met = set().union(*map(pairs.met, covered().running))
     for mix in matrix.mixes():
         if obstacle(mix) is None:
-            chosen = {kind: part for kind, part in zip(OPTIONS, astuple(mix), strict=True) if part}
+            place = "learner" if mix.learner in (NONE, *TAKING) else SECOND
+            chosen = {place if kind == "learner" else kind: part for kind, part in vars(mix).items() if part and kind != "beside"}
             assert pairs.met(chosen) <= met, mix
 
 
 def test_learners_take_turns_so_that_each_meets_every_part() -> None:
     for kind in ("adapter", "aggregator", "consolidator", "calibrator"):
         met = {(getattr(m, kind), m.learner) for m in matrix.mixes()}
-        assert met == set(itertools.product(OPTIONS[kind], OPTIONS["learner"])), kind
+        assert met == set(itertools.product(OPTIONS[kind], [NONE, *LEARNERS])), kind
 
 
 @pytest.mark.matrix
