@@ -11,7 +11,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,12 @@ def _tables() -> Iterator[str]:
     yield from (f"{number}. {reason}" for reason, number in reasons.items())
 
 
+@cache
+def _alone(mix: Mix) -> str | None:
+    """Why a mix without learner does not run: it is part of several tables."""
+    return mix.obstacle()
+
+
 def _table(verdicts: Mapping[Mix, str | None], rows: str, columns: str, reasons: dict[str, int]) -> Iterator[str]:
     names = [list(dict.fromkeys(getattr(m, what) for m in verdicts)) for what in (rows, columns)]
     yield f"| {rows} \\\\ {columns} | {' | '.join(names[1])} |"
@@ -225,7 +232,10 @@ def _table(verdicts: Mapping[Mix, str | None], rows: str, columns: str, reasons:
     for row in names[0]:
         cells = []
         for column in names[1]:
-            told = [v for m, v in verdicts.items() if getattr(m, rows) == row and getattr(m, columns) == column]
+            mixed = [m for m in verdicts if getattr(m, rows) == row and getattr(m, columns) == column]
+            told = [verdicts[m] for m in mixed]
+            if None not in told:  # the turns that learners took may be to blame
+                told = [_alone(replace(m, learner=NONE)) for m in mixed]
             why = _reason([v for v in told if v is not None], row, column)
             cells.append("✓" if None in told else str(reasons.setdefault(why, len(reasons) + 1)))
         yield f"| {row} | {' | '.join(cells)} |"
