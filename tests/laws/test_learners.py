@@ -101,7 +101,7 @@ def test_good_ones_keep_all() -> None:
         ("needy", "works", "task 0, round 0: client 0 fails in the stage training: .* looks for the context 'teacher'"),
         ("explosive", "works", "task 0, round 0: client 0 fails in the stage training: the loss is"),
         ("training", "works", "the end of task 0: its plan trains"),
-        ("noisy", "deterministic", "task 0, round 0, client 0, played twice"),
+        ("noisy", "deterministic", "task 1, round 1, client 0, trained twice"),
         ("global", "any_worker", "in a worker of its own"),
         ("batch-wise", "fused", "together against one by one"),
         ("unsavable", "memory_file", "a file cannot hold the server's state"),
