@@ -24,7 +24,6 @@ from clients import local, optim
 from clients.learning import Learning, asked_for, fitting, with_foreign
 from clients.lower_states import Kept, queries_of
 from clients.work import Work
-from fedsim.core import contracts
 from fedsim.core.config import ClientConfig
 from fedsim.core.contracts import IntArray, Outputs, Slots
 from fedsim.core.errors import ClientFailed, ModelError, one_line
@@ -43,7 +42,7 @@ _fitting: WeakKeyDictionary[Model, int] = WeakKeyDictionary()  # most clients th
 def obstacle(work: Work) -> str | None:
     """Why clients cannot be trained together with this model and these learners; None if they can."""
     model = work.model
-    if type(model.adapter).stacked is contracts.Adapter.stacked:
+    if not model.stacks:
         return f"the adapter {type(model.adapter).__module__} has no method 'stacked'"
     for name, module in model.backbone.encoder.named_modules():
         mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)

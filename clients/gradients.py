@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedsim.core import contracts
 from fedsim.core.contracts import Slots
 from fedsim.core.messages import Tensors
 from fedsim.models.model import Model
@@ -26,8 +25,7 @@ def sample_gradients(
     params: all tensors; loss: logits (b, C) and labels (b,) -> (b,). A tensor that a loss does not depend on has zeros. In one
     backward where the adapter can be stacked, sample by sample where it cannot.
     """
-    together = type(model.adapter).stacked is not contracts.Adapter.stacked
-    size = len(labels) if together else 1
+    size = len(labels) if model.stacks else 1
     parts = []
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
@@ -42,7 +40,7 @@ def _at_once(
     """Each sample has tensors of its own in a batch of as many slots."""
     b = len(labels_b)
     leaves = {n: params[n].detach().expand(b, *params[n].shape).clone().requires_grad_() for n in names}
-    if type(model.adapter).stacked is contracts.Adapter.stacked:
+    if not model.stacks:
         single = {**params, **{n: t[0] for n, t in leaves.items()}}
         with model.applied(single):
             logits_bC = model.logits(model.features(inputs, lean=True), single)

@@ -85,8 +85,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     params = heads.old_rows_restored(sim, state, params)
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)
-    state = replace(state, aggregator=aggregator, calibrator=calibrator, params=params, drifts=drifts, seconds=spent)
-    state = replace(state, learners=told)
+    state = replace(state, aggregator=aggregator, calibrator=calibrator, learners=told, params=params)
+    state = replace(state, drifts=drifts, seconds=spent)
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":

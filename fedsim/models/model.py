@@ -107,6 +107,11 @@ class Model:
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
 
     @property
+    def stacks(self) -> bool:
+        """Whether the adapter can be applied for several clients at once."""
+        return type(self.adapter).stacked is not contracts.Adapter.stacked
+
+    @property
     def has_loss(self) -> bool:
         """Whether the adapter may add a term to the clients' loss."""
         return type(self.adapter).loss is not contracts.Adapter.loss
