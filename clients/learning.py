@@ -111,10 +111,6 @@ class _Part:
     rows: slice = field(default_factory=lambda: slice(0, 0))
     made: slice = field(default_factory=lambda: slice(0, 0))
 
-    def does(self, method: str) -> bool:
-        """Whether the learner has this method of its own."""
-        return getattr(type(self.learner), method) is not getattr(Learner, method)
-
 
 class Learning:
     """Learners of a client's round: those of the config, and those that the plan's statistics need.
@@ -129,7 +125,8 @@ class Learning:
         self._parts = [self._begun(n, learner, n in listed) for n, learner in {**listed, **asked}.items()]
         self._start = {n: work.params[n] for n in work.trained}
         self._replay, self._make, self._loss, self._correct, self._step = (
-            [p for p in self._parts if p.does(method)] for method in ("replay", "synthetic", "loss", "corrected", "stepped")
+            [p for p in self._parts if p.learner.does(method)]
+            for method in ("replay", "synthetic", "loss", "corrected", "stepped")
         )
         self.replaces = any(CROSS_ENTROPY in p.learner.traits.takes for p in self._parts)
         self.corrects = bool(self._correct)

@@ -64,17 +64,17 @@ def closing(name: str, rule: Learner, state: State, deployed: Tensors) -> RoundP
 
 def reviews(rule: Learner) -> bool:
     """Whether its clients look through the model that a task's end deploys."""
-    return type(rule).review is not Learner.review
+    return rule.does("review")
 
 
 def changes_model(rule: Learner) -> bool:
     """Whether its server half changes parameters that were merged, or what is deployed."""
-    return any(getattr(type(rule), method) is not getattr(Learner, method) for method in ("merged", "deployed"))
+    return rule.does("merged", "deployed")
 
 
 def makes(rule: Learner) -> bool:
     """Whether the server trains something for it by itself."""
-    return type(rule).made is not Learner.made
+    return rule.does("made")
 
 
 def made(sim: Simulation, state: ServerState, deployed: Tensors) -> ServerState:
@@ -89,7 +89,7 @@ def made(sim: Simulation, state: ServerState, deployed: Tensors) -> ServerState:
 
 def hearing(learners: Mapping[str, Learner]) -> list[str]:
     """Names of those whose server half looks at what clients sent in a round."""
-    return [name for name, rule in learners.items() if type(rule).heard is not Learner.heard]
+    return [name for name, rule in learners.items() if rule.does("heard")]
 
 
 def wants_teacher(learners: Mapping[str, Learner]) -> bool:

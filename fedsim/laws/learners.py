@@ -238,7 +238,7 @@ class Game:
         plan = self.learner.closing(deepcopy(state), deepcopy(params))
         if plan is not None and plan.train:
             raise LawBroken(f"the end of task {task}: its plan trains {', '.join(plan.train)}: it is a pass, with train=()")
-        if type(self.learner).review is not Learner.review:
+        if self.learner.does("review"):
             plan = replace(plan or RoundPlan(train=()), review=NAME)
         total, updates = {}, list[ClientUpdate]()
         if plan is not None:

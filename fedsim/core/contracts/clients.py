@@ -204,6 +204,10 @@ class Learner(Part):
     alone: ClassVar[str] = ""
     blocks: ClassVar[bool] = False
 
+    def does(self, *methods: str) -> bool:
+        """Whether it has one of these methods of its own; what it has not is left out."""
+        return any(getattr(type(self), method) is not getattr(Learner, method) for method in methods)
+
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
 
