@@ -1,49 +1,25 @@
-"""A finished run, with all that it takes to evaluate it again."""
+"""A finished run, with what it kept of its clients."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clients.samples import Samples
-from fedsim import simulation
 from fedsim.core import config as configs
-from fedsim.core.config import SimConfig
-from fedsim.core.contracts import Adapter, ArraySplit, Calibrator, Consolidator
-from fedsim.core.defaults import torch_defaults
+from fedsim.core.contracts import Adapter
 from fedsim.core.errors import RunDirError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import matching
-from fedsim.runs.directory import RunDir
-from fedsim.simulation import Prepared
-from server import checkpoint, sampling
+from fedsim.finished import OpenedRun
 from server.isolation import ALONE
 from server.learners import changes_model, hearing, wants_teacher
-from server.state import ServerState
 
 
-class FinishedRun:
-    """A finished run with all that it takes to evaluate it again. Raises RunDirError if it is missing, damaged or unfinished."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.dir = RunDir.open(path)
-        if not self.dir.finished:
-            raise RunDirError(f"{self.dir.path} is not finished: finish it first with fedsim run --resume {self.dir.path}")
-        if configs.is_python_object(self.dir.config.server.aggregator):
-            raise RunDirError(f"{self.dir.path} was merged by a rule that was a Python object, which nobody can build again")
-        self.config: SimConfig = self.dir.config
-        self.parts: Prepared = simulation.prepare_again(self.dir)
-        self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
-        calibrator = self.config.server.calibrator
-        self.calibrator: Calibrator | None = None if calibrator is None else configs.build("calibrators", calibrator)
-        with torch_defaults(self.config.runtime.threads):
-            self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
-        self._samples: dict[int, Samples] = {}
-        self.tasks = range(len(self.parts.manifest.task_names))
+class FinishedRun(OpenedRun):
+    """A finished run with what it kept of its clients. Raises RunDirError if it is missing, damaged or unfinished."""
 
     @property
     def affine(self) -> bool:
@@ -55,33 +31,6 @@ class FinishedRun:
     def composed(self) -> bool:
         """Whether its model holds every client's module by itself, so that leaving some out is exact."""
         return "keeps every module" in self.consolidator.traits.gives
-
-    @property
-    def deployed(self) -> Tensors:
-        """What the run was evaluated with at its end."""
-        with torch_defaults(self.config.runtime.threads):
-            module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
-            return self.repaired(self.consolidator.deployed(self.state.consolidator, module, finished=True))
-
-    def repaired(self, deployed: Tensors) -> Tensors:
-        """With the rows of the head that a calibrator made for the last task's end, if it made any."""
-        return deployed if self.calibrator is None else self.calibrator.deployed(self.state.calibrator, deployed)
-
-    def participants(self, task: int) -> list[int]:
-        """Clients with samples that took part in a round of the task and did not fail in it."""
-        return self._participants[task]
-
-    @cached_property
-    def _participants(self) -> list[list[int]]:
-        return [self._took_part(task) for task in self.tasks]
-
-    def _took_part(self, task: int) -> list[int]:
-        server, manifest, found = self.config.server, self.parts.manifest, set[int]()
-        failed = {(f.round, f.client_id) for f in self.state.failures if f.task == task and not f.stage.startswith(ALONE)}
-        for round in range(server.rounds):
-            drawn = sampling.taking_part(self.config, task, round, manifest.num_clients)
-            found.update(c for c in drawn if (round, c) not in failed)
-        return [c for c in sorted(found) if manifest.sizes[task][c]]
 
     @cached_property
     def not_exact(self) -> str | None:
@@ -97,12 +46,6 @@ class FinishedRun:
         sizes = self.parts.manifest.sizes[task]
         part = self.participants(task)
         return {c: float(sizes[c] / sizes[part].sum()) for c in part}
-
-    def samples(self, split: ArraySplit) -> Samples:
-        """A split on the model's device, put there once."""
-        if id(split) not in self._samples:
-            self._samples[id(split)] = Samples(split, self.parts.model.device)
-        return self._samples[id(split)]
 
     def vectors(self, task: int, name: str) -> dict[str, Tensor]:
         """Tensors that the run kept. Raises RunDirError if it kept none, or the file is damaged."""

@@ -1,0 +1,77 @@
+"""A finished run, opened with all that it takes to evaluate it again."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from clients.samples import Samples
+from fedsim import simulation
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig
+from fedsim.core.contracts import ArraySplit, Calibrator, Consolidator
+from fedsim.core.defaults import torch_defaults
+from fedsim.core.errors import RunDirError
+from fedsim.core.messages import Tensors
+from fedsim.runs.directory import RunDir
+from fedsim.simulation import Prepared
+from server import checkpoint, sampling
+from server.isolation import ALONE
+from server.state import ServerState
+
+
+class OpenedRun:
+    """A finished run with all that it takes to evaluate it again. Raises RunDirError if it is missing, damaged or unfinished."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.dir = RunDir.open(path)
+        if not self.dir.finished:
+            raise RunDirError(f"{self.dir.path} is not finished: finish it first with fedsim run --resume {self.dir.path}")
+        if configs.is_python_object(self.dir.config.server.aggregator):
+            raise RunDirError(f"{self.dir.path} was merged by a rule that was a Python object, which nobody can build again")
+        self.config: SimConfig = self.dir.config
+        self.parts: Prepared = simulation.prepare_again(self.dir)
+        self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
+        calibrator = self.config.server.calibrator
+        self.calibrator: Calibrator | None = None if calibrator is None else configs.build("calibrators", calibrator)
+        with torch_defaults(self.config.runtime.threads):
+            self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
+        self._samples: dict[int, Samples] = {}
+        self.tasks = range(len(self.parts.manifest.task_names))
+
+    @property
+    def deployed(self) -> Tensors:
+        """What the run was evaluated with at its end."""
+        with torch_defaults(self.config.runtime.threads):
+            module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
+            return self.repaired(self.consolidator.deployed(self.state.consolidator, module, finished=True))
+
+    def repaired(self, deployed: Tensors) -> Tensors:
+        """With what a calibrator, and learners, made of the head for the last task's end, if they made anything."""
+        if self.calibrator is not None:
+            deployed = self.calibrator.deployed(self.state.calibrator, deployed)
+        for name, learner in configs.build_learners(self.config.client.learners).items():
+            deployed = learner.deployed(self.state.learners[name], deployed)
+        return deployed
+
+    def participants(self, task: int) -> list[int]:
+        """Clients with samples that took part in a round of the task and did not fail in it."""
+        return self._participants[task]
+
+    @cached_property
+    def _participants(self) -> list[list[int]]:
+        return [self._took_part(task) for task in self.tasks]
+
+    def _took_part(self, task: int) -> list[int]:
+        server, manifest, found = self.config.server, self.parts.manifest, set[int]()
+        failed = {(f.round, f.client_id) for f in self.state.failures if f.task == task and not f.stage.startswith(ALONE)}
+        for round in range(server.rounds):
+            drawn = sampling.taking_part(self.config, task, round, manifest.num_clients)
+            found.update(c for c in drawn if (round, c) not in failed)
+        return [c for c in sorted(found) if manifest.sizes[task][c]]
+
+    def samples(self, split: ArraySplit) -> Samples:
+        """A split on the model's device, put there once."""
+        if id(split) not in self._samples:
+            self._samples[id(split)] = Samples(split, self.parts.model.device)
+        return self._samples[id(split)]
