@@ -175,6 +175,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     manifest, spec, notes = prepare_data(config)
     suitable.require(config, rule, spec)
     suitable.require_clients(config, manifest)
+    suitable.require_members(config, rule, manifest)
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
     state, trained, plan = first_state(config, model, rule)

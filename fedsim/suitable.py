@@ -6,6 +6,7 @@ cannot do with an adapter's tensors it says itself, when it is shown them (`Aggr
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,28 @@ def require_clients(config: SimConfig, manifest: Manifest) -> None:
             f"but of {len(lacking)} of {len(told)} classes (head row {lacking[0]} first) nobody holds enough samples: use fewer "
             "partition.clients, a larger partition.alpha or more data"
         )
+
+
+def require_members(config: SimConfig, rule: Aggregator, manifest: Manifest) -> None:
+    """Raise ConfigError if a round's clients, or the stream's tasks, are fewer than what merges them needs. Clients that fail are
+    not known yet."""
+    consolidator: contracts.Consolidator = configs.build("consolidators", config.server.consolidator)
+    if manifest.num_tasks < consolidator.least:
+        raise ConfigError(
+            f"server.consolidator {config.server.consolidator['name']} needs at least {consolidator.least} tasks, but the stream "
+            f"has {manifest.num_tasks}: raise stream.tasks, or use another rule"
+        )
+    if rule.least == 1:
+        return  # a round in which nobody holds samples says so itself
+    for task, round in itertools.product(range(manifest.num_tasks), range(config.server.rounds)):
+        clients = sampling.taking_part(config, task, round, manifest.num_clients)
+        holders = int(np.count_nonzero(manifest.sizes[task][clients]))
+        if holders < rule.least:
+            raise ConfigError(
+                f"server.aggregator {rule_name(config)} needs at least {rule.least} clients with samples in a round, but task "
+                f"{task}, round {round} has {holders} ({len(clients)} take part): raise partition.clients or "
+                "server.participation, or use options (or a rule) with which fewer are enough"
+            )
 
 
 def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ _STEPPING = (*_ADAPTIVE, "FedAvgM", "QFedAvg")
 _UNWEIGHTED = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
 EXEMPT: Mapping[str, tuple[tuple[str, ...], str]] = {  # law -> strategies that cannot keep it, and why
     "fixed_point": (_STEPPING, "goes a step of its own size from the server's parameters towards the clients'"),
-    "one_client": ((*_STEPPING, "Bulyan"), "goes a step of its own size (Bulyan: needs three clients or more)"),
+    "one_client": (_STEPPING, "goes a step of its own size"),
     "weights": (_UNWEIGHTED, "counts or selects clients, whatever they hold"),
 }
 
@@ -70,7 +70,7 @@ class Aggregator(contracts.Aggregator):
     The strategy computes in float64 whatever travels, and the result is cast back to the type of the parameters.
     Its memory (momenta) starts afresh with every task, and should the set of trained tensors change.
     Raises AggregationError when nobody sent an update or holds samples, and when the strategy gives no result (Bulyan with
-    fewer than 4 f + 3 clients, f = num_malicious_nodes).
+    fewer than 4 f + 3 clients, f = num_malicious_nodes; where that can be known it is refused before any training).
 
     Quirks of Flower's implementations, kept:
     FedAdam corrects its bias with exponent t + 1 in round t = 1, 2, …, where Kingma & Ba have t; FedYogi and FedAdagrad do not
@@ -96,6 +96,11 @@ class Aggregator(contracts.Aggregator):
         self._build()
         kept = {law: why for law, (names, why) in EXEMPT.items() if self.strategy in names}
         object.__setattr__(self, "exempt", kept)  # not one set for the class: the laws that hold depend on the strategy
+
+    @property
+    def least(self) -> int:
+        """Flower's Bulyan gives no result for fewer than 4 f + 3; its other strategies take any number."""
+        return 4 * int(self.options.get("num_malicious_nodes", 0)) + 3 if self.strategy == "Bulyan" else 1
 
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator

@@ -56,7 +56,8 @@ def begin_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     start = sim.consolidator.start_task(state.consolidator, state.params, sim.fresh_adapter(state.task), total)
     start = sim.grown(state.task, start)
     calibrator = sim.calibrator.init() if sim.calibrator and state.calibrator is None else state.calibrator
-    aggregator = sim.aggregator.init(start.params, state.task)
+    rule, kept = sim.aggregator, state.aggregator
+    aggregator = rule.next_task(kept, start.params, state.task) if state.task else rule.init(start.params)
     state = replace(state.beginning(start), aggregator=aggregator, calibrator=calibrator)
     state = learners.opened(sim, state)
     return (yield from isolated_clients(sim, state)) if sim.config.server.unlearning else state

@@ -1,8 +1,8 @@
 """The laws that every merging rule keeps, or says in its `exempt` why it cannot.
 
 A rule is held against them on small made-up clients, over the first three rounds of a task (so that rules that alternate are
-seen in every phase), and with 1 to 32 clients where it may count them. Statistics that the rule's plan asks for are computed
-from each client's made-up data.
+seen in every phase), and with 1 to 32 clients where it may count them (with no fewer than it needs). Statistics that the rule's
+plan asks for are computed from each client's made-up data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from fedsim.laws.made_up import NUMBERS, Client, make_params, some_clients, step
 
 ROUNDS = 3
 CLIENTS = 11  # one more than a block of sums
-ENOUGH = 9  # clients that no rule may refuse; of fewer it may say in one line that they are too few
 
 
 @dataclass(frozen=True)
@@ -118,18 +117,13 @@ class Scenes:
 
 @once
 def scenes(rule: Aggregator, dtype: torch.dtype = torch.float64, clients: int = CLIENTS) -> Scenes:
-    """The rounds that the laws of a rule examine."""
-    return Scenes(rule, dtype, clients)
+    """The rounds that the laws of a rule examine, with as many clients as it needs."""
+    return Scenes(rule, dtype, max(clients, rule.least))
 
 
-def _if_enough(scene: Scene, updates: Sequence[ClientUpdate]) -> Tensors:
-    """The parameters that a merge gives; none where the rule says that so few clients are not enough for it."""
-    try:
-        return scene.merge(updates)[1]
-    except AggregationError:
-        if len(updates) >= ENOUGH:
-            raise
-        return {}
+def _numbers(rule: Aggregator) -> list[int]:
+    """Of clients, tried where a rule may count them."""
+    return sorted({max(n, rule.least) for n in NUMBERS})
 
 
 # ---------------------------------------------------------------- the laws
@@ -156,23 +150,36 @@ def _layout(rule: Aggregator) -> None:
 
 
 def _finite(rule: Aggregator) -> None:
-    for dtype, numbers in ((torch.float64, NUMBERS[-1:]), (torch.float32, NUMBERS)):
+    for dtype, numbers in ((torch.float64, _numbers(rule)[-1:]), (torch.float32, _numbers(rule))):
         for scene, clients in itertools.product(scenes(rule, dtype, max(NUMBERS)), numbers):
-            expect_finite(_if_enough(scene, scene.updates[:clients]), f"round {scene.round}, {clients} clients")
+            expect_finite(scene.merge(scene.updates[:clients])[1], f"round {scene.round}, {clients} clients")
 
 
 def _fixed_point(rule: Aggregator) -> None:
     for scene in scenes(rule, torch.float64, max(NUMBERS)):
         common = scene.trained(0)
         updates = [scene.update(c, common) for c in scene.clients]
-        for clients in NUMBERS:
+        for clients in _numbers(rule):
             when = f"round {scene.round}, all {clients} clients sent the same tensors"
-            if out := _if_enough(scene, updates[:clients]):
-                expect_close(out, {**scene.params, **common}, when)
+            expect_close(scene.merge(updates[:clients])[1], {**scene.params, **common}, when)
+
+
+def _enough(rule: Aggregator) -> None:
+    for scene in scenes(rule) if rule.least > 1 else ():  # of nobody "no_data" tells
+        scene.merge(scene.updates[: rule.least])
+        few = [replace(u, num_samples=u.num_samples * (k < rule.least - 1)) for k, u in enumerate(scene.updates)]
+        for what, updates in (("clients", scene.updates[: rule.least - 1]), ("clients with samples", few)):
+            try:
+                scene.merge(updates)
+            except AggregationError:
+                continue
+            raise LawBroken(
+                f"round {scene.round}: it says that it needs {rule.least} clients (`least`), but merges {rule.least - 1} {what}"
+            )
 
 
 def _one_client(rule: Aggregator) -> None:
-    for scene in scenes(rule):
+    for scene in scenes(rule) if rule.least == 1 else ():
         update = scene.update(scene.clients[0])
         _, out = scene.merge([update])
         expect_close(out, {**scene.params, **update.params}, f"round {scene.round}, one client alone")
@@ -201,6 +208,22 @@ def _deterministic(rule: Aggregator) -> None:
         expect_bits(again, out, f"round {scene.round}, merged twice")
         if not same(state, state_again):
             raise LawBroken(f"round {scene.round}, merged twice: the new states differ")
+
+
+def _next_task(rule: Aggregator) -> None:
+    *_, last = scenes(rule)
+    before, params = last.merged
+    given = {"state": copied(before), "params": copied(params)}
+    state, again = (rule.next_task(given["state"], given["params"], 1) for _ in range(2))
+    expect_unchanged(given, {"state": before, "params": params}, "a task begun")
+    if not same(state, again):
+        raise LawBroken("a task begun twice from the same state: the new states differ")
+    if type(rule).next_task is not Aggregator.next_task:
+        state = through_file(state, "state", "a task begun")
+    first = Scene(rule, 0, state, params, rule.plan(copied(state), 0), last.dtype, last.clients)
+    if not same_layout(first.out, params):
+        raise LawBroken(f"first round of the next task: {layout_difference(first.out, params)}")
+    expect_finite(first.out, "first round of the next task")
 
 
 def _state_file(rule: Aggregator) -> None:
@@ -246,7 +269,7 @@ def _no_data(rule: Aggregator) -> None:
 
 def _weights(rule: Aggregator) -> None:
     for scene in scenes(rule):
-        number = CLIENTS // 2
+        number = len(scene.updates) // 2
         single, before, after = scene.updates[number], scene.updates[:number], scene.updates[number + 1 :]
         double = scene.update(scene.clients[number].repeated(2), single.params)
         _, out = scene.merge([*before, double, *after])
@@ -258,7 +281,8 @@ def _additive(rule: Aggregator) -> None:
     if not isinstance(rule, AdditiveAggregator) or (type(rule).additive is not AdditiveAggregator.additive and not rule.additive):
         return  # a `combine` of its own beside `lift` and `finish` must agree with them, so that is no way out
     for scene in scenes(rule):
-        for cuts in ((CLIENTS,), (1, CLIENTS), (4, 5, CLIENTS), tuple(range(1, CLIENTS + 1))):
+        clients = len(scene.updates)
+        for cuts in ((clients,), (1, clients), (4, 5, clients), tuple(range(1, clients + 1))):
             bundles = [scene.updates[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
             partial_sums = [sum_of_lifts([rule.lift(copied(u)) for u in bundle]) for bundle in bundles]
             _, out = rule.finish(copied(scene.state), copied(scene.params), sum_of_lifts(partial_sums), scene.draw())
@@ -285,11 +309,13 @@ LAWS: tuple[Law[Aggregator], ...] = (
         "when all clients, however many, send the same tensors these are the result, and what nobody trained stays",
         _fixed_point,
     ),
+    Law("enough", "as many clients as the rule says that it needs are enough, and fewer are refused", _enough),
     Law("one_client", "a client that is alone gets its own tensors back", _one_client),
     Law("order", "the order of the updates does not matter, rounding apart", _order),
     Law("no_mutation", "state, parameters and updates that go in are not changed", _no_mutation),
     Law("deterministic", "the same inputs and the same generator give the same bits", _deterministic),
     Law("state_file", "a state that was written to a file and read back goes on with the same bits", _state_file),
+    Law("next_task", "a task that follows begins with a state that goes on, the same one when begun again", _next_task),
     Law("any_sequence", "updates may come as any read-only sequence, with read-only mappings in them", _any_sequence),
     Law("no_data", "without updates, or without samples, AggregationError is raised", _no_data),
     Law("weights", "a client with every sample twice counts as much as the client sent twice", _weights),

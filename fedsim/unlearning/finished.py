@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedsim import suitable
 from fedsim.core import config as configs
 from fedsim.core.contracts import Adapter
 from fedsim.core.errors import RunDirError
@@ -75,6 +76,8 @@ def _not_exact(run: FinishedRun) -> str | None:
     plan = rule.plan(rule.init(start), 0)
     if plan.statistics or server.calibrator is not None:
         return "the model was merged with statistics of the clients, of which nothing is kept"
+    if any("rule remembers tasks" in part.traits.gives for part in suitable.chosen_parts(run.config, rule)):
+        return "the rule goes on in every task from what it knows of the clients of earlier ones"
     alone = set(run.vectors(0, f"client-{run.participants(0)[0]}"))
     if not alone.issubset(matching(start, plan.train)):
         return "the rule has clients train a part of the tensors only, and by themselves they train all"

@@ -30,8 +30,24 @@ class Aggregator(contracts.AdditiveAggregator):
     def additive(self) -> bool:
         return all(rule.additive for _, rule in self.groups)
 
+    @property
+    def least(self) -> int:
+        return max(rule.least for _, rule in self.groups)
+
     def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError for a tensor without a rule, and for a rule without a tensor."""
+        names = self._names(params)
+        rules = zip(self.groups, names, strict=True)
+        return {"names": names, "states": [rule.init({n: params[n] for n in own}, task) for (_, rule), own in rules]}
+
+    def next_task(self, state: State, params: Tensors, task: int) -> State:
+        names = self._names(params)
+        rules = zip(self.groups, names, state["states"], strict=True)
+        states = [rule.next_task(inner, {n: params[n] for n in own}, task) for (_, rule), own, inner in rules]
+        return {"names": names, "states": states}
+
+    def _names(self, params: Tensors) -> list[list[str]]:
+        """The tensors that each rule merges."""
         names: list[list[str]] = [[] for _ in self.groups]
         for name in params:
             first = self._decider(name)
@@ -46,8 +62,7 @@ class Aggregator(contracts.AdditiveAggregator):
                     f"match '{glob}' in server.aggregator decides for no tensor: it matches none, or the entries before it "
                     f"take them all; take it out or correct it. Tensors: {_shortened(list(params))}"
                 )
-        rules = zip(self.groups, names, strict=True)
-        return {"names": names, "states": [rule.init({n: params[n] for n in own}, task) for (_, rule), own in rules]}
+        return names
 
     def plan(self, state: State, round: int) -> RoundPlan:
         """The union of the rules' plans, with every name written out."""

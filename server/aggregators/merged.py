@@ -47,6 +47,10 @@ class Aggregator(contracts.AdditiveAggregator):
     def additive(self) -> bool:
         return isinstance(self.merging, AdditiveMerging) and type(self.merging).merge is AdditiveMerging.merge
 
+    @property
+    def least(self) -> int:
+        return self.merging.least
+
     def plan(self, state: State, round: int) -> RoundPlan:
         return RoundPlan(statistics=self.merging.asks())
 

@@ -27,7 +27,8 @@ class Consolidator(contracts.Consolidator):
     of a rule that is not linear has no rank T·r, so it is deployed as it is: exactly, as a pair of rank min(m, d) of which one
     factor is the identity. That is as large as the layers themselves, each time that the model travels to clients for a pass.
     State holds the factors only. Tensors that are no LoRA pairs are merged number by number, if they start from zeros.
-    During a task the uniform mean of past modules and the current one is deployed.
+    During a task the uniform mean of past modules and the current one is deployed, and so it is at the end of a task until there
+    are as many modules as the rule needs.
 
     rule: the name of one of `fedsim list merging` or the path of a file that defines a `Merging`, or {name: …, its options}.
     What the rule asks for comes from a pass at the task's end through the mean of all modules so far: Grams of a layer's inputs
@@ -47,6 +48,10 @@ class Consolidator(contracts.Consolidator):
     def merging(self) -> contracts.Merging:
         """The rule itself."""
         return _rule.built(self.rule)
+
+    @property
+    def least(self) -> int:
+        return self.merging.least
 
     def init(self) -> State:
         return {"past": [], "statistics": [], "seed": 0}
@@ -77,6 +82,8 @@ class Consolidator(contracts.Consolidator):
         past: list[Tensors] = state["past"]
         if not past[0] or (len(past) == 1 and "one_member" not in self.merging.exempt):
             return past[0]
+        if len(past) < self.merging.least:
+            return mean_module(past)
         told = zip(past, state["statistics"], strict=True)
         members = [Member(f"task {t}", _products.Products(m), 1.0, _products.received(s, m)) for t, (m, s) in enumerate(told)]
         merged = self.merging.merge(members, _products.zeros(past[0]), torch.Generator().manual_seed(state["seed"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsim import laws
 from fedsim.core import contracts
 from fedsim.core.config import build
+from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.laws import aggregators as rules
 from server.aggregators.fedavg import Aggregator as FedAvg
@@ -35,6 +36,15 @@ class Rule(contracts.Aggregator):
     merge: Combine
     asks: RoundPlan = field(default_factory=RoundPlan)
     begin: Any = None
+    go_on: Any = None
+    needs: int = 1
+
+    @property
+    def least(self) -> int:
+        return self.needs
+
+    def next_task(self, state: State, params: Tensors, task: int) -> State:
+        return self.init(params, task) if self.go_on is None else self.go_on(state, params)
 
     def init(self, params: Tensors, task: int = 0) -> State:
         return {} if self.begin is None else self.begin(params)
@@ -178,7 +188,7 @@ def test_no_other_law_complains(merge: Combine, only: set[str]) -> None:
 
 def test_state_that_no_file_holds() -> None:
     found = broken(Rule(fedavg, begin=lambda params: {"now": Rule}))
-    assert set(found) == {"state_file"}
+    assert set(found) == {"state_file", "next_task"}
     assert "a file cannot hold the state" in found["state_file"]
     assert "dicts, lists, tuples, tensors" in found["state_file"]
 
@@ -194,6 +204,44 @@ def test_state_that_is_part_of_the_merge_is_seen() -> None:
 
     rule = Rule(momentum, begin=lambda params: {n: torch.zeros_like(t) for n, t in params.items()})
     assert "the state that it was given changed" in against(KIND, rule, "no_mutation")
+
+
+def test_a_task_that_follows_begins_with_a_state_that_works() -> None:
+    def counting(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        return {"rounds": state["rounds"] + 1}, fedavg({}, params, updates)[1]
+
+    def begin(params: Tensors) -> State:
+        return {"rounds": 0}
+
+    def in_its_place(state: State, params: Tensors) -> State:
+        state["rounds"] = 0
+        return state
+
+    assert broken(Rule(counting, begin=begin, go_on=lambda state, params: {"rounds": state["rounds"]})) == {}
+    assert "the state that it was given changed" in against(KIND, Rule(counting, begin=begin, go_on=in_its_place), "next_task")
+    assert "KeyError" in against(KIND, Rule(counting, begin=begin, go_on=lambda state, params: {}), "next_task")
+    drawn = Rule(counting, begin=begin, go_on=lambda state, params: {"rounds": float(torch.rand(()))})
+    assert "begun twice" in against(KIND, drawn, "next_task")
+    unborn = Rule(counting, begin=begin, go_on=lambda state, params: {"rounds": 0, "rule": Rule})
+    assert "a file cannot hold the state" in against(KIND, unborn, "next_task")
+
+
+def test_rules_that_need_several_clients_say_how_many() -> None:
+    """One that says four and takes three, or nobody's samples for somebody's; and one that says three and takes four."""
+
+    def from_four(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        if sum(u.num_samples > 0 for u in updates) < 4:
+            raise AggregationError("four or more")
+        return fedavg(state, params, updates)
+
+    def counts_all(state: State, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[State, Tensors]:
+        return from_four(state, params, [replace(u, num_samples=max(1, u.num_samples)) for u in updates])
+
+    assert broken(Rule(from_four, needs=4)) == {}
+    assert "merges 3 clients" in against(KIND, Rule(fedavg, needs=4), "enough")
+    assert "merges 3 clients with samples" in against(KIND, Rule(counts_all, needs=4), "enough")
+    assert "four or more" in against(KIND, Rule(from_four, needs=3), "enough")
+    assert "four or more" in against(KIND, Rule(from_four), "fixed_point")
 
 
 def test_plan_that_trains_nothing_there_is() -> None:

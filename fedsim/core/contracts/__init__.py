@@ -27,7 +27,7 @@ from fedsim.core.contracts.clients import (
     WorkStatistic,
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
-from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging
+from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging, require_members
 from fedsim.core.contracts.models import CENTRES, Adapter, BackboneLike, Head, ModelLike, Slots
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
@@ -122,6 +122,7 @@ __all__ = [
     "lifts_of",
     "require_covered",
     "require_finite_numbers",
+    "require_members",
     "require_updates",
     "statistic",
 ]

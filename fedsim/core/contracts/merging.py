@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedsim.core.contracts.traits import Part
+from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.sums import summed
 
@@ -42,6 +43,11 @@ class Merging(Part, ABC):
     product B A (m, d), named `<layer>.weight`, with θ_0 = 0, since neither factor means anything without the other.
     """
 
+    @property
+    def least(self) -> int:
+        """Members that it needs. Of fewer it makes nothing (`require_members`), and a run that would give it fewer is refused."""
+        return 1
+
     def asks(self) -> tuple[StatisticRequest, ...]:
         """Statistics that it needs of every member; none by default. The Gram of a linear map's inputs is asked for, and comes,
         under the name of the map's weight, whatever the members are of."""
@@ -49,8 +55,8 @@ class Merging(Part, ABC):
 
     @abstractmethod
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
-        """One model with the names and shapes of `base`, in any floating type: from one member or more, all with these names and
-        positive weights.
+        """One model with the names and shapes of `base`, in any floating type: from `least` members or more, all with these names
+        and positive weights.
 
         draw: what a rule that draws draws from, on the CPU.
         """
@@ -70,3 +76,14 @@ class AdditiveMerging(Merging):
 
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
         return self.finish(base, summed(map(self.lift, members)), draw)
+
+
+def require_members(rule: Merging, members: Sequence[Member]) -> None:
+    """Raise AggregationError where there are fewer members than a rule needs."""
+    if len(members) < rule.least:
+        name = type(rule).__module__.rpartition(".")[2]
+        who = ", ".join(m.who for m in members[:5]) + (", …" if len(members) > 5 else "")
+        raise AggregationError(
+            f"{name} needs at least {rule.least} models to merge, but there are only {len(members)} ({who}): give it more, or "
+            "options (or a rule) with which fewer are enough"
+        )

@@ -37,9 +37,19 @@ class Aggregator(Part, ABC):
         """Whether it merges from a sum over clients, see `AdditiveAggregator`."""
         return False
 
+    @property
+    def least(self) -> int:
+        """Clients with samples that it needs in every round: a run that would give it fewer is refused."""
+        return 1
+
     def init(self, params: Tensors, task: int = 0) -> State:
-        """State at the start of every task, 0-based (empty by default). `params` are the tensors this rule is in charge of."""
+        """State at the start of a task, 0-based (empty by default). `params` are the tensors this rule is in charge of."""
         return {}
+
+    def next_task(self, state: State, params: Tensors, task: int) -> State:
+        """State at the start of a task that follows another, from the state that the last one ended with. By default the rule
+        begins anew; one that keeps something says "rule remembers tasks", see `Traits`."""
+        return self.init(params, task)
 
     def plan(self, state: State, round: int) -> RoundPlan:
         """What the clients are asked to do in this round of the task (0-based). Default: train and send everything."""
@@ -210,6 +220,11 @@ class Consolidator(Part, ABC):
 
     Works on `adapter.*`; the head is one for all classes and goes on.
     """
+
+    @property
+    def least(self) -> int:
+        """Tasks that it needs: a shorter stream is refused."""
+        return 1
 
     def init(self) -> State:
         """State before the first task."""

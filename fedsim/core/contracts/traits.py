@@ -25,6 +25,7 @@ WORDS: Mapping[str, str] = {
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
     "other tensors deployed": "what is evaluated at a task's end has other tensors than what is trained",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
+    "rule remembers tasks": "at a task's start the rule knows something of the clients of earlier tasks",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
     "learns one class": "something is learned even where a task has a single class, of which the cross-entropy is 0",
