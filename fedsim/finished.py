@@ -42,16 +42,22 @@ class OpenedRun:
     @property
     def deployed(self) -> Tensors:
         """What the run was evaluated with at its end."""
+        return self.repaired(self.before_repair)
+
+    @property
+    def before_repair(self) -> Tensors:
+        """The same with the head as it was trained: what clients looked through in a calibrator's last pass."""
         with torch_defaults(self.config.runtime.threads):
             module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
-            return self.repaired(self.consolidator.deployed(self.state.consolidator, module, finished=True))
+            return self.consolidator.deployed(self.state.consolidator, module, finished=True)
 
     def repaired(self, deployed: Tensors) -> Tensors:
         """With what a calibrator, and learners, made of the head for the last task's end, if they made anything."""
-        if self.calibrator is not None:
-            deployed = self.calibrator.deployed(self.state.calibrator, deployed)
-        for name, learner in configs.build_learners(self.config.client.learners).items():
-            deployed = learner.deployed(self.state.learners[name], deployed)
+        with torch_defaults(self.config.runtime.threads):
+            if self.calibrator is not None:
+                deployed = self.calibrator.deployed(self.state.calibrator, deployed)
+            for name, learner in configs.build_learners(self.config.client.learners).items():
+                deployed = learner.deployed(self.state.learners[name], deployed)
         return deployed
 
     def participants(self, task: int) -> list[int]:

@@ -22,12 +22,12 @@ FIRST_ORDER = (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim unlearn` takes."""
-    command.add_argument("run", metavar="RUN", help="run directory of a finished run (with server.unlearning: true)")
+    command.add_argument("run", metavar="RUN", help="run directory of a finished run")
     command.add_argument("--client", type=int, action="append", required=True, metavar="ID", help="whom to remove (repeatable)")
     command.add_argument(
         "--task", type=int, action="append", metavar="T", help="of which task only (default: of all; repeatable)"
     )
-    command.add_argument("--how", choices=("drop", "recompose", "subtract"), help="default: the first that is possible")
+    command.add_argument("--how", choices=("drop", "sums", "recompose", "subtract"), help="default: the first that is possible")
     command.add_argument("--alpha", type=float, nargs="+", metavar="A", help="coefficients to try (default: share of samples)")
     command.add_argument("--renormalise", action="store_true", help="divide by what is left: exact if the model is their mean")
     command.add_argument("--verify", action="store_true", help="retrain without the clients from the same seed, and compare")
@@ -122,6 +122,8 @@ def _show(
     print_line(
         "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
     )
+    if ways[0].way == "sums":
+        print_line("Exact: the clients sent their sums once more, which were subtracted, and the head was solved again.")
     if ways[0].way == "subtract":
         print_line(f"Subtracted: {found.not_exact or 'as it was asked for; --how recompose would be exact'}.")
         if not found.affine:

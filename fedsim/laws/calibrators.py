@@ -215,6 +215,24 @@ def _order(rule: Calibrator) -> None:
             expect_close(out, scene.out, f"{scene}, updates reversed")
 
 
+def _without(rule: Calibrator) -> None:
+    if not rule.subtracts:
+        return
+    ends = [scene for scene in play(rule) if scene.closing]
+    for left in ends:
+        gone = summed(rule, [[u] for u in left.updates[:2]])
+        whole, rest = ends[0].state, ends[0].state
+        for scene in ends:
+            kept = scene.updates[2:] if scene is left else scene.updates
+            whole = rule.end_task(whole, scene.params, summed(rule, [scene.updates]), scene.classes, scene.draw)
+            rest = rule.end_task(rest, scene.params, summed(rule, [kept]), scene.classes, scene.draw)
+        before = {"state": deepcopy(whole), "total": deepcopy(gone)}
+        after, params = rule.without(whole, gone, left.classes), ends[-1].params
+        expect_unchanged({"state": whole, "total": gone}, before, f"{left}, without two clients")
+        out, want = rule.deployed(after, params), rule.deployed(rest, params)
+        expect_close(out, want, f"{left}, two clients taken out again against never in")
+
+
 def _float64(rule: Calibrator) -> None:
     for narrow, wide in zip(play(rule, torch.float32), play(rule), strict=True):
         got = {n: t.double() for n, t in narrow.out.items()}
@@ -232,5 +250,6 @@ LAWS: tuple[Law[Calibrator], ...] = (
     Law("state_file", "a state that was written to a file and read back goes on with the same bits", _state_file),
     Law("additive", "what it lifts adds up, however clients are bundled, and a sum does what whole updates do", _additive),
     Law("order", "the order in which clients are summed at a task's end does not matter, rounding apart", _order),
+    Law("without", "where it says so, clients that are taken out of the state again leave nothing behind", _without),
     Law("float64", "float32 in gives what float64 gives, up to its rounding", _float64),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -15,6 +16,7 @@ from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import matching
 from fedsim.finished import OpenedRun
+from server import sampling
 from server.isolation import ALONE
 from server.learners import changes_model, hearing, wants_teacher
 
@@ -32,6 +34,22 @@ class FinishedRun(OpenedRun):
     def composed(self) -> bool:
         """Whether its model holds every client's module by itself, so that leaving some out is exact."""
         return "keeps every module" in self.consolidator.traits.gives
+
+    def classes(self, task: int) -> list[Sequence[int]]:
+        """Head rows of every task up to this one."""
+        return list(self.parts.manifest.task_classes[: task + 1])
+
+    def told(self, task: int) -> list[int]:
+        """Clients with samples that a calibrator heard in the pass at the task's end."""
+        if self.calibrator is None or self.calibrator.closing(self.state.calibrator, self.classes(task)) is None:
+            return []
+        manifest, server = self.parts.manifest, self.config.server
+        drawn = sampling.taking_part(self.config, task, server.rounds, manifest.num_clients, in_pass=True)
+        return [c for c in drawn if manifest.sizes[task][c]]
+
+    def contributors(self, task: int) -> list[int]:
+        """Clients of which something is in the model: they took part in a round, or were heard at the task's end."""
+        return sorted({*self.participants(task), *self.told(task)})
 
     @cached_property
     def not_exact(self) -> str | None:

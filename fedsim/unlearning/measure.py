@@ -42,7 +42,7 @@ def measure(
     spec, chosen = run.parts.spec, set(run.tasks if tasks is None else tasks)
     shards: dict[bool, list[IntArray]] = {True: [], False: []}
     for task in run.tasks:
-        for client in run.participants(task):
+        for client in run.contributors(task):
             shards[client in clients and task in chosen].append(spec.shard(task, client))
     gone, kept = np.concatenate(shards[True]), np.concatenate(shards[False])
     right_gone, loss_gone = _judged(run, deployed, spec.train, gone)

@@ -1,7 +1,9 @@
 """Removes clients from a finished run, without further rounds.
 
-Three ways, of which the first that is possible is taken unless one is asked for:
+Four ways, of which the first that is possible is taken unless one is asked for:
     drop       the model is composed of what clients learned by themselves, and theirs are left out: exact;
+    sums       the head is a closed form of sums over clients, which those who leave helped to no features for: they are asked
+               for their part once more, it is subtracted, and the head is solved again: exact, up to rounding (see `sums`);
     recompose  in a run of one round per task, in which no task starts from what the client left in the one before: the run's own
                rule merges the task vectors of those who remain: exact, up to rounding (see `FinishedRun.not_exact`);
     subtract   their task vectors are subtracted: task arithmetic, an approximation ("SATA", arXiv 2510.13606; the abstract is all
@@ -33,9 +35,10 @@ from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, matching, require_finite, stack_modules
+from fedsim.unlearning import sums
 from fedsim.unlearning.finished import FinishedRun, same
 
-WAYS = ("drop", "recompose", "subtract")
+WAYS = ("drop", "sums", "recompose", "subtract")
 Terms = list[tuple[Tensors, float]]  # a weighted sum of modules
 
 
@@ -76,13 +79,17 @@ def remove(
     if alpha is not None and not math.isfinite(alpha):
         raise ConfigError(f"--alpha must be a finite number, got {alpha}")
     given = "--alpha" if alpha is not None else "--renormalise" if renormalise else None
-    way = _way(run, way, given)
+    way = _way(run, clients, chosen, way, given)
     with torch_defaults(run.config.runtime.threads):
         if way == "drop":
             state = run.consolidator.without(run.state.consolidator, clients, chosen)
             if state is None:
                 raise ConfigError(f"consolidator {run.config.server.consolidator['name']} cannot tell its clients apart")
             return Removed(run.consolidator.deployed(state, run.state.params, finished=True), way)
+        if way == "sums":
+            deployed = sums.deployed_without(run, clients, chosen)
+            require_finite(deployed, "without the clients,")
+            return Removed(deployed, way)
         deployed = run.repaired(_replayed(run, set(clients), set(chosen), way, alpha, renormalise))
         require_finite(deployed, "without the clients,")
         return Removed(deployed, way, alpha, renormalise)
@@ -99,20 +106,20 @@ def require_took_part(run: FinishedRun, clients: Collection[int], tasks: Sequenc
     for client in clients:
         if not 0 <= client < known:
             raise ConfigError(f"there is no client {client} in {run.dir.path}: it has clients 0 to {known - 1}")
-        if not any(client in run.participants(task) for task in tasks):
+        if not any(client in run.contributors(task) for task in tasks):
             raise ConfigError(
                 f"client {client} never trained in {run.dir.path}: it was not drawn in any round, or holds nothing of what was "
                 "learned; there is nothing to subtract"
             )
     for task in tasks:
-        if not run.composed and set(run.participants(task)) <= set(clients):
+        if not run.composed and set(run.contributors(task)) <= set(clients):
             raise ConfigError(f"nobody else took part in task {task}: without client {min(clients)} there is no model of it")
 
 
 # ---------------------------------------------------------------- inner workings
 
 
-def _way(run: FinishedRun, asked: str | None, given: str | None) -> str:
+def _way(run: FinishedRun, clients: Collection[int], tasks: Sequence[int], asked: str | None, given: str | None) -> str:
     """What was asked for, or the best that is possible. `given`: an option that is for subtraction only."""
     if run.composed:
         if given or asked not in (None, "drop"):
@@ -123,9 +130,19 @@ def _way(run: FinishedRun, asked: str | None, given: str | None) -> str:
     if asked == "drop":
         raise ConfigError(f"--how drop is not possible for {run.dir.path}: its model is merged, not composed of its clients")
     if given:
-        if asked == "recompose":
-            raise ConfigError(f"{given} is for --how subtract: recomposing has no coefficients")
+        if asked in ("sums", "recompose"):
+            raise ConfigError(
+                f"{given} is for --how subtract: {'sums have' if asked == 'sums' else 'recomposing has'} no coefficients"
+            )
         return "subtract"
+    if asked in (None, "sums"):
+        why = sums.why_not(run, clients, tasks)
+        if why is None:
+            return "sums"
+        solved = run.calibrator is not None and run.calibrator.subtracts
+        if asked or (solved and not run.config.server.unlearning):
+            otherwise = "" if asked else "; for another way run it again with server.unlearning=true"
+            raise ConfigError(f"--how sums is not possible for {run.dir.path}: {why}{otherwise}")
     why = None if asked == "subtract" else run.not_exact
     if asked == "recompose" and why:
         raise ConfigError(f"--how recompose is not possible for {run.dir.path}: {why}")

@@ -55,9 +55,11 @@ class SumsCalibrator(contracts.Calibrator):
     ) -> State:
         like_CD = params[HEAD_WEIGHT].double()
         before = state or {"count": like_CD.new_zeros(len(like_CD)), "sum": torch.zeros_like(like_CD)}
-        at_K = torch.tensor(classes[-1], dtype=torch.long)
-        of_classes = {name: before[name].index_add(0, at_K, total[name]) for name in ("count", "sum")}
-        return of_classes | {name: before.get(name, 0.0) + t for name, t in total.items() if name not in of_classes}
+        return {**before, **_added(before, total, classes[-1], 1.0)}
+
+    def without(self, state: State, total: Tensors, classes: Sequence[Sequence[int]]) -> State:
+        """Sums without some of their terms: exact up to the last digits of float64."""
+        return {**state, **_added(state, total, classes[-1], -1.0)}
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
         if not state:
@@ -65,6 +67,13 @@ class SumsCalibrator(contracts.Calibrator):
         rows_R = (state["count"] > 0).nonzero()[:, 0]
         mean_RD = state["sum"][rows_R] / state["count"][rows_R][:, None]
         return with_rows(params, rows_R.tolist(), *self.head(state, rows_R, mean_RD))
+
+
+def _added(state: State, total: Tensors, classes: Sequence[int], sign: float) -> dict[str, Tensor]:
+    """The sums with another one, whose rows are of these classes, added or subtracted."""
+    at_K = torch.tensor(classes, dtype=torch.long)
+    of_classes = {name: state[name].index_add(0, at_K, total[name], alpha=sign) for name in ("count", "sum")}
+    return of_classes | {name: state.get(name, 0.0) + sign * t for name, t in total.items() if name not in of_classes}
 
 
 def asking(form: str, classes: Sequence[int], blended: bool = False) -> RoundPlan:

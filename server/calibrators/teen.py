@@ -55,8 +55,7 @@ class Calibrator(SumsCalibrator):
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
         """`base`: rows of the first task's classes."""
-        sums = super().end_task({n: t for n, t in state.items() if n != "base"}, params, total, classes, draw)
-        return {**sums, "base": torch.tensor(classes[0])}
+        return {**super().end_task(state, params, total, classes, draw), "base": torch.tensor(classes[0])}
 
     def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
         calibrated_RD = self.calibrated(F.normalize(mean_RD), torch.isin(rows_R, state["base"]))

@@ -52,6 +52,10 @@ class Changed(NearestMean):
             next(iter(total.values())).zero_()
         return super().end_task(state, params, total, classes, draw) | ({"me": Changed} if self.what == "unsavable" else {})
 
+    def without(self, state: State, total: Tensors, classes: Sequence[Sequence[int]]) -> State:
+        left = super().without(state, total, classes)
+        return {**left, "sum": state["sum"]} if self.what == "kept" else left
+
     def deployed(self, state: State, params: Tensors) -> Tensors:
         out: dict[str, Tensor] = dict(super().deployed(state, params))
         if self.what == "old rows":
@@ -112,6 +116,7 @@ def test_good_ones_keep_all() -> None:
         ("unsavable", "state_file", "a file cannot hold the state"),
         ("ragged", "additive", "different names or shapes"),
         ("narrow lift", "additive", "torch.float32: sums are kept in float64"),
+        ("kept", "without", "two clients taken out again against never in"),
         ("coarse", "float64", "float32 against float64"),
     ],
 )

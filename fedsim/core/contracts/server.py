@@ -341,3 +341,15 @@ class Calibrator(Part):
     def deployed(self, state: State, params: Tensors) -> Tensors:
         """Tensors that are evaluated at a task's end, of which only `head.*` may differ from the consolidator's."""
         return params
+
+    def without(self, state: State, total: Tensors, classes: Sequence[Sequence[int]]) -> State:
+        """The inverse of `end_task` for clients that leave, after any later task: the state as if they had not told anything at
+        this task's end. total: the sum of what `lift` makes of what they sent then, by the plan that `closing` gives for these
+        classes (those of every task up to this one). For calibrators whose state is a sum over clients; `subtracts` says which.
+        """
+        raise PluginError(f"{type(self).__module__} keeps no sums over clients that one could be taken out of")
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether it has `without`: clients can be removed from a finished run exactly."""
+        return type(self).without is not Calibrator.without
