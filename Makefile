@@ -10,7 +10,12 @@ SOURCES := pyproject.toml setup.cfg constraints.txt
 .PHONY: run test matrix check format docs clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
-	$(BIN)/fedsim run configs/quickstart.yaml
+	$(BIN)/fedsim run quickstart
+	@echo "Next, after '. $(VENV)/bin/activate':"
+	@echo "  fedsim run                              all methods and streams, a line each"
+	@echo "  fedsim run lorm partition.alpha=0.1     clients that have less in common"
+	@echo "  fedsim run fashion er                   another stream, another method"
+	@echo "  fedsim report runs                      what was run, as one HTML file with charts"
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests

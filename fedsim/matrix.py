@@ -13,20 +13,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fedsim import simulation
 from fedsim.core import config as configs
-from fedsim.core import plugins
+from fedsim.core import plugins, presets
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import CENTRES, WORDS, Aggregator, Part
 from fedsim.core.errors import FedsimError
-from fedsim.core.home import ROOT
 
 KINDS = ("adapters", "learners", "aggregators", "consolidators", "calibrators")  # what is mixed
 SHOWN = ("adapters", "heads", "learners", "statistics", "channels", *KINDS[2:4], "merging", *KINDS[4:])  # what the page describes
-PRESETS = Path(ROOT) / "configs"
 NONE = "–"  # no learner beside the cross-entropy, no calibrator
 SCENE: Mapping[str, Any] = {
     "name": "matrix",
@@ -138,41 +135,38 @@ def section(kind: str, name: str) -> dict[str, Any]:
 
 def _presets() -> Iterator[str]:
     """What the configs are made of."""
-    streams, methods = (sorted((PRESETS / part).glob("*.yaml")) for part in ("streams", "methods"))
+    streams, methods = (presets.described(part) for part in (presets.STREAMS, presets.METHODS))
     if not methods:
         return
     yield from (
         "## Presets", "",
-        "Any method on any stream: `fedsim run configs/streams/<stream>.yaml configs/methods/<method>.yaml`;",
-        "`configs/<method>.yaml` is the method on `omniglot`.", "",
-        "| stream | what it is |", "|---|---|", *(f"| {path.stem} | {_comment(path)} |" for path in streams), "",
+        "Any method on any stream: `fedsim run <stream> <method>`; `fedsim run <method>` is the method on `omniglot`.", "",
+        "| stream | what it is |", "|---|---|", *(f"| {name} | {_cell(line)} |" for name, line in streams.items()), "",
     )  # fmt: skip
     yield "| method | adapter | head | aggregator | consolidator | calibrator | learners | what it is |"
     yield "|---|---|---|---|---|---|---|---|"
-    for path in methods:
-        config = configs.load([PRESETS / "streams" / "omniglot.yaml", path])
+    for name, line in methods.items():
+        config = configs.load(["omniglot", name])
         section, server = config.server.aggregator, config.server
         rule = ", ".join(f"{g['match']}: {g['name']}" for g in section) if isinstance(section, list) else section["name"]
         repair = NONE if server.calibrator is None else server.calibrator["name"]
         terms = ", ".join(o["name"] for o in config.client.learners) or NONE
         parts = (
-            path.stem,
+            name,
             config.adapter["name"],
             config.head["name"],
             rule,
             server.consolidator["name"],
             repair,
             terms,
-            _comment(path),
+            _cell(line),
         )
         yield f"| {' | '.join(parts)} |"
     yield ""
 
 
-def _comment(path: Path) -> str:
-    """The first sentence of the comment on top of a YAML."""
-    told = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    return re.split(r"(?<=\.) ", " ".join(line.lstrip("# ").rstrip() for line in told))[0].replace("|", "\\|")
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _plugins() -> Iterator[str]:

@@ -103,11 +103,21 @@ def test_help_loads_nothing_heavy() -> None:
     assert "partition" in done.stdout
 
 
-@pytest.mark.parametrize("words", [["run"], ["run", "a.yaml", "--resume", "x", "--output", "y"]])
+@pytest.mark.parametrize("words", [["run", "seed=1"], ["run", "a.yaml", "--resume", "x", "--output", "y"]])
 def test_nothing_or_too_much_to_run(words: list[str], calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     assert capsys.readouterr().err.startswith("fedsim: error: ")
     assert not calls
+
+
+def test_presets_have_a_line_each(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not calls
+    for preset in (Path(fedsim.__file__).parents[1] / "configs").glob("[ms]*/*.yaml"):
+        line = next(line for line in lines if line.split()[:1] == [preset.stem])
+        assert len(line.split()) > 3 and len(line) <= 80
+    assert any(line.startswith("fedsim run fashion er ") for line in lines)
 
 
 def test_resume_reads_its_own_config(config_file: Path, calls: list[dict[str, Any]]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
 from fedsim import suitable
 from fedsim.core import config as configs
+from fedsim.core import presets
 from fedsim.core.config import SimConfig, load
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import prepare_data, run
@@ -42,6 +44,49 @@ def test_a_preset_is_a_stream_and_a_method(path: Path) -> None:
     assert set(configs.read_yaml(path)) == {"extends"}
     assert stream in STREAMS and method in METHODS
     assert load(path).identity() == load([stream, method]).identity()
+
+
+def test_a_preset_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it is a whole run; several are a stream and a method; files of one's own may build on them."""
+    monkeypatch.chdir(tmp_path)
+    assert load("ties").identity() == load(ROOT / "configs/ties.yaml").identity()
+    mixed = load([ROOT / "configs/streams/fashion.yaml", ROOT / "configs/methods/er.yaml"])
+    assert load(["fashion", "er"]).to_dict() == mixed.to_dict()
+    (tmp_path / "mine.yaml").write_text("extends: [fashion, er]\nseed: 3\n")
+    assert load("mine.yaml") == dataclasses.replace(mixed, seed=3, name="mine")
+    (tmp_path / "er").write_text("seed: 4\n")
+    assert load(["fashion", "er"]).seed == 4  # a file that is there
+
+
+def test_an_unknown_preset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no config file and no preset 'lorn'. Did you mean 'lorm'\? `fedsim run` lists them"):
+        load("lorn")
+    with pytest.raises(ConfigError, match=r"no preset 'fashoin'. Did you mean 'fashion'"):
+        load(["fashoin", "er"])
+    (tmp_path / "mine.yaml").write_text("extends: quickstat\n")
+    with pytest.raises(ConfigError, match=r"Did you mean 'quickstart'"):
+        load("mine.yaml")
+
+
+def test_presets_are_found_where_pip_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the packages lies no checkout then, and maybe a package of that name."""
+    shipped = tmp_path / "share/fedsim/configs"
+    shipped.mkdir(parents=True)
+    (shipped / "quickstart.yaml").write_text("seed: 5\n")
+    (tmp_path / "configs").mkdir()
+
+    class Shipped(PurePosixPath):
+        def locate(self) -> Path:
+            return tmp_path / self
+
+    monkeypatch.setattr(presets, "ROOT", str(tmp_path))
+    monkeypatch.setattr(presets.metadata, "files", lambda name: [Shipped("share/fedsim/configs/quickstart.yaml")])
+    presets.folder.cache_clear()
+    try:
+        assert load("quickstart").seed == 5
+    finally:
+        presets.folder.cache_clear()
 
 
 def test_methods_say_nothing_of_data_and_streams_nothing_of_methods() -> None:

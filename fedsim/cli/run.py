@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli.printing import configs_and_overrides, console, fail, human_bytes, line_printer, new_table
@@ -27,19 +28,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim run: to the end of the stream, then the outcome."""
-    from fedsim.core import config as configs
-    from fedsim.watch.progress import ProgressDisplay
-
     paths = args.configs
     if not paths:
         if not args.resume:
-            raise ConfigError("nothing to run: give a config, e.g. fedsim run configs/quickstart.yaml, or --resume RUN_DIR")
+            return show_presets(args.overrides)
         paths = [f"{args.resume}/config.yaml"] if args.overrides else []
     if args.resume and args.output:
         raise ConfigError("--resume goes on in its own run directory: leave --output out")
+
+    from fedsim.core import config as configs
+
     config = configs.load(paths, args.overrides) if paths else None
 
     from fedsim import simulation
+    from fedsim.watch.progress import ProgressDisplay
 
     display = ProgressDisplay(quiet=args.quiet)
     try:
@@ -51,6 +53,26 @@ def run(args: argparse.Namespace) -> int:
             "stopped before anything was saved" if folder is None else f"stopped; go on with: fedsim run --resume {folder}", 130
         )
     show_results(results, console())
+    return 0
+
+
+def show_presets(overrides: Sequence[str]) -> int:
+    """What can be run by its name. Raises ConfigError if somebody wants something of a config that is not named."""
+    from fedsim.core import presets
+
+    if overrides:
+        raise ConfigError(f"nothing to run: name a config before {overrides[0]}, e.g. fedsim run quickstart {overrides[0]}")
+    screen = console()
+    print_line = line_printer(screen)
+    for part, what in ((presets.METHODS, "Methods"), (presets.STREAMS, "Streams")):
+        print_line(f"{what}\n")
+        for name, line in presets.described(part).items():
+            print_line(f"  {name + ' ':<24}{shorten(line, max(40, screen.width - 26), placeholder=' …')}")
+        print_line("")
+    print_line("fedsim run quickstart                     LoRM on 100 Omniglot characters, under a minute")
+    print_line("fedsim run lorm partition.alpha=0.1       a method on that stream, any key changed")
+    print_line("fedsim run fashion er                     any method on any stream; files of your own go as well as names")
+    print_line("fedsim run --resume RUN_DIR               go on with a run that was stopped")
     return 0
 
 

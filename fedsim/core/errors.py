@@ -116,7 +116,7 @@ def one_line(error: BaseException) -> str:
 def require_choice(key: str, value: object, known: Sequence[Any]) -> None:
     """Raise ConfigError for a value that is none of the known ones."""
     if value not in known:
-        said = f"'{value}' is unknown.{_nearest(value, known)}" if isinstance(value, str) else f"cannot be {value!r}."
+        said = f"'{value}' is unknown.{nearest(value, known)}" if isinstance(value, str) else f"cannot be {value!r}."
         raise ConfigError(f"{key} {said} Choose from: {', '.join(map(str, known))}.")
 
 
@@ -130,9 +130,9 @@ def named(what: str, names: Sequence[str], most: int = 5) -> str:
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them. Starts with a space, for appending."""
     names = sorted(known)
-    return _nearest(wrong, names) or (f" Known: {', '.join(names)}." if names else "")
+    return nearest(wrong, names) or (f" Known: {', '.join(names)}." if names else "")
 
 
-def _nearest(wrong: str, known: Iterable[Any]) -> str:
+def nearest(wrong: str, known: Iterable[Any]) -> str:
     near = difflib.get_close_matches(wrong, [name for name in known if isinstance(name, str)], n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.core import config as configs
-from fedsim.core import plugins
+from fedsim.core import plugins, presets
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
 from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text, verified
@@ -142,7 +142,8 @@ def expand(
     axes = [*_named(sweep.get("list") or {}), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
     _require_distinct_axes([name for axis in axes for name in axis[0].labels])
     seeds = _seeds(sweep.get("seeds"), [*base, common, last])
-    files = {f: configs.read_layers(path.parent / f) for axis in axes for level in axis for f in level.extends}
+    named = dict.fromkeys(f for axis in axes for level in axis for f in level.extends)
+    files = {f: configs.read_layers(presets.located([f], path.parent, whole=False)[0]) for f in named}
     runs: list[PlannedRun] = []
     fits: list[tuple[Mapping[str, Label], Fitted]] = []
     for seed, levels in itertools.product(seeds, itertools.product(*axes)):  # every setting has a first result soon
@@ -276,7 +277,7 @@ def _require_distinct(runs: Sequence[PlannedRun]) -> None:
 def _base_layers(base: Any, folder: Path) -> list[dict[str, Any]]:
     files = [base] if isinstance(base, str) else base
     if isinstance(files, list) and files and all(isinstance(file, str) for file in files):
-        return [layer for file in files for layer in configs.read_layers(folder / file)]
+        return [layer for file in presets.located(files, folder) for layer in configs.read_layers(file)]
     if "extends" in _mapping(base, "base"):
         raise ConfigError("base: a mapping cannot extend a file: name the file itself as the base, and put changes under 'set'")
     return [configs.nested(base)]

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedsim.core import plugins
+from fedsim.core import plugins, presets
 from fedsim.core.config import text
 from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, SERVER_PLUGIN_KEYS, name_key
 from fedsim.core.errors import ConfigError
@@ -30,8 +30,8 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"extends in {path} must name a config file, or a list of them, got {bases!r}")
     layers: list[dict[str, Any]] = []
-    for base in bases:
-        layers += read_layers(path.parent / base, (*seen, path))
+    for base in presets.located(bases, path.parent):
+        layers += read_layers(base, (*seen, path))
     return [*layers, nested(layer)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedsim.core import hardware, plugins
+from fedsim.core import hardware, plugins, presets
 from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers
 from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
 from fedsim.core.config.text import resolved
@@ -23,11 +23,12 @@ from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
     """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
 
-    Of several files, such as a stream and a method, the later one wins.
+    A word such as "lorm" is the preset of that name; of several files or presets, such as a stream and a method, the later one
+    wins.
     Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
     begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
     """
-    paths = [path] if isinstance(path, str | Path) else path
+    paths = presets.located([path] if isinstance(path, str | Path) else path, Path.cwd())
     name = "-".join(Path(p).stem for p in paths)
     return compose([{"name": name}, *(layer for p in paths for layer in read_layers(p)), parse_overrides(overrides)], begun)
 
