@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -21,7 +21,7 @@ def matching(names: Iterable[str], globs: Iterable[str]) -> list[str]:
     return [n for n in names if any(fnmatchcase(n, g) for g in patterns)]
 
 
-def lora_layers(params: Tensors) -> list[str]:
+def lora_layers(params: Collection[str]) -> list[str]:
     """Prefixes `p` for which `p.lora_A` and `p.lora_B` are both there, in order."""
     return [n[: -len(LORA_A)] for n in params if n.endswith(LORA_A) and n[: -len(LORA_A)] + LORA_B in params]
 

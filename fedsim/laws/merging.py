@@ -1,21 +1,25 @@
 """The laws that every merging rule keeps, or says in its `exempt` why it cannot.
 
 A rule is pure maths, so it is held against laws in both of its roles: over made-up clients it keeps those of an aggregator, and
-over tasks it is handed the products of LoRA pairs.
+over tasks it is handed LoRA pairs of several ranks, as their products or, if it takes them, as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fedsim.core.contracts import Member, Merging
+from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
+from fedsim.core.tensors import LORA_A
 from fedsim.laws import aggregators
-from fedsim.laws.comparing import expect_bits, expect_close, expect_finite, layout_difference
+from fedsim.laws.comparing import copied, expect_bits, expect_close, expect_finite, layout_difference
 from fedsim.laws.frame import Law, LawBroken, once
-from fedsim.laws.made_up import make_params, some_clients, stepped, synthesise
+from fedsim.laws.made_up import RANK, make_client, make_params, stepped, synthesise
 from server.aggregators.merged import Aggregator
 from server.merging import _products
 
@@ -37,24 +41,52 @@ def _over_clients(law: str) -> Callable[[Merging], None]:
 
 def _products_of_pairs(rule: Merging) -> None:
     start, tasks = {n: t for n, t in make_params().items() if n.startswith("adapter.")}, max(TASKS, rule.least)
-    modules = [stepped(start, ("*",), "task", task) for task in range(tasks)]
-    members = []
-    for task, (module, client) in enumerate(zip(modules, some_clients(tasks), strict=True)):
-        requests = _products.asked(rule.asks(), module)
-        found = {n: t for request in requests for n, t in synthesise(request, client, module).items()}
-        statistics = _products.received(found, module)
-        members.append(Member(f"task {task}", _products.Products(module), 1.0, statistics))
-    base = _products.zeros(start)
-    out, again, turned = (rule.merge(several, base, torch_stream(0, "merge")) for several in (members, members, members[::-1]))
-    if out.keys() != base.keys() or any(out[n].shape != t.shape for n, t in base.items()):
-        raise LawBroken(f"{tasks} tasks: {layout_difference(out, base)}")
+    members = [_member(rule, _with_rank(start, RANK + k), k) for k in range(tasks)]
+    base = _products.origin(start)
+    out, again, turned = (_merged(rule, several, base) for several in (members, members, members[::-1]))
+    shapes = {name: t.shape for name, t in _products.Products(start).items()}
+    if {name: t.shape for name, t in out.items()} != shapes:
+        raise LawBroken(f"{tasks} tasks: {layout_difference(out, _products.Products(start))}")
     expect_finite(out, f"{tasks} tasks")
     expect_bits(again, out, f"{tasks} tasks, merged twice")
     if "order" not in rule.exempt:
         expect_close(turned, out, f"{tasks} tasks, in reversed order")
     if "one_member" not in rule.exempt and rule.least == 1:
-        alone = rule.merge(members[:1], base, torch.Generator())
-        expect_close(alone, dict(members[0].params), "one task alone")
+        alone = _merged(rule, members[:1], base)
+        expect_close(alone, _products.Products(members[0].params), "one task alone")
+
+
+def _member(rule: Merging, module: Tensors, task: int) -> Member:
+    """A task's module, with made-up statistics."""
+    found = {n: t for r in _products.asked(rule, module) for n, t in synthesise(r, make_client(task), module).items()}
+    return Member(f"task {task}", module, 1.0, found)
+
+
+def _with_rank(module: Tensors, rank: int) -> dict[str, Tensor]:
+    """Another module, whose pairs have this rank."""
+    draw = torch_stream(0, "rank", rank)
+    size = {n: (rank, t.shape[1]) if n.endswith(LORA_A) else (len(t), rank) for n, t in module.items()}
+    return {n: torch.randn(size[n], dtype=t.dtype, generator=draw) for n, t in module.items()}
+
+
+def _merged(rule: Merging, members: Sequence[Member], base: Tensors) -> dict[str, Tensor]:
+    """Of modules of pairs, as products."""
+    return dict(_products.Products(_products.merged(rule, copied(members), base, torch_stream(0, "merge"))))
+
+
+def _linear(rule: Merging) -> None:
+    if not rule.linear:
+        return
+    start = {n: t for n, t in make_params().items() if n.startswith("adapter.")}
+    members = [Member(f"task {k}", stepped(start, ("*",), "task", k), 1.0 + k) for k in range(TASKS)]
+    mixing = {n: torch.randn(len(t), len(t), dtype=t.dtype, generator=torch_stream(0, "mix", n)) for n, t in start.items()}
+
+    def mixed(tensors: Tensors) -> dict[str, Tensor]:
+        return {n: mixing[n] @ t for n, t in tensors.items()}
+
+    several = [replace(m, params=mixed(m.params)) for m in members]
+    got, want = (rule.merge(some, base, torch_stream(0, "merge")) for some, base in ((several, mixed(start)), (members, start)))
+    expect_close(got, mixed(want), "models whose tensors were multiplied from the left before the merge, against after it")
 
 
 LAWS: tuple[Law[Merging], ...] = (
@@ -72,7 +104,8 @@ LAWS: tuple[Law[Merging], ...] = (
     Law("float64", "float64 in gives float64 out, and float32 the same up to its rounding", _over_clients("float64")),
     Law(
         "products",
-        "products of tasks' LoRA pairs come out with their names and shapes, finite, in any order",
+        "products of tasks' LoRA pairs, of any ranks, come out with their names and shapes, finite, in any order",
         _products_of_pairs,
     ),
+    Law("linear", "a rule that says that it is linear may merge before or after a linear map of the models", _linear),
 )

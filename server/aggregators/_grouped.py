@@ -34,6 +34,10 @@ class Aggregator(contracts.AdditiveAggregator):
     def least(self) -> int:
         return max(rule.least for _, rule in self.groups)
 
+    @property
+    def products(self) -> bool:
+        return any(rule.products for _, rule in self.groups)
+
     def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError for a tensor without a rule, and for a rule without a tensor."""
         names = self._names(params)

@@ -11,8 +11,9 @@ import torch
 
 from fedsim.core import contracts
 from fedsim.core.contracts import AdditiveMerging, Member
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
-from server.merging import _rule
+from server.merging import _products, _rule
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,34 @@ class Aggregator(contracts.AdditiveAggregator):
     """w⁺ = merge(w_1, …, w_K; n_1, …, n_K; w): what `server.merging.<rule>` makes of the clients' tensors, all of them from the
     server's w of the round, weighed by their samples where the rule weighs.
 
-    LoRA factors are merged as they are, number by number: within a round all clients start from the same ones. Asks for what the
-    rule asks for. A rule that is a sum over its members is summed where the clients run. Clients without samples are left out;
-    tensors that nobody trained stay as they are.
+    LoRA pairs come to the rule as their factors, number by number, since within a round all clients start from the same ones; or
+    as products B_i A_i, of which averaging the factors makes something else. Products are merged and brought back to the server's
+    rank r by a truncated singular value decomposition, Δ = U S Vᵀ, B = U_r S_r^½, A = S_r^½ V_rᵀ: with the rule `mean` that is
+    FlexLoRA's server step (Bai et al. 2024, "Federated fine-tuning of large language models under heterogeneous tasks and client
+    resources"), with the root of S on both sides. Clients' pairs may have ranks of their own, and for linear rules no m × d
+    matrix is made. A pair of which clients train one factor only is no pair: that factor is merged as it is.
+    Asks for what the rule asks for. A rule that is a sum over its members is summed where the clients run, but for products.
+    Clients without samples are left out; tensors that nobody trained stay as they are.
 
     rule: the name of one of `fedsim list merging` or the path of a file that defines a `Merging`, or {name: …, its options}.
+    pairs: factors | products | auto (products for a rule that merges nothing else).
+    State, with products: `names` of the tensors, and `cut`, the share ‖cut‖_F / ‖Δ‖_F that the last merge lost to the rank.
     Raises AggregationError when nobody sent an update or nobody holds samples.
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rule": "mean"}, {"rule": {"name": "ties", "density": 0.5}})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"rule": "mean"},
+        {"rule": "mean", "pairs": "products"},
+        {"rule": {"name": "ties", "density": 0.5}},
+    )
     rule: str | dict[str, Any] | contracts.Merging
+    pairs: str = "auto"
 
     def __post_init__(self) -> None:
+        require_choice("pairs", self.pairs, ("auto", "factors", "products"))
         object.__setattr__(self, "rule", _rule.described(self.rule))
+        if self.merging.pairs and self.pairs == "factors":
+            raise ConfigError("pairs must be products or auto: the rule merges LoRA pairs as their products")
         said = dict(self.merging.exempt)
         if "one_member" in said:
             said["one_client"] = said.pop("one_member")
@@ -44,15 +60,24 @@ class Aggregator(contracts.AdditiveAggregator):
         return _rule.built(self.rule)
 
     @property
+    def products(self) -> bool:
+        return self.pairs == "products" or self.merging.pairs
+
+    @property
     def additive(self) -> bool:
-        return isinstance(self.merging, AdditiveMerging) and type(self.merging).merge is AdditiveMerging.merge
+        summed = isinstance(self.merging, AdditiveMerging) and type(self.merging).merge is AdditiveMerging.merge
+        return summed and not self.products
+
+    def init(self, params: Tensors, task: int = 0) -> State:
+        return {"names": list(params), "cut": 0.0} if self.products else {}
 
     @property
     def least(self) -> int:
         return self.merging.least
 
     def plan(self, state: State, round: int) -> RoundPlan:
-        return RoundPlan(statistics=self.merging.asks())
+        asked = _products.asked(self.merging, state["names"]) if self.products else self.merging.asks()
+        return RoundPlan(statistics=asked)
 
     def lift(self, update: ClientUpdate) -> Tensors:
         assert isinstance(self.merging, AdditiveMerging)
@@ -70,7 +95,12 @@ class Aggregator(contracts.AdditiveAggregator):
         contracts.require_updates(updates)
         members = [Member.client(u) for u in updates if u.num_samples > 0]
         base = {n: t for n, t in params.items() if n in members[0].params}
-        return state, params if not base else like(params, self.merging.merge(members, base, draw))
+        if not base:
+            return state, params
+        if not self.products:
+            return state, like(params, self.merging.merge(members, base, draw))
+        module, cut = _products.truncated(_products.merged(self.merging, members, base, draw), base)
+        return {**state, "cut": cut}, like(params, module)
 
 
 def like(params: Tensors, merged: Tensors) -> dict[str, torch.Tensor]:

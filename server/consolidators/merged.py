@@ -24,15 +24,16 @@ class Consolidator(contracts.Consolidator):
     fresh one on the pretrained backbone. The head goes on.
 
     A LoRA pair is merged as its product B_t A_t (m, d), since factors of different tasks have no directions in common. What comes
-    of a rule that is not linear has no rank T·r, so it is deployed as it is: exactly, as a pair of rank min(m, d) of which one
-    factor is the identity. That is as large as the layers themselves, each time that the model travels to clients for a pass.
-    State holds the factors only. Tensors that are no LoRA pairs are merged number by number, if they start from zeros.
+    of a rule that is linear, or works on pairs themselves, has rank T·r at most and is deployed so. What comes of another has
+    full rank, and is deployed exactly, as a pair of rank min(m, d) of which one factor is the identity: that is as large as the
+    layers themselves, each time that the model travels to clients for a pass. State holds the factors only.
+    Tensors that are no LoRA pairs are merged number by number, if they start from zeros.
     During a task the uniform mean of past modules and the current one is deployed, and so it is at the end of a task until there
     are as many modules as the rule needs.
 
     rule: the name of one of `fedsim list merging` or the path of a file that defines a `Merging`, or {name: …, its options}.
-    What the rule asks for comes from a pass at the task's end through the mean of all modules so far: Grams of a layer's inputs
-    as those of its product. `mean` and `regmean` give what the consolidators of these names give with rank T·r.
+    What the rule asks for comes from a pass at the task's end: Grams of a layer's inputs, through the mean of all modules so far,
+    as those of its product. `mean` and `regmean` give what the consolidators of these names give, `regmean` without rank T·r.
     State: `past` modules, their `statistics`, and the `seed` of what the rule draws. Raises ConfigError for an adapter whose
     tensors start from anything else, and AggregationError when nobody sent statistics.
     """
@@ -62,12 +63,12 @@ class Consolidator(contracts.Consolidator):
         return TaskStart(started, past=Past.mean(state["past"]))
 
     def plan(self, state: State, params: Tensors) -> RoundPlan | None:
-        requests = _products.asked(self.merging.asks(), with_prefix(params, "adapter."))
+        requests = _products.asked(self.merging, with_prefix(params, "adapter."))
         return RoundPlan(train=(), statistics=requests) if requests else None
 
     def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         module = with_prefix(params, "adapter.")
-        for request in _products.asked(self.merging.asks(), module):
+        for request in _products.asked(self.merging, module):
             _require_sent(request.name, request.match, total)
         sent = {key: t for key, t in total.items() if "/" in key}
         seed = int(torch.randint(2**63 - 1, (), generator=draw))
@@ -85,9 +86,10 @@ class Consolidator(contracts.Consolidator):
         if len(past) < self.merging.least:
             return mean_module(past)
         told = zip(past, state["statistics"], strict=True)
-        members = [Member(f"task {t}", _products.Products(m), 1.0, _products.received(s, m)) for t, (m, s) in enumerate(told)]
-        merged = self.merging.merge(members, _products.zeros(past[0]), torch.Generator().manual_seed(state["seed"]))
-        return _products.factored(merged, past[0])
+        members = [Member(f"task {t}", module, 1.0, statistics) for t, (module, statistics) in enumerate(told)]
+        draw = torch.Generator().manual_seed(state["seed"])
+        merged = _products.merged(self.merging, members, _products.origin(past[0]), draw)
+        return {name: merged[name].to(t.dtype) for name, t in past[0].items()}
 
 
 def _require_zeros(fresh: Tensors) -> None:

@@ -5,14 +5,16 @@ Shapes: O outputs, I inputs, R rank (A_RI, B_OR).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fedsim.core.contracts import Member, Merging
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, matching
+from server.merging._core import Space
 
 WEIGHT = ".weight"
 
@@ -38,44 +40,95 @@ class Products(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def names(module: Tensors) -> dict[str, str | None]:
+def names(module: Iterable[str]) -> dict[str, str | None]:
     """Name that a rule sees -> the layer whose product it is, None for a tensor that is no LoRA factor."""
-    layers = lora_layers(module)
+    known = list(module)
+    layers = lora_layers(known)
     factors = {p + factor for p in layers for factor in (LORA_A, LORA_B)}
-    return {p + WEIGHT: p for p in layers} | {name: None for name in module if name not in factors}
+    return {p + WEIGHT: p for p in layers} | {name: None for name in known if name not in factors}
 
 
-def zeros(module: Tensors) -> dict[str, Tensor]:
-    """θ_0 = 0 of every tensor that a rule sees of a module."""
-    return {name: torch.zeros_like(module[name]) if p is None else _zero(module, p) for name, p in names(module).items()}
+def merged(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
+    """What a rule makes of modules, each LoRA pair as one product: a module of the names of `base`, in any floating type, whose
+    pairs have any rank. Members' pairs, and the base's, may have ranks of their own; statistics are named as `asked` asked."""
+    if rule.pairs:
+        return dict(rule.merge(members, base, draw))
+    seen = [replace(m, statistics=received(m.statistics, m.params)) for m in members]
+    return in_core(rule, seen, base, draw) if rule.linear else _whole(rule, seen, base, draw)
 
 
-def factored(merged: Tensors, like: Tensors) -> dict[str, Tensor]:
-    """Merged tensors as a module again, in the types of `like`. A product is exact as a pair of rank min(O, I): one factor holds
-    it, the other is the identity."""
-    out: dict[str, Tensor] = {}
-    for name, layer in names(like).items():
-        if layer is None:
-            out[name] = merged[name].to(like[name].dtype)
-            continue
-        a, b = layer + LORA_A, layer + LORA_B
-        delta_OI = merged[name].to(like[a].dtype)
-        outputs, inputs = delta_OI.shape
-        wide = outputs < inputs
-        out[a] = delta_OI if wide else torch.eye(inputs, dtype=delta_OI.dtype)
-        out[b] = torch.eye(outputs, dtype=delta_OI.dtype) if wide else delta_OI
+def in_core(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
+    """What a rule makes of the cores of pairs, which it sees as `<layer>.weight` (p, q), as pairs of rank min(p, q)."""
+    spaces = {p: Space.of([base, *(m.params for m in members)], p) for p in lora_layers(base)}
+    cores = [replace(m, params=_cores(spaces, m.params)) for m in members]
+    found = rule.merge(cores, _cores(spaces, base), draw)
+    out = {name: found[name] for name, layer in names(base).items() if layer is None}
+    for p, space in spaces.items():
+        out[p + LORA_A], out[p + LORA_B] = space.pair(found[p + WEIGHT])
     return out
 
 
-def asked(requests: Sequence[StatisticRequest], module: Tensors) -> tuple[StatisticRequest, ...]:
-    """A rule's requests in the names of a module's tensors, through the mean of all modules so far (blended). What is asked of
-    a product is asked of its `lora_A`: it has the same inputs."""
+def _cores(spaces: Mapping[str, Space], module: Tensors) -> dict[str, Tensor]:
+    shown = names(module).items()
+    return {name: module[name] if p is None else spaces[p].core(module, p) for name, p in shown}
+
+
+def _whole(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
+    """What a rule makes of whole products. One is exact as a pair of rank min(O, I): one factor holds it, the other is the
+    identity."""
+    found = rule.merge([replace(m, params=Products(m.params)) for m in members], Products(base), draw)
+    out = {name: found[name] for name, layer in names(base).items() if layer is None}
+    for p in lora_layers(base):
+        delta_OI = found[p + WEIGHT]
+        outputs, inputs = delta_OI.shape
+        wide = outputs < inputs
+        out[p + LORA_A] = delta_OI if wide else torch.eye(inputs, dtype=delta_OI.dtype)
+        out[p + LORA_B] = torch.eye(outputs, dtype=delta_OI.dtype) if wide else delta_OI
+    return out
+
+
+def truncated(module: Tensors, like: Tensors) -> tuple[dict[str, Tensor], float]:
+    """The module with every pair at the rank R that it has in `like`, nearest to its product: B = U_R S_R^½, A = S_R^½ V_Rᵀ of
+    B A = U S Vᵀ; and ‖what was cut‖ / ‖all products‖ (Frobenius, 0 where there is nothing). No (O, I) matrix is made.
+
+    A direction of no size has B's column 0 and A's row from `like`: it says nothing, and can still be trained."""
+    out = dict(module)
+    cut = whole = 0.0
+    for p in lora_layers(like):
+        left_OK, square_b = torch.linalg.qr(module[p + LORA_B].double())
+        right_IK, square_a = torch.linalg.qr(module[p + LORA_A].double().T)
+        u, sizes, vt = torch.linalg.svd(square_b @ square_a.T)
+        a_RI, b_OR = like[p + LORA_A].clone(), torch.zeros_like(like[p + LORA_B])
+        noise = max(b_OR.shape[0], a_RI.shape[1]) * torch.finfo(torch.float64).eps
+        kept = min(len(a_RI), int((sizes > noise * sizes[:1]).sum()))
+        roots = sizes[:kept].sqrt()
+        a_RI[:kept] = (roots[:, None] * (vt[:kept] @ right_IK.T)).to(a_RI.dtype)
+        b_OR[:, :kept] = ((left_OK @ u[:, :kept]) * roots).to(b_OR.dtype)
+        out[p + LORA_A], out[p + LORA_B] = a_RI, b_OR
+        cut, whole = cut + float(sizes[kept:].square().sum()), whole + float(sizes.square().sum())
+    return out, (cut / whole) ** 0.5 if whole else 0.0
+
+
+def origin(module: Tensors) -> dict[str, Tensor]:
+    """θ_0 = 0 of a module: pairs of rank 0, and zeros."""
+    factors = {p + LORA_A for p in lora_layers(module)}, {p + LORA_B for p in lora_layers(module)}
+    return {
+        name: t[:0] if name in factors[0] else t[:, :0] if name in factors[1] else torch.zeros_like(t)
+        for name, t in module.items()
+    }
+
+
+def asked(rule: Merging, module: Iterable[str]) -> tuple[StatisticRequest, ...]:
+    """A rule's requests in the names of a module's tensors. What is asked of a product is asked of its `lora_A`: it has the same
+    inputs."""
     seen = names(module)
+    if rule.pairs:
+        return rule.asks()
     told = []
-    for request in requests:
+    for request in rule.asks(products=True):
         subjects = [name if seen[name] is None else f"{seen[name]}{LORA_A}" for name in matching(seen, request.match)]
         if subjects:
-            told.append(replace(request, match=tuple(subjects), blended=True))
+            told.append(replace(request, match=tuple(subjects)))
     return tuple(told)
 
 
@@ -87,8 +140,3 @@ def received(statistics: Tensors, module: Tensors) -> dict[str, Tensor]:
         form, _, subject = key.partition("/")
         out[f"{form}/{inputs.get(subject, subject)}"] = tensor
     return out
-
-
-def _zero(module: Tensors, layer: str) -> Tensor:
-    a_RI, b_OR = module[layer + LORA_A], module[layer + LORA_B]
-    return torch.zeros(len(b_OR), a_RI.shape[1], dtype=a_RI.dtype)

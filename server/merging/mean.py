@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ WEIGHT = "weight"
 @dataclass(frozen=True)
 class Merging(contracts.AdditiveMerging):
     """θ⁺ = Σ w_i θ_i / Σ w_i. Over clients it is FedAvg, over tasks every task counts the same."""
+
+    linear: ClassVar[bool] = True
 
     def lift(self, member: Member) -> Tensors:
         return lift(member.params, member.weight)

@@ -47,10 +47,10 @@ class Merging(contracts.AdditiveMerging):
         require_in_unit("decay", self.decay)
         require_ridge(self.ridge)
 
-    def asks(self) -> tuple[StatisticRequest, ...]:
-        """The head's features are those that will be deployed (blended)."""
+    def asks(self, products: bool = False) -> tuple[StatisticRequest, ...]:
+        """The head's features are those that will be deployed (blended), and so are the inputs of layers whose products come."""
         form = resolve_form(self.form, self.decay)
-        return gram_request(MAPS, form, self.decay), gram_request((HEAD_WEIGHT,), form, self.decay, blended=True)
+        return gram_request(MAPS, form, self.decay, products), gram_request((HEAD_WEIGHT,), form, self.decay, blended=True)
 
     def lift(self, member: Member) -> Tensors:
         return lift_linear(member, self.ridge)
@@ -95,7 +95,7 @@ def finish_linear(params: Tensors, total: Tensors, keep_unseen: bool = False) ->
             if gram.dim() == 1:
                 new = solve_energies(product, gram, old)
             else:
-                new = solve_gram(product, gram, old if keep_unseen else None, precision=old.dtype)
+                new = solve_gram(product, gram, old if keep_unseen else None, precision=torch.float32)
         out[name] = new.to(old.dtype)
     return out
 

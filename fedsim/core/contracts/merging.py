@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -39,24 +40,36 @@ class Merging(Part, ABC):
 
     It merges the clients of a round as `server.aggregator: {name: merged, rule: ...}`, and the tasks of a stream as
     `server.consolidator: {name: merged, rule: ...}`. `base` holds the tensors that all members started from: θ_i − θ_0 is what
-    is called a task vector. Over clients θ_0 are the server's parameters of the round. Over tasks a LoRA pair comes as its
-    product B A (m, d), named `<layer>.weight`, with θ_0 = 0, since neither factor means anything without the other.
+    is called a task vector. Over clients θ_0 are the server's parameters of the round. Over tasks, and over clients with the
+    aggregator's `pairs: products`, a LoRA pair comes as its product B A (m, d), named `<layer>.weight` (over tasks with θ_0 = 0),
+    since neither factor means anything without the other.
+
+    pairs: it is given LoRA pairs as they are, `<layer>.lora_A` (r_i, d) and `<layer>.lora_B` (m, r_i), of ranks that may differ
+    among members and from the base's, and gives pairs of any rank. What it merges are their products; which of the pairs of a
+    product it gives is up to it.
+    linear: θ⁺ = θ_0 + Σ_i c_i τ_i, or Σ_i c_i θ_i, with the same c_i for all numbers. Then products are merged without making an
+    (m, d) matrix, in the space that all factors span, and what comes out has the ranks of all together.
     """
+
+    pairs: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     @property
     def least(self) -> int:
         """Members that it needs. Of fewer it makes nothing (`require_members`), and a run that would give it fewer is refused."""
         return 1
 
-    def asks(self) -> tuple[StatisticRequest, ...]:
-        """Statistics that it needs of every member; none by default. The Gram of a linear map's inputs is asked for, and comes,
-        under the name of the map's weight, whatever the members are of."""
+    def asks(self, products: bool = False) -> tuple[StatisticRequest, ...]:
+        """Statistics that it needs of every member; none by default. They are asked for, and come, under the names of the tensors
+        that it is shown: the Gram of a linear map's inputs under the name of the map's weight, whatever the members are of.
+
+        products: LoRA pairs come as products."""
         return ()
 
     @abstractmethod
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
-        """One model with the names and shapes of `base`, in any floating type: from `least` members or more, all with these names
-        and positive weights.
+        """One model with the names and shapes of `base` (but for ranks of `pairs`), in any floating type: from `least` members
+        or more, all with these names and positive weights.
 
         draw: what a rule that draws draws from, on the CPU.
         """

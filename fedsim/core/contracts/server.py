@@ -42,6 +42,12 @@ class Aggregator(Part, ABC):
         """Clients with samples that it needs in every round: a run that would give it fewer is refused."""
         return 1
 
+    @property
+    def products(self) -> bool:
+        """Whether LoRA pairs are to it what their products are: then laws compare products, since factors may come out as others
+        of the same product."""
+        return False
+
     def init(self, params: Tensors, task: int = 0) -> State:
         """State at the start of a task, 0-based (empty by default). `params` are the tensors this rule is in charge of."""
         return {}
