@@ -63,7 +63,7 @@ class Worker:
 
     def train_client(self, job: ClientJob) -> ClientUpdate | ClientFailed:
         """One client's round."""
-        self._restore()
+        self.restore()
         result = local.train(self._work(job))
         return self.chain.sent(job, result) if is_update(result) else result
 
@@ -83,7 +83,7 @@ class Worker:
 
     def make(self, job: ServerJob) -> State:
         """What the server trains by itself for one learner."""
-        self._restore()
+        self.restore()
         spec, config = self.spec, self.spec.config
         draw = rng.torch_stream(config.seed, "server", f"learner {job.learner}", job.task)
         fresh = self.model.init_adapter(rng.torch_stream(config.seed, "adapter", 0)) | self.model.init_head()
@@ -95,7 +95,7 @@ class Worker:
 
     def _fused(self, jobs: Sequence[ClientJob], notes: list[str]) -> tuple[ClientUpdate | ClientFailed, ...]:
         """The rounds of several clients in one forward and backward."""
-        self._restore()
+        self.restore()
 
         def tell(note: str) -> None:
             alike = re.sub(r"[0-9]+", "#", note)  # the same reason in bundles of other sizes is said once
@@ -152,13 +152,13 @@ class Worker:
     def _merge(self, params: Tensors) -> Tensors:
         """Merge these tensors into the model, if they are not there yet; the tensors on the device."""
         if self._deployed is None or self._source is not params:  # all slices of an evaluation come with the same mapping
-            self._restore()
+            self.restore()
             on_device = {n: t.to(self.model.device) for n, t in params.items()}
             self._merged.enter_context(self.model.merged(on_device))
             self._deployed, self._source = on_device, params
         return self._deployed
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """The model as it was before anything was merged into it."""
         self._merged.close()
         self._deployed, self._source = None, None

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from clients.samples import Samples
+from clients.worker import Worker
 from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
@@ -59,6 +60,31 @@ class OpenedRun:
             for name, learner in configs.build_learners(self.config.client.learners).items():
                 deployed = learner.deployed(self.state.learners[name], deployed)
         return deployed
+
+    @cached_property
+    def worker(self) -> Worker:
+        """The model and the data as a process has them that runs the run's clients, and evaluates."""
+        with torch_defaults(self.config.runtime.threads):
+            return Worker(self.parts.spec)
+
+    @cached_property
+    def learned(self) -> list[int]:
+        """Head rows of the classes of which somebody who took part held training samples, ascending."""
+        spec, found = self.parts.spec, set[int]()
+        for task in self.tasks:
+            for client in self.participants(task):
+                found.update(spec.train.labels[spec.shard(task, client)].tolist())
+        return sorted(found)
+
+    @property
+    def final(self) -> list[float | None]:
+        """Percent right by task at the run's end, over all classes; None for a task without test samples."""
+        ends = [r for r in self.state.rows if r.stage == "task_end" and r.task == self.tasks[-1]]
+        return [100 * r.correct / r.total if r.total else None for r in sorted(ends, key=lambda r: r.tested)]
+
+    def fresh_module(self, task: int) -> Tensors:
+        """The `adapter.*` tensors that a task's new module started with."""
+        return simulation.fresh_adapter(self.config, self.parts.model, task)
 
     def participants(self, task: int) -> list[int]:
         """Clients with samples that took part in a round of the task and did not fail in it."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "run a config over axes and seeds, in parallel; what is there already is not run again",
     "results": "the runs of a folder as one table, with statistics over seeds",
     "report": "the runs of a folder as one HTML file with charts",
+    "merge": "merge finished runs, or the tasks of one, by any merging rule",
     "unlearn": "remove clients from a finished run, without further rounds",
     "list": "show plug-ins with their options",
     "partition": "show who holds which samples of the stream",

@@ -238,6 +238,17 @@ def _float64(rule: Consolidator) -> None:
         expect_close(acting(got), acting(deployed(rule, wide)), f"{wide}, float32 against float64", ROUNDED)
 
 
+def _modules(rule: Consolidator) -> None:
+    for scene in play(rule):
+        kept = rule.modules(deepcopy(scene.after))
+        if kept and len(kept) != scene.task + 1:
+            raise LawBroken(
+                f"{scene}: it keeps {len(kept)} modules after {scene.task + 1} tasks: give one for every task, or none"
+            )
+        if kept:
+            expect_bits(kept[-1], with_prefix(scene.handed, ADAPTER), f"{scene}, the module that it keeps")
+
+
 def _without(rule: Consolidator) -> None:
     (*_, last) = play(rule)
     nobody = rule.without(deepcopy(last.after), [], [])
@@ -275,5 +286,6 @@ LAWS: tuple[Law[Consolidator], ...] = (
     Law("deterministic", "the same tasks give the same bits", _deterministic),
     Law("state_file", "a state that was written to a file and read back goes on with the same bits", _state_file),
     Law("float64", "float32 in gives what float64 gives, up to its rounding", _float64),
+    Law("modules", "modules that it keeps are one for every task, as the task left it", _modules),
     Law("without", "clients that it can take out are gone as if they had had no part", _without),
 )

@@ -107,6 +107,11 @@ class Model:
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
 
     @property
+    def fixed(self) -> Tensors:
+        """Tensors of the head that are neither trained nor sent."""
+        return self._fixed
+
+    @property
     def stacks(self) -> bool:
         """Whether the adapter can be applied for several clients at once."""
         return type(self.adapter).stacked is not contracts.Adapter.stacked

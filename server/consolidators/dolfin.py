@@ -6,7 +6,7 @@ Shapes: D inputs of a layer, O outputs, R rank (A_RD, B_OR, gram_DD = Σ x xᵀ)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -123,6 +123,10 @@ class Consolidator(contracts.Consolidator):
             old = _span(state, first, params[first + LORA_A])
             spans[first] = dict(vars(gpm.updated(old, _sent(total, first), threshold, self.guarantee)))
         return {"task": task + 1, "past": [*state["past"], with_prefix(params, "adapter.")], "spans": spans}
+
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         modules = state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")]

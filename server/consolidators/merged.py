@@ -74,6 +74,10 @@ class Consolidator(contracts.Consolidator):
         seed = int(torch.randint(2**63 - 1, (), generator=draw))
         return {"past": [*state["past"], module], "statistics": [*state["statistics"], sent], "seed": seed}
 
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
+
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         if not finished:
             return {**params, **mean_module([*state["past"], with_prefix(params, "adapter.")])}

@@ -5,7 +5,7 @@ Shapes: T tasks, O outputs, I inputs, R rank (A_RI, B_OR, gram_II).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,6 +60,10 @@ class Consolidator(contracts.Consolidator):
         form = resolve_form(self.form, self.decay)
         grams = {p: _sent(total, f"gram.{form}/{p}{LORA_A}") for p in lora_layers(params)}
         return {"past": [*state["past"], with_prefix(params, "adapter.")], "grams": [*state["grams"], grams]}
+
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         past: list[Tensors] = state["past"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ class Consolidator(contracts.Consolidator):
 
     def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         return {"past": [*state["past"], with_prefix(params, "adapter.")]}
+
+    def modules(self, state: State) -> Sequence[Tensors]:
+        past: Sequence[Tensors] = state["past"]
+        return past
 
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         modules = state["past"] if finished else [*state["past"], with_prefix(params, "adapter.")]

@@ -262,6 +262,10 @@ class Consolidator(Part, ABC):
     def deployed(self, state: State, params: Tensors, finished: bool) -> Tensors:
         """Tensors that evaluation uses: during a task (`finished` False) and after `end_task` (True)."""
 
+    def modules(self, state: State) -> Sequence[Tensors]:
+        """The `adapter.*` tensors of every finished task as the task left them, for `fedsim merge`; none if they are not kept."""
+        return ()
+
     def without(self, state: State, clients: Collection[int], tasks: Collection[int]) -> State | None:
         """The state as if these clients had not taken part in these tasks, exactly; None if they cannot be told apart in it."""
         return None
