@@ -119,7 +119,7 @@ _MODULE_OF = {  # name -> where it lies
     }.items()
     for name in names.split()
 }
-_ROOMS = ("report", "sweep", "unlearning")  # packages of which a user takes more than a name
+_ROOMS = ("merging", "report", "sweep", "unlearning")  # packages of which a user takes more than a name
 
 
 if not TYPE_CHECKING:  # to which every name would be there

@@ -202,12 +202,12 @@ UNLIKE = {
     "backbone": (["model.image_size=12"], "different backbones"),
     "targets": (["adapter.targets=[q_proj]"], "different targets of their adapters"),
     "scale": (["adapter.alpha=4"], "different adapters"),
-    "kind": (["adapter={name: prefix, length: 2}"], "different adapters"),
+    "kind": (["adapter=none"], "different adapters"),
     "head": (["head=cosine"], "different heads"),
     "order": (["stream.order=[1, 0, 2, 3, 4, 5]"], "different class orders"),
     "test data": (["data.test_per_class=5"], "different test data"),
     "no module per task": (["server.consolidator=none"], "has no module per task"),
-    "prompts": (["adapter={name: prefix, length: 2}", "server.consolidator=mean"], "started from different numbers"),
+    "prompts": (["adapter={name: vpt, length: 2}"], "started from different numbers"),
 }
 
 

@@ -93,11 +93,10 @@ def _module(sources: Sources, rule: Merging, seed: int, shown: Sequence[str]) ->
     members = []
     for source in sources.members:
         module = _chosen(source.params, shown)
-        told = source.statistics(_products.asked(rule.asks(), module))
+        told = source.statistics(_products.asked(rule, module))
         members.append(Member(source.who, module, 1.0, told))
-    draw = rng.torch_stream(seed, "merge")
-    seen = [Member(m.who, _products.Products(m.params), 1.0, _products.received(m.statistics, m.params)) for m in members]
-    return _products.factored(rule.merge(seen, dict(_products.Products(base)), draw), base)
+    merged = _products.merged(rule, members, base, rng.torch_stream(seed, "merge"))
+    return {name: merged[name].to(t.dtype) for name, t in base.items()}
 
 
 def _base(members: Sequence[Source], shown: Sequence[str]) -> dict[str, Tensor]:
