@@ -186,13 +186,26 @@ def collect(work: Work, local: Tensors, kept: Kept = NOTHING) -> dict[str, Tenso
         requests = [r for r in passes if (plan.beside or (r.blended and bool(background))) == blended]
         if not requests:
             continue
-        through = dict(local)
-        if blended and background:
-            through |= stack_modules([background, with_prefix(local, "adapter.")], [1.0, plan.share])
-        out |= _measured(work, local, through, requests)
-        in_pass = [r for r in requests if not isinstance(statistic_of(r), WorkStatistic)]
-        out |= one_pass(work, local, through, in_pass, kept) if in_pass else {}
+        of_work = [r for r in requests if isinstance(statistic_of(r), WorkStatistic)]
+        out |= _measured(work, local, _seen_through(work, local, blended, opened=True), of_work) if of_work else {}
+        in_pass = [r for r in requests if r not in of_work]
+        out |= one_pass(work, local, _seen_through(work, local, blended), in_pass, kept) if in_pass else {}
     return out
+
+
+def _seen_through(work: Work, local: Tensors, blended: bool, opened: bool = False) -> dict[str, Tensor]:
+    """All tensors, the module on top of what lies beneath it; blended: and of modules of past tasks, beside which it counts for
+    `RoundPlan.share`. opened: for a model that has in it already what clients train on top of (`Work.on_past_modules`)."""
+    background, beneath = work.received.background, work.received.beneath
+    past = bool(blended and background)
+    share, under = work.plan.share if past else 1.0, 1.0 if opened else 0.0
+    terms = [
+        (background, 1.0 if past and not (opened and work.plan.beside) else 0.0),
+        (beneath, share - under if beneath else 0.0),
+        (with_prefix(local, "adapter."), share),
+    ]
+    chosen = [(module, weight) for module, weight in terms[:2] if weight] + terms[2:]
+    return dict(local) | stack_modules([m for m, _ in chosen], [w for _, w in chosen])
 
 
 def _measured(work: Work, local: Tensors, through: Tensors, requests: Sequence[StatisticRequest]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from clients.samples import Samples
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
-from fedsim.core.messages import BACKGROUND, ClientJob, RoundPlan, Tensors
+from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from fedsim.models.model import Model
 
@@ -42,6 +42,11 @@ class Received:
     def background(self) -> Tensors:
         """Modules of past tasks as one, see `RoundPlan`."""
         return self.context.get(BACKGROUND, {})
+
+    @property
+    def beneath(self) -> Tensors:
+        """What past rounds have left beneath the module: a part of it."""
+        return self.context.get(BENEATH, {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +131,15 @@ class Work:
         """Head rows, on the device."""
         return self.samples.batch(positions)[1]
 
-    def on_past_modules(self) -> AbstractContextManager[None]:
-        """While open, the model has the modules of past tasks in it, if the plan says that clients train on top of them."""
-        background = self.received.background if self.plan.beside else {}
-        return self.model.merged(background) if background else nullcontext()
+    @contextmanager
+    def on_past_modules(self) -> Iterator[None]:
+        """While open, the model has in it what clients train on top of: what past rounds have left beneath the module, and the
+        modules of past tasks if the plan says so."""
+        with ExitStack() as stack:
+            for module in (self.received.background if self.plan.beside else {}, self.received.beneath):
+                if module:
+                    stack.enter_context(self.model.merged(module))
+            yield
 
     def beneath(self, params: Tensors) -> AbstractContextManager[None]:
         """The same, for whoever looks through these tensors; the teacher's are whole by themselves."""

@@ -17,6 +17,7 @@ from fedsim.core.messages import Tensors
 from fedsim.runs.directory import RunDir
 from fedsim.simulation import Prepared
 from server import checkpoint, sampling
+from server.beneath import model_of
 from server.isolation import ALONE
 from server.state import ServerState
 
@@ -49,7 +50,7 @@ class OpenedRun:
     def before_repair(self) -> Tensors:
         """The same with the head as it was trained: what clients looked through in a calibrator's last pass."""
         with torch_defaults(self.config.runtime.threads):
-            module = self.parts.rule.deployed(self.state.aggregator, self.state.params)
+            module = model_of(self.parts.rule, self.state.aggregator, self.state.params, self.state.beneath)
             return self.consolidator.deployed(self.state.consolidator, module, finished=True)
 
     def repaired(self, deployed: Tensors) -> Tensors:

@@ -4,7 +4,8 @@ The bytes are those of the run's own messages with clients that keep what they w
 simulator hands out references, or sums on the way, changes nothing.
 
 Down, to every client of a round or of a statistics pass, those that fail included: the parameters (adapter, head); where the
-plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself; and the context
+plan works with modules of past tasks (background), those modules, which the client weighs and stacks itself; what each merge has
+left beneath the module, as factors or as their product, whichever is smaller, which the client adds up itself; and the context
 that learners and rules tell (control variates, a teacher). Of these only tensors that it does not have: a client keeps the last
 message that it got and the last one that works with past modules or context, and what has been in every such message since is not
 sent again. So it gets what changed since it last took part, and a past module once, or never if it had it as parameters in the
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedsim.core.messages import BACKGROUND, ClientJob, ClientUpdate, Tensors, bytes_up
+from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, ClientUpdate, Tensors, bytes_up
 from server.state import ServerState, Simulation
 
 POSITIONS = "/positions"  # the end of a memory's name that stands for samples
@@ -44,11 +45,13 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     total = {direction: dict(kinds) for direction, kinds in state.bytes.items()}
     plan, delivered = jobs[0].plan, state.delivered
     past: Sequence[Tensors] = state.start.past.modules if plan.background else ()
-    told = {name: tensors for name, tensors in plan.context.items() if name != BACKGROUND}
+    told = {name: tensors for name, tensors in plan.context.items() if name not in (BACKGROUND, BENEATH)}
+    beneath = state.beneath.parts if BENEATH in plan.context else {}
     blended = any(r.blended for r in plan.statistics)
-    with_past = bool(past or told) or plan.beside or blended  # in the first task there are none yet
+    with_past = bool(past or told or beneath) or plan.beside or blended  # in the first task there are none yet
     message = _message(jobs[0].params, past, tuple(told.values()))
-    kinds = ["background", *(["context"] if told else [])]
+    message |= {f"{BENEATH} {name}": (BENEATH, size) for name, size in beneath.items()}
+    kinds = ["background", *(["context"] if told else []), *([BENEATH] if beneath else [])]
     for kind in (*(name.partition(".")[0] for name in jobs[0].params), *kinds):
         total["down"].setdefault(kind, 0)
     clients = [job.client_id for job in jobs]

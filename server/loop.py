@@ -26,6 +26,7 @@ from fedsim.core.events import Event, RoundDone, Row, RunStarted, TaskDone, Tens
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import require_finite
 from server import heads, learners, planning, sampling
+from server.beneath import model_of
 from server.dispatch import run_clients, statistics_pass
 from server.drift import measure_drift
 from server.evaluation import accuracies, evaluate
@@ -75,9 +76,10 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
     draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
-    aggregator, told, params = state.aggregator, state.learners, state.params
+    aggregator, told, params, beneath = state.aggregator, state.learners, state.params, state.beneath
     if not planning.rests(sim, state):
         aggregator, params = merge(sim.aggregator, aggregator, params, round, draw)
+        beneath = beneath.with_part(f"{state.task}.{state.round}", sim.aggregator.beneath(aggregator))
     if plan.train:
         told, params = learners.merged(sim, state, params, round)
     calibrator = state.calibrator
@@ -87,11 +89,11 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)
     state = replace(state, aggregator=aggregator, calibrator=calibrator, learners=told, params=params)
-    state = replace(state, drifts=drifts, seconds=spent)
+    state = replace(state, beneath=beneath, drifts=drifts, seconds=spent)
 
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
-        module = sim.aggregator.deployed(aggregator, params)
+        module = model_of(sim.aggregator, aggregator, params, beneath)
         rows, state = measure(sim, state, sim.consolidator.deployed(state.consolidator, module, finished=False), "round")
     yield RoundDone(state.task, state.round, rows, mean_loss(round.updates), time.perf_counter() - start)
     return replace(state, round=state.round + 1)
@@ -102,7 +104,7 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     start = time.perf_counter()
     total, state = yield from statistics_pass(sim, state, planning.closing(sim, state), state.params)
     clock = time.perf_counter()
-    module = sim.aggregator.deployed(state.aggregator, state.params)
+    module = model_of(sim.aggregator, state.aggregator, state.params, state.beneath)
     draw = rng.torch_stream(sim.config.seed, "consolidate", state.task)
     consolidator = sim.consolidator.end_task(state.consolidator, module, total, draw)
     deployed = sim.consolidator.deployed(consolidator, module, finished=True)

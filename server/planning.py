@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, Learner, TaskStart
-from fedsim.core.messages import BACKGROUND, Reply, RoundPlan, Tensors
+from fedsim.core.messages import BACKGROUND, BENEATH, Reply, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from server import learners
 from server.state import ServerState, Simulation
@@ -114,7 +114,9 @@ def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPl
 
 
 def _on_past_modules(state: ServerState, plan: RoundPlan) -> RoundPlan:
-    """With the modules of past tasks, if clients train beside them or look through them."""
+    """With what lies beneath the module, and the modules of past tasks if clients train beside them or look through them."""
+    if state.beneath.module:
+        plan = replace(plan, context={**plan.context, BENEATH: state.beneath.module})
     if not plan.beside and not any(request.blended for request in plan.statistics):
         return plan
     past = state.start.past

@@ -11,7 +11,9 @@ from fedsim.core.contracts import Aggregator, Calibrator, Consolidator, IntArray
 from fedsim.core.errors import ClientFailed
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.core.messages import State, Tensors
+from fedsim.core.tensors import with_prefix
 from fedsim.core.wire import Chain
+from server.beneath import Beneath
 from server.store import ClientStore, Stored
 
 ROWS: Mapping[str, type[Any]] = {"rows": Row, "classes": ClassRow, "drifts": DriftRow}
@@ -77,6 +79,7 @@ class ServerState:
     params: Tensors
     consolidator: State
     start: TaskStart = field(default_factory=lambda: TaskStart({}))  # of the current task; its parameters have moved on
+    beneath: Beneath = field(default_factory=Beneath)  # of the module, see `Aggregator.beneath`
     calibrator: State = None
     aggregator: State = None
     stored: Stored = field(default_factory=Stored)
@@ -93,8 +96,11 @@ class ServerState:
     client_rounds: int = 0
 
     def beginning(self, start: TaskStart) -> ServerState:
-        """The state in which a task begins."""
-        return replace(self, params=start.params, start=replace(start, params={}))
+        """The state in which a task begins. What lies beneath the module goes on with it: if it is the last task's, and no fresh
+        one."""
+        goes_on = self.task > 0 and all(t is self.params.get(n) for n, t in with_prefix(start.params, "adapter.").items())
+        beneath = self.beneath if goes_on else Beneath()
+        return replace(self, params=start.params, start=replace(start, params={}), beneath=beneath)
 
     def spent(self, phase: str, seconds: float) -> Mapping[str, float]:
         """The clock with some seconds more in one phase."""
@@ -113,6 +119,7 @@ class ServerState:
         plain["start"] = {**vars(self.start), "past": past}
         plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
         plain["params"], plain["teacher"] = dict(self.params), dict(self.teacher)
+        plain["beneath"] = {"module": dict(self.beneath.module), "parts": dict(self.beneath.parts)}
         plain["stored"] = dict(vars(self.stored))
         plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}
         plain["seconds"] = dict(self.seconds)
@@ -125,5 +132,6 @@ class ServerState:
         rows = {name: tuple(kind(*r) for r in plain[name]) for name, kind in ROWS.items()}
         failures = tuple(ClientFailed(*f) for f in plain["failures"])
         start = TaskStart(**{**plain["start"], "past": Past(**plain["start"]["past"])})
-        delivered, stored = Delivered(**plain["delivered"]), Stored(**plain["stored"])
-        return cls(**{**plain, **rows, "start": start, "failures": failures, "delivered": delivered, "stored": stored})
+        sections = {"delivered": Delivered, "stored": Stored, "beneath": Beneath}
+        kept = {name: kind(**plain[name]) for name, kind in sections.items()}
+        return cls(**{**plain, **rows, **kept, "start": start, "failures": failures})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits
+from fedsim.core.contracts import HOLDS_ON, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.subspace import extended, outside, root
@@ -62,7 +62,8 @@ class SpanLearner(contracts.Learner):
                 "linear maps": "keeps what linear layers say to old inputs, and {adapter} trains none: use adapter: lora or full",
                 "one module goes on": "protects one module that learns task after task, and {consolidator} does not leave it as "
                 "it was trained: use consolidator: none",
-            }
+            },
+            refuses=HOLDS_ON,
         )
 
     def opened(self, state: State, params: Tensors, task: int) -> State:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Step
+from fedsim.core.contracts import HOLDS_ON, ClientWork, Context, Ending, IntArray, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
@@ -50,6 +50,10 @@ class Learner(contracts.Learner):
             raise ConfigError(f"mu must not be negative, got {self.mu}")
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(refuses=HOLDS_ON)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.server.rounds > 1:

@@ -13,7 +13,7 @@ import torch
 from clients.optim import group_of
 from fedsim.core import contracts
 from fedsim.core.config import ClientConfig, SimConfig
-from fedsim.core.contracts import OWN, ClientWork, Context, Ending, IntArray, LocalState
+from fedsim.core.contracts import HOLDS_ON, OWN, ClientWork, Context, Ending, IntArray, LocalState, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix
@@ -37,6 +37,10 @@ class Learner(contracts.Learner):
     optimizer, weight decay or clipped gradients the update is a heuristic, and the run says so. Raises ConfigError for a schedule
     of learning rates, of which there is no one η.
     """
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(refuses=HOLDS_ON)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         client = config.client

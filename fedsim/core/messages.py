@@ -19,6 +19,7 @@ from fedsim.core.errors import ClientFailed
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 BACKGROUND = "background"  # the context of modules of past tasks
+BENEATH = "beneath"  # the context of what past rounds left beneath the module that is trained: a part of it
 State: TypeAlias = Any  # nested dicts, lists and tuples of tensors, numbers, strings and None: what a file can hold
 
 
@@ -45,8 +46,9 @@ class RoundPlan:
     train: globs over parameter names that are trained and sent back; empty: a statistics pass only.
     statistics: what is computed after training, or follows it.
     context: tensors that clients are told beside the parameters, by who tells it and their own names: "background" (modules of
-    past tasks, already weighted), "teacher" (the model that the last task's end deployed), what learners' server halves and rules
-    give. share: weight of the client's own module beside the background.
+    past tasks, already weighted), "beneath" (what the rule has left beneath the module, see `Aggregator.beneath`), "teacher" (the
+    model that the last task's end deployed), what learners' server halves and rules give. share: weight of the client's own
+    module, with what is beneath it, beside the background.
     beside: the module is trained on top of the background, which stays as it is.
     repeat: times `client.epochs` that is trained.
     review: the learner that looks through the parameters in a pass at a task's end; the loop says so, no rule.

@@ -46,6 +46,21 @@ def stack_modules(modules: Sequence[Tensors], weights: Sequence[float]) -> dict[
     return out
 
 
+def folded(module: Tensors) -> dict[str, Tensor]:
+    """The same module with LoRA pairs of no more ranks than their layer's smaller side: a pair that has more becomes its product
+    (m, d) and an identity, from products in float64."""
+    out = dict(module)
+    for layer in lora_layers(module):
+        a_rd, b_mr = module[layer + LORA_A], module[layer + LORA_B]
+        outputs, inputs = len(b_mr), a_rd.shape[1]
+        if len(a_rd) <= min(outputs, inputs):
+            continue
+        delta_md = (b_mr.double() @ a_rd.double()).to(a_rd.dtype)
+        square = torch.eye(min(outputs, inputs), dtype=a_rd.dtype)
+        out[layer + LORA_A], out[layer + LORA_B] = (delta_md, square) if outputs < inputs else (square, delta_md)
+    return out
+
+
 def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
     """Σ from left to right: the order is part of the bits."""
     total: Tensor | None = None

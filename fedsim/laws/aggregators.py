@@ -17,11 +17,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import AdditiveAggregator, Aggregator
+from fedsim.core.contracts import BENEATH, AdditiveAggregator, Aggregator
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.tensors import matching, same_layout
+from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, matching, same_layout
 from fedsim.laws.comparing import (
     ROUNDED,
     copied,
@@ -36,6 +36,7 @@ from fedsim.laws.comparing import (
 )
 from fedsim.laws.frame import Law, LawBroken, once
 from fedsim.laws.made_up import NUMBERS, Client, make_params, some_clients, stepped, synthesise
+from server.beneath import Beneath
 from server.merging._products import Products
 
 ROUNDS = 3
@@ -66,9 +67,13 @@ class Scene:
         sent = {n: t.to(self.dtype) for n, t in statistics.items()}
         return ClientUpdate(client.client_id, len(client), tensors, sent, metrics={"loss": 1.0})
 
-    def seen(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The tensors as the rule means them: LoRA pairs by their products, if all that it merges are those."""
-        return dict(Products(tensors)) if self.rule.products else dict(tensors)
+    def seen(self, tensors: Tensors, state: State = None) -> dict[str, Tensor]:
+        """The tensors as the rule means them: LoRA pairs by their products, if all that it merges are those, on top of what the
+        merge that gave this state has left beneath them."""
+        if not self.rule.products:
+            return dict(tensors)
+        left = self.rule.beneath(state) if state else {}
+        return dict(Products(Beneath().with_part("merge", left).under(tensors)))
 
     def draw(self) -> torch.Generator:
         """What the merge of this round draws from: the same at every call."""
@@ -94,6 +99,11 @@ class Scene:
     def out(self) -> Tensors:
         """The new parameters."""
         return self.merged[1]
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The same as the rule means them."""
+        return self.seen(self.out, self.merged[0])
 
 
 @dataclass(frozen=True)
@@ -166,8 +176,8 @@ def _fixed_point(rule: Aggregator) -> None:
         updates = [scene.update(c, common) for c in scene.clients]
         for clients in _numbers(rule):
             when = f"round {scene.round}, all {clients} clients sent the same tensors"
-            out = scene.merge(updates[:clients])[1]
-            expect_close(scene.seen(out), scene.seen({**scene.params, **common}), when)
+            after, out = scene.merge(updates[:clients])
+            expect_close(scene.seen(out, after), scene.seen({**scene.params, **common}), when)
 
 
 def _enough(rule: Aggregator) -> None:
@@ -187,17 +197,17 @@ def _enough(rule: Aggregator) -> None:
 def _one_client(rule: Aggregator) -> None:
     for scene in scenes(rule) if rule.least == 1 else ():
         update = scene.update(scene.clients[0])
-        _, out = scene.merge([update])
+        after, out = scene.merge([update])
         alone = {**scene.params, **update.params}
-        expect_close(scene.seen(out), scene.seen(alone), f"round {scene.round}, one client alone")
+        expect_close(scene.seen(out, after), scene.seen(alone), f"round {scene.round}, one client alone")
 
 
 def _order(rule: Aggregator) -> None:
     for scene in scenes(rule):
         updates = scene.updates
         for name, other in (("reversed", updates[::-1]), ("rotated by 4", updates[4:] + updates[:4])):
-            turned = scene.seen(scene.merge(other)[1])
-            expect_close(turned, scene.seen(scene.out), f"round {scene.round}, updates {name}")
+            after, turned = scene.merge(other)
+            expect_close(scene.seen(turned, after), scene.model, f"round {scene.round}, updates {name}")
 
 
 def _no_mutation(rule: Aggregator) -> None:
@@ -280,10 +290,10 @@ def _weights(rule: Aggregator) -> None:
         number = len(scene.updates) // 2
         single, before, after = scene.updates[number], scene.updates[:number], scene.updates[number + 1 :]
         double = scene.update(scene.clients[number].repeated(2), single.params)
-        _, out = scene.merge([*before, double, *after])
-        _, want = scene.merge([*before, single, single, *after])
+        one, out = scene.merge([*before, double, *after])
+        two, want = scene.merge([*before, single, single, *after])
         when = f"round {scene.round}, a client with twice the samples against the client sent twice"
-        expect_close(scene.seen(out), scene.seen(want), when)
+        expect_close(scene.seen(out, one), scene.seen(want, two), when)
 
 
 def _additive(rule: Aggregator) -> None:
@@ -301,11 +311,34 @@ def _additive(rule: Aggregator) -> None:
 def _float64(rule: Aggregator) -> None:
     for narrow, wide in zip(scenes(rule, torch.float32), scenes(rule), strict=True):
         want = wide.out
-        single = wide.seen({n: t.double() for n, t in narrow.out.items()})
-        expect_close(single, wide.seen(want), f"round {narrow.round}, float32 against float64", ROUNDED)
+        expect_close(
+            {n: t.double() for n, t in narrow.model.items()},
+            wide.model,
+            f"round {narrow.round}, float32 against float64",
+            ROUNDED,
+        )
         narrowed = [n for n, t in want.items() if bool(t.any()) and torch.equal(t, t.float().double())]
         if narrowed:
             raise LawBroken(f"round {wide.round}: '{narrowed[0]}' went in as float64 and came out with the digits of float32")
+
+
+def _beneath(rule: Aggregator) -> None:
+    gives = BENEATH in rule.traits.gives
+    for scene in scenes(rule):
+        left = rule.beneath(copied(scene.merged[0]))
+        if left and not (gives and rule.products):
+            raise LawBroken(
+                f"round {scene.round}: it leaves '{next(iter(left))}' beneath, and does not say so: its traits must give "
+                f"'{BENEATH}', and `products` be True"
+            )
+        layers = lora_layers(left)
+        if odd := [n for n in left if n.rpartition(".")[0] not in layers or n not in scene.params]:
+            raise LawBroken(f"round {scene.round}: '{odd[0]}', left beneath, is no factor of one of the adapter's pairs")
+        for p in layers:
+            a, b = left[p + LORA_A], left[p + LORA_B]
+            if (len(b), a.shape[1]) != (len(scene.params[p + LORA_B]), scene.params[p + LORA_A].shape[1]) or len(a) != b.shape[1]:
+                raise LawBroken(f"round {scene.round}: the pair of '{p}' beneath is {tuple(b.shape)} by {tuple(a.shape)}")
+        expect_finite(left, f"round {scene.round}, what is left beneath")
 
 
 LAWS: tuple[Law[Aggregator], ...] = (
@@ -328,6 +361,9 @@ LAWS: tuple[Law[Aggregator], ...] = (
     Law("no_data", "without updates, or without samples, AggregationError is raised", _no_data),
     Law("weights", "a client with every sample twice counts as much as the client sent twice", _weights),
     Law("additive", "an additive rule gives the same result however its clients are bundled", _additive),
+    Law(
+        "beneath", "what is left beneath the parameters are finite pairs of the adapter's layers, and the rule says so", _beneath
+    ),
     Law("float64", "float64 in gives float64 out, and float32 the same up to its rounding", _float64),
 )
 

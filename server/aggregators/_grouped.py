@@ -118,6 +118,11 @@ class Aggregator(contracts.AdditiveAggregator):
                 out = {n: t for n, t in out.items() if n not in mine} | dict(shown)
         return out if any(out.get(n) is not t for n, t in params.items()) else params
 
+    def beneath(self, state: State) -> Tensors:
+        """What each rule has left beneath its own tensors."""
+        left = [rule.beneath(inner) for (_, rule), inner in zip(self.groups, state["states"], strict=True)]
+        return {n: t for tensors in left for n, t in tensors.items()}
+
     def _decider(self, name: str) -> int | None:
         """Which rule merges a tensor."""
         return next((k for k, (glob, _) in enumerate(self.groups) if matching([name], [glob])), None)

@@ -18,7 +18,8 @@ from fedsim.core.contracts import Member
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle
+from server.merging._factors import factor_of, require_pairs
 from server.merging.regmean import (
     finish_linear,
     gram_request,
@@ -77,20 +78,12 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError when an adapter's tensor is no LoRA factor."""
-        pairs = {p + factor for p in lora_layers(params) for factor in (LORA_A, LORA_B)}
-        other = [n for n in params if n.startswith("adapter.") and n not in pairs]
-        if other:
-            raise ConfigError(
-                f"lorm merges pairs of LoRA factors and '{other[0]}' is none: "
-                f"use adapter: lora, or give it a rule of its own (- {{match: {other[0]}, name: fedavg}})"
-            )
+        require_pairs(params, "lorm")
         return {}
 
     def phase(self, round: int) -> str:
         """The factor that is trained in a round (0-based) of the task: "A" or "B"."""
-        if self.train != "alternate":
-            return self.train
-        return self.start if round % 2 == 0 else "BA"["AB".index(self.start)]
+        return factor_of(round, self.train, self.start)
 
     def plan(self, state: State, round: int) -> RoundPlan:
         phase = self.phase(round)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import TaskStart
+from fedsim.core.contracts import HOLDS_ON, TaskStart, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix
@@ -40,6 +40,10 @@ class Consolidator(contracts.Consolidator):
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise ConfigError(f"weight must be in [0, 1], got {self.weight}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(refuses=HOLDS_ON)
 
     def init(self) -> State:
         return {"model": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from clients.work import Work
 from fedsim.core import hardware
 from fedsim.core.config import ClientConfig, SimConfig
 from fedsim.core.contracts import ArraySplit
-from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
+from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import stack_modules
 from fedsim.models import kernels
 from fedsim.models import lower as lowers
@@ -255,3 +255,41 @@ def test_statistics_of_a_client_that_trains_beside_past_modules_see_them_too() -
     mean = "class_moments.mean/head.weight"
     torch.testing.assert_close(got[mean], want[mean])
     assert not torch.allclose(got[mean], alone[mean], atol=1e-3)
+
+
+def beneath_and_whole() -> tuple[Client, Tensors, Tensors]:
+    """A client, a module that lies beneath its own, and the tensors in which both are one pair."""
+    here = client(EVERYWHERE, "client.optimizer=sgd", "client.batch_size=64", "client.epochs=1", "client.lr=0.1")
+    here.model.backbone.encoder.double()  # rounding hides nothing
+    here = replace(here, params={n: t.double() for n, t in here.params.items()})
+    generator = torch.Generator().manual_seed(5)
+    own = {n: t for n, t in here.params.items() if n.startswith("adapter.")}
+    module = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype) * 0.2 for n, t in own.items()}
+    return here, module, {**here.params, **stack_modules([own, module], [1.0, 1.0])}
+
+
+def test_a_client_trains_on_top_of_what_lies_beneath() -> None:
+    """One step of SGD is that of the first ranks of a pair that holds both."""
+    here, module, whole = beneath_and_whole()
+    got = here.train(RoundPlan(context={BENEATH: module})).params
+    want = replace(here, params=whole).train().params
+    for name, tensor in got.items():
+        own = want[name][:2] if name.endswith("lora_A") else want[name][:, :2] if name.endswith("lora_B") else want[name]
+        torch.testing.assert_close(tensor, own)
+        assert not torch.equal(tensor, here.params[name])
+
+
+@pytest.mark.parametrize("statistic", ["class_moments", "fisher"])
+@pytest.mark.parametrize(("share", "beside"), [(None, False), (0.25, False), (1.0, True)])
+def test_statistics_see_what_lies_beneath_as_a_part_of_the_module(statistic: str, share: float | None, beside: bool) -> None:
+    """Alone, in a mean with a past module, and beside one at full weight; looked at batch by batch and sample by sample."""
+    here, module, whole = beneath_and_whole()
+    past = {n: 0.5 * t.flip(0) for n, t in module.items()}
+    request = StatisticRequest(statistic, ("head.weight",), blended=share is not None)
+    context = {} if share is None else {BACKGROUND: past}
+    plan = RoundPlan(train=(), statistics=(request,), context={**context, BENEATH: module}, share=share or 1.0, beside=beside)
+    adapter = {n: t for n, t in whole.items() if n.startswith("adapter.")}
+    seen = adapter if share is None else stack_modules([past, adapter], [1.0, share])
+    want = replace(here, params={**here.params, **seen}).train(RoundPlan(train=(), statistics=(request,))).statistics
+    for name, tensor in here.train(plan).statistics.items():
+        torch.testing.assert_close(tensor, want[name], atol=1e-5, rtol=1e-4)

@@ -32,6 +32,7 @@ from fedsim.core.contracts.models import CENTRES, Adapter, BackboneLike, Head, M
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
 from fedsim.core.contracts.server import (
+    BENEATH,
     BESIDE,
     CALIBRATOR,
     CLOSING,
@@ -52,17 +53,19 @@ from fedsim.core.contracts.server import (
     statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import ONE_ROUND, WORDS, Part, Traits
+from fedsim.core.contracts.traits import HOLDS_ON, ONE_ROUND, WORDS, Part, Traits
 from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
 __all__ = [
+    "BENEATH",
     "BESIDE",
     "BUFFER",
     "CALIBRATOR",
     "CENTRES",
     "CLOSING",
     "CROSS_ENTROPY",
+    "HOLDS_ON",
     "LEARNER",
     "MAY_BE_INFINITE",
     "ONE_CLASS",

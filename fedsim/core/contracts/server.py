@@ -25,6 +25,7 @@ from fedsim.core.tensors import stack_modules, without_prefix
 # for what its `end` sent in a round, `closing.<name>` for the pass at a task's end
 RULE, CALIBRATOR, STATISTICS, LEARNER, CLOSING = "rule", "calibrator", "statistics", "learner", "closing"
 
+BENEATH = "a module beneath"  # a word of `Traits`: of a rule whose rounds leave something beneath, see `Aggregator.beneath`
 BESIDE = "past modules beside"  # a word of `Traits`: who gives it starts every task with `TaskStart.trains_beside`
 
 
@@ -75,6 +76,13 @@ class Aggregator(Part, ABC):
         """What is evaluated, and what the consolidator is handed at a task's end: the parameters themselves, unless a rule keeps
         more than they hold."""
         return params
+
+    def beneath(self, state: State) -> Tensors:
+        """What the latest merge has left beneath the parameters: LoRA pairs `adapter.*` of any rank, empty for nothing. From then
+        on they are part of the model, which no client trains: clients train on top of all that rounds have left, and both
+        together are deployed. It goes on for as long as the module does: a task that starts with a fresh one starts without.
+        A rule that leaves something gives the word "a module beneath"."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ WORDS: Mapping[str, str] = {
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
+    "a module beneath": "rounds leave part of the model beneath the module that is trained, whose tensors then begin anew",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "linear maps": "the module is made of linear maps that are trained, weights of layers or LoRA pairs",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
@@ -29,6 +30,10 @@ WORDS: Mapping[str, str] = {
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
     "learns one class": "something is learned even where a task has a single class, of which the cross-entropy is 0",
+}
+HOLDS_ON: Mapping[str, str] = {  # for a part's `refuses`
+    "a module beneath": "compares tensors with those of an earlier round or task, but {other} moves part of what they do beneath "
+    "the module: use another rule, such as fedavg",
 }
 ONE_ROUND: Mapping[str, str] = {  # for a part's `refuses`
     "several rounds": "takes one round per task, but server.rounds is {server.rounds}: set it to 1 and raise client.epochs",
