@@ -19,6 +19,7 @@ from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.messages import ClientJob, RoundPlan, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, with_prefix
 from fedsim.finished import OpenedRun
+from fedsim.merging.heads import solved
 from fedsim.merging.measure import measure, measure_source
 from fedsim.merging.merge import merge
 from fedsim.merging.sources import of_runs, of_tasks
@@ -152,6 +153,30 @@ def test_the_tasks_of_a_run_by_another_rule(runs: Runs) -> None:
     want, own = effect(by_ties.deployed), effect(other.deployed)
     close(effect(merge(of_tasks(other), {"name": "ties", "density": 0.5}).deployed), want)
     assert all(bool((want[p] - own[p]).abs().max() > 1e-3) for p in want), "TIES is another model than the mean"
+
+
+def test_a_head_that_is_solved_anew(runs: Runs, tmp_path: Path) -> None:
+    """On features that no training moves it is the head that the run's own calibrator made; elsewhere it fits the merged ones."""
+    frozen = ("server.aggregator=frozen", "server.consolidator=mean", "server.calibrator=lda", "server.rounds=1")
+    path = run(tiny(*frozen, model=plain_vit()), output=tmp_path / "run").path
+    assert path is not None
+    sources = of_tasks(path)
+    merged = merge(sources, "mean").deployed
+    got = solved(sources, {n: torch.zeros_like(t) if n.startswith("head.") else t for n, t in merged.items()}, "lda")
+    close(with_prefix(got, "head."), with_prefix(sources.run.deployed, "head."), atol=1e-4)
+    two = of_runs([runs.one, runs.other])
+    merged = merge(two, "mean").deployed
+    head = solved(two, merged, {"name": "nearest_mean"})["head.weight"]
+    worker, spec = two.run.worker, two.run.parts.spec
+    held = torch.tensor([p for s in two.members for t in s.tasks for c in s.run.participants(t) for p in spec.shard(t, c)])
+    inputs, labels = worker.train_samples.batch(held.numpy())
+    worker.restore()
+    with torch.no_grad(), worker.model.merged(merged):
+        features = worker.model.features(inputs)
+    means = torch.stack([features[labels == c].mean(0) for c in range(6)])
+    torch.testing.assert_close(head / head.norm(), means / means.norm(), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ConfigError, match="calibrator hgp repairs after rounds"):
+        solved(two, merged, "hgp")
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default="mean",
         help="of runs: each class's row as the mean over runs that learned the class (default), or merged by the rule",
     )
+    command.add_argument("--calibrator", metavar="NAME", help="solve the head anew on the merged features, e.g. lda")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of a rule that draws, such as dare (default: 0)")
     command.add_argument("--output", required=True, metavar="DIR", help="a new folder for the model and what it knows")
 
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from fedsim.core.config import expand, parse_overrides
     from fedsim.core.errors import ConfigError, RunDirError
     from fedsim.core.files import held
+    from fedsim.merging.heads import solved
     from fedsim.merging.merge import merge
     from fedsim.merging.sources import of_runs, of_tasks
 
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--of tasks merges the tasks of one run, but {len(args.runs)} are named: merge them one by one")
     sources = of_tasks(args.runs[0]) if args.of == "tasks" else of_runs(args.runs)
     merged = merge(sources, rule, args.seed, args.head)
+    if args.calibrator:
+        merged = replace(merged, deployed=solved(sources, merged.deployed, args.calibrator), head=args.calibrator)
     rows = _measured(sources, merged)
     with held(out, "fedsim merge"):
         _write(out, sources, merged, rows)
@@ -83,7 +88,7 @@ def _write(out: Path, sources: Sources, merged: Merged, rows: list[Measured]) ->
             for run in sources.runs
         ],
         "rule": merged.rule,
-        "head": "the run's" if sources.of_tasks else merged.head,
+        "head": "the run's" if sources.of_tasks and merged.head == "mean" else merged.head,
         "seed": merged.seed,
         "as_the_run_did": merged.own,
         "tasks": list(sources.run.parts.manifest.task_names),

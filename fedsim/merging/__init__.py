@@ -1,5 +1,5 @@
 """Modules of finished runs, or of the tasks of one run, merged by any merging rule: `sources` opens them, `merge` merges them,
-`measure` says what the result knows.
+`heads` solves the head anew, `measure` says what the result knows.
 
     from fedsim.merging.merge import merge
     from fedsim.merging.sources import of_runs, of_tasks

@@ -38,7 +38,7 @@ HEADS = ("mean", "rule")
 @dataclass(frozen=True)
 class Merged:
     """What came out. deployed: `adapter.*` and `head.*`; rule: with every option written out; own: the rule is the one by which
-    the run merged its tasks itself, from what its clients sent then."""
+    the run merged its tasks itself, from what its clients sent then. head: mean, rule, or the calibrator that solved it anew."""
 
     deployed: Tensors
     rule: Any
@@ -72,6 +72,8 @@ def merge(sources: Sources, rule: str | Mapping[str, Any] | Merging, seed: int =
 def remarks(sources: Sources, merged: Merged) -> list[str]:
     """What was done with the head, and whose merge it is."""
     calibrator = sources.run.config.server.calibrator
+    if merged.head not in HEADS:
+        return [f"The head was solved anew on the merged features, by calibrator {merged.head}."]
     if sources.of_tasks:
         told = ["The head is the run's own, which went on from task to task"]
         if calibrator is not None and not merged.own:
