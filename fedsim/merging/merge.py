@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import rng
-from fedsim.core.contracts import Member, Merging
+from fedsim.core.contracts import Member, Merging, require_members
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
@@ -52,11 +52,13 @@ def merge(sources: Sources, rule: str | Mapping[str, Any] | Merging, seed: int =
 
     rule: as in a config, a name, a file or {name: …, its options}; or an object. seed: of what a rule draws.
     The rule by which a run merged its tasks itself gives what the run deployed, bit for bit.
-    Raises ConfigError or PluginError for a rule or a head that cannot be had.
+    Raises ConfigError or PluginError for a rule or a head that cannot be had, and AggregationError for fewer models than the rule
+    needs.
     """
     require_choice("head", head, HEADS)
     told = _rule.described(rule)
     merging, run = _rule.built(told), sources.run
+    require_members(merging, [Member(source.who, {}) for source in sources.members])
     if head == "rule":
         _require_one_head(sources)
     if sources.of_tasks and _is_own(sources, merging):
