@@ -29,6 +29,8 @@ COMMANDS = {
     "list": "show plug-ins with their options",
     "partition": "show who holds which samples of the stream",
     "check": "hold a plug-in against the laws of its kind",
+    "new": "write the skeleton of a plug-in or a study, to start from",
+    "doctor": "show what is installed, what this machine can do, and what is missing",
 }
 
 
