@@ -74,6 +74,7 @@ MAX_NODES = 32
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 3.0
 POLL_S = 0.005
+BFLOAT16 = "bfloat16"  # the type that an array says it has
 CONTEXT = "context "  # before the name of who tells it: what clients are told beside the parameters
 LOSSES = ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError")
 
@@ -167,7 +168,7 @@ def job_to_record(job: ClientJob, arrays: Any = None) -> RecordDict:
     """Tensors as ArrayRecords in order and with their names, the plan and the numbers as ConfigRecords.
 
     `arrays`: tensors -> ArrayRecord (a cached one saves work: all clients of a round are sent the same parameters).
-    Tensors come back with their dtype and bits; TypeError for a dtype that numpy does not have (bfloat16).
+    Tensors come back with their dtype and bits.
     """
     arrays = arrays or tensors_to_arrays
     return RecordDict(
@@ -299,13 +300,25 @@ def failure_from_record(record: RecordDict) -> ClientFailed:
 
 
 def tensors_to_arrays(tensors: Tensors) -> ArrayRecord:
-    """Each tensor in numpy's own format, under its name, in order."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    """Each tensor in numpy's own format, under its name, in order; bfloat16, which numpy has not, as its 16 bits."""
+    return ArrayRecord({name: _array(tensor.detach().cpu()) for name, tensor in tensors.items()})
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    if tensor.dtype != torch.bfloat16:
+        return Array(tensor.numpy())
+    bits = Array(tensor.view(torch.int16).numpy())
+    return Array(dtype=BFLOAT16, shape=bits.shape, stype=bits.stype, data=bits.data)
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    tensor = torch.from_numpy(array.numpy())
+    return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
 
 
 def arrays_to_tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
     """The tensors that `tensors_to_arrays` was given, in memory of their own."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+    return {name: _tensor(array) for name, array in arrays.items()}
 
 
 def _tensors(record: RecordDict, key: str) -> dict[str, torch.Tensor]:

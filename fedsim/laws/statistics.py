@@ -28,6 +28,7 @@ from fedsim.laws.frame import Law, LawBroken
 from fedsim.laws.made_up import CLASSES, LAYERS, Client, make_client, make_params
 
 BATCH = 7
+TOLERANCES = {torch.float32: ROUNDED, torch.bfloat16: 2.0**-7}  # by the type in which a statistic travels, of its largest number
 
 
 class Echo(nn.Module):
@@ -152,7 +153,13 @@ def _synthetic(statistic: Statistic) -> None:
         if narrow:
             raise LawBroken(f"synthetic gives '{narrow[0]}' as {want[narrow[0]].dtype}: it is float64")
         got = scene.collected(scene.batches(scene.client))
-        expect_close(_relative(got, want), _relative(want, want), f"client {client_id}, collect against synthetic", ROUNDED)
+        _expect_alike(got, want, f"client {client_id}, collect against synthetic", got)
+
+
+def _expect_alike(got: Tensors, want: Tensors, when: str, sent: Tensors) -> None:
+    """The same up to the rounding of the types in which they are sent."""
+    coarse = max((TOLERANCES.get(t.dtype, ROUNDED) for t in sent.values()), default=ROUNDED)
+    expect_close(_relative(got, want), _relative(want, want), when, coarse)
 
 
 def _relative(tensors: Tensors, scale: Tensors) -> dict[str, Tensor]:
@@ -166,8 +173,8 @@ def _wire(statistic: Statistic) -> None:
         form, slash, subject = name.partition("/")
         if not (form and slash and subject in scene.params):
             raise LawBroken(f"'{name}' is not named '<form>/<subject>' with a subject that was asked for")
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise LawBroken(f"'{name}' is {tensor.dtype} on {tensor.device}: float32 on the CPU travels")
+        if tensor.dtype not in TOLERANCES or tensor.device.type != "cpu":
+            raise LawBroken(f"'{name}' is {tensor.dtype} on {tensor.device}: float32 or bfloat16 on the CPU travels")
     expect_finite(scene.collected(scene.batches(scene.client)), "a client's samples")
 
 
@@ -176,9 +183,9 @@ def _batches(statistic: Statistic) -> None:
     want = scene.collected(scene.batches(scene.client, len(scene.client)))
     for size in (1, 2, BATCH):
         got = scene.collected(scene.batches(scene.client, size))
-        expect_close(_relative(got, want), _relative(want, want), f"in batches of {size} against all at once", ROUNDED)
+        _expect_alike(got, want, f"in batches of {size} against all at once", want)
     backwards = scene.collected(scene.batches(scene.client)[::-1])
-    expect_close(_relative(backwards, want), _relative(want, want), "batches in another order", ROUNDED)
+    _expect_alike(backwards, want, "batches in another order", want)
 
 
 def _nobody(statistic: Statistic) -> None:
@@ -201,7 +208,7 @@ def _additive(statistic: Statistic) -> None:
     if layouts[0] != layouts[1]:
         raise LawBroken(f"it is said to be additive, but sends {layouts[0]} for some samples and {layouts[1]} for others")
     total = {n: t.double() + other[n].double() for n, t in one.items()}
-    expect_close(_relative(total, both), _relative(both, both), "two parts summed against the whole", ROUNDED)
+    _expect_alike(total, both, "two parts summed against the whole", both)
 
 
 def _deterministic(statistic: Statistic) -> None:
@@ -231,7 +238,7 @@ def _hooks(model: Echo) -> int:
 LAWS: tuple[Law[Statistic], ...] = (
     Law("subjects", "there are parameters that it describes, and `collect` and `synthetic` take the same ones", _subjects),
     Law("synthetic", "a pass over samples gives what its formula gives of all of them, up to float32", _synthetic),
-    Law("wire", "tensors are named '<form>/<subject>', finite, float32 and on the CPU", _wire),
+    Law("wire", "tensors are named '<form>/<subject>', finite, float32 (or bfloat16) and on the CPU", _wire),
     Law("batches", "how samples are cut into batches, and in what order they come, does not matter, rounding apart", _batches),
     Law("nobody", "without samples it sends tensors of the same names, and finite ones", _nobody),
     Law("additive", "an additive statistic of two parts of the samples adds up to that of the whole", _additive),

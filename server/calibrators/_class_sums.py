@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
+from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import upper_triangle
@@ -76,10 +78,40 @@ def _added(state: State, total: Tensors, classes: Sequence[int], sign: float) ->
     return of_classes | {name: state.get(name, 0.0) + sign * t for name, t in total.items() if name not in of_classes}
 
 
-def asking(form: str, classes: Sequence[int], blended: bool = False) -> RoundPlan:
+@dataclass(frozen=True, kw_only=True)
+class ScatterCalibrator(SumsCalibrator):
+    """One that takes Σ x xᵀ over all samples too, as the scatter within a client's classes and, in float64, that of their means:
+    no digits are lost where features are far from zero. State: beside the others' `gram` (T,), T = D(D+1)/2, float64.
+
+    precision: float32 | bfloat16, in which the scatter travels. It is the centred scatter that is rounded, not Σ x xᵀ, whose
+    rounding is of the size of the means: on 1 000 random ReLU features of Fashion-MNIST, 50 uploads, ridge with λ = 10 falls from
+    78.4 to 35.4 with Σ x xᵀ in bfloat16, to 77.0 with the scatter, and not at all where λ is as it should be (10⁴: 79.9 and 79.7,
+    ‖ΔW‖/‖W‖ 0.07; 10⁵: 78.6 and 78.6, 0.01).
+    rank: of the scatter as each client sends it (null: whole, T numbers): so many largest eigenpairs, D numbers each, and D for
+    the diagonal of the rest; they are multiplied out where clients are summed. No less than all of it arrives where a client has
+    no more samples than the rank and classes together, and never more rows than that travel. 0: means and variances alone.
+    """
+
+    precision: str = "float32"
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("precision", self.precision, ("float32", "bfloat16"))
+        if self.rank is not None and self.rank < 0:
+            raise ConfigError(f"rank must be at least 0 (null: the whole scatter), got {self.rank}")
+
+    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
+        told = {"precision": self.precision, "rank": self.rank}
+        return asking("within", classes[-1], **{n: v for n, v in told.items() if v not in ("float32", None)})
+
+    def lift(self, update: ClientUpdate) -> Tensors:
+        return lifted_within(update)
+
+
+def asking(form: str, classes: Sequence[int], blended: bool = False, **options: Any) -> RoundPlan:
     """For `class_moments` of a task's classes."""
-    request = StatisticRequest("class_moments", (HEAD_WEIGHT,), {"form": form, "classes": list(classes)}, blended)
-    return RoundPlan(train=(), statistics=(request,))
+    told = {"form": form, "classes": list(classes), **options}
+    return RoundPlan(train=(), statistics=(StatisticRequest("class_moments", (HEAD_WEIGHT,), told, blended),))
 
 
 def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]:
@@ -102,11 +134,17 @@ def lifted(update: ClientUpdate, second: str | None = None) -> dict[str, Tensor]
 
 
 def lifted_within(update: ClientUpdate) -> dict[str, Tensor]:
-    """`count` n (K,), `sum` Σ x (K, D) and `gram`, the upper triangle of Σ x xᵀ over all samples, from the form within: the
-    scatter within classes and, in float64, that of their means, so that features far from zero lose no digits on the wire."""
-    count_K, mean_HD, within_T = (_sent(update, form) for form in ("count", "mean", "within"))
+    """`count` n (K,), `sum` Σ x (K, D) and `gram`, the upper triangle of Σ x xᵀ over all samples, from the form within, whole or
+    of low rank."""
+    count_K, mean_HD = _sent(update, "count"), _sent(update, "mean")
     n_H1 = count_K[count_K > 0][:, None]
-    gram_T = within_T + upper_triangle((n_H1 * mean_HD).T @ mean_HD)
+    gram_DD = (n_H1 * mean_HD).T @ mean_HD
+    if _named("directions") in update.statistics:
+        directions_rD = _sent(update, "directions")
+        gram_DD.addmm_(directions_rD.T, directions_rD).diagonal().add_(_sent(update, "rest"))
+        gram_T = upper_triangle(gram_DD)
+    else:
+        gram_T = upper_triangle(gram_DD).add_(_sent(update, "within"))
     return {"count": count_K, "sum": _placed(n_H1 * mean_HD, count_K > 0), "gram": gram_T}
 
 
@@ -145,4 +183,8 @@ def _placed(values_H: Tensor, held_K: Tensor) -> Tensor:
 
 
 def _sent(update: ClientUpdate, form: str) -> Tensor:
-    return contracts.statistic(update, f"class_moments.{form}/{HEAD_WEIGHT}").double()
+    return contracts.statistic(update, _named(form)).double()
+
+
+def _named(form: str) -> str:
+    return f"class_moments.{form}/{HEAD_WEIGHT}"

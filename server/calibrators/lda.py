@@ -5,7 +5,7 @@ adaptation, FSA, Panos et al. 2023, "First session adaptation: a strong replay-f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError, require_choice
-from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
+from fedsim.core.messages import State
 from fedsim.core.tensors import from_upper_triangle
-from server.calibrators._class_sums import SumsCalibrator, asking, lifted_within
+from server.calibrators._class_sums import ScatterCalibrator
 from server.linalg import solve_gram
 
 
 @dataclass(frozen=True)
-class Calibrator(SumsCalibrator):
+class Calibrator(ScatterCalibrator):
     """At a task's end, over all samples x of all tasks under the model that is deployed:
 
         μ_c = Σ x / n_c,   Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / n,   Σ̃ = (1 − s) Σ + s · tr(Σ)/D · I
@@ -38,15 +38,20 @@ class Calibrator(SumsCalibrator):
     where scikit-learn weighs those of the classes by the priors).
 
     Asks for `class_moments` in the form within, in a pass at the task's end: count and mean of every class that a client has, and
-    the scatter within its classes (upper triangle, T numbers). The rest of Σ x xᵀ is that of the means, which the server makes
-    in float64: no digits are lost where features are far from zero. State: `count` (C,), `sum` (C, D), `gram` (T,), float64.
+    the scatter within its classes (upper triangle, T numbers; precision, rank: see `ScatterCalibrator`). State: `count` (C,),
+    `sum` (C, D), `gram` (T,), float64.
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"shrinkage": 0.5, "priors": "uniform"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"shrinkage": 0.5, "priors": "uniform"},
+        {"precision": "bfloat16", "rank": 2},
+    )
     shrinkage: float = 0.01
     priors: str = "data"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_choice("priors", self.priors, ("data", "uniform"))
         if not 0 <= self.shrinkage <= 1:
             raise ConfigError(f"shrinkage must be in [0, 1], got {self.shrinkage}")
@@ -55,12 +60,6 @@ class Calibrator(SumsCalibrator):
     def traits(self) -> Traits:
         why = "solves for the head's linear map, which {head} has not: use head: linear"
         return Traits(super().traits.gives, needs={"an affine head": why})
-
-    def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
-        return asking("within", classes[-1])
-
-    def lift(self, update: ClientUpdate) -> Tensors:
-        return lifted_within(update)
 
     def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
         count_R = state["count"][rows_R]

@@ -35,7 +35,7 @@ from tests.test_simulation import METHODS, ON_FLOWERS_ENGINE
 from tests.tiny import final_state, kept, plain_vit, same_bits, tiny
 from tests.tiny import learned as learned_by_run
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 SHAPES = ((), (1,), (3,), (2, 3), (0,), (0, 4), (2, 0, 3))
 CHANNELS = "server.channel=[{name: topk, share: 0.2}, quantise]"
 RANK_TOO_LARGE, BUG, DEATH, FAILURE, SLOW = range(90, 95)  # rounds in which `Scripted` misbehaves
