@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "groups": {
         "server": {
             "aggregator": [{"match": "head.*", "name": "variance_weighted"}, {"match": "*", "name": "fedavg"}],
-            "consolidator": "mean",
+            "consolidator": {"name": "merged", "rule": {"name": "dare", "then": "fisher"}},  # draws, and statistics of products
             "calibrator": "ccvr",  # a pass over all clients through the merged model, summed where they run
             "participation": 0.67,
         },

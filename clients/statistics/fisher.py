@@ -1,10 +1,11 @@
 """The diagonal of the Fisher information of a client's samples: how much each number matters to what the model says of them.
 
-Shapes: N samples, b of a chunk, C classes.
+Shapes: N samples, b of a chunk, C classes; O outputs, I inputs of a layer, R rank (A_RI, B_OR).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from fedsim.core.contracts import ClientWork
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
+from fedsim.core.tensors import LORA_A, LORA_B, lora_layers
 
 FORMS = ("likelihood", "empirical", "expected")
 CLASSES = ("seen", "task")
@@ -36,6 +38,8 @@ class Statistic(contracts.WorkStatistic):
     no dropout, through the tensors of the pass.
 
     classes: of the softmax, those of all tasks so far ("seen") or of the current one ("task").
+    products: a subject `<layer>.lora_A` means the product B A of the pair, W + s B A being the layer's weight: sent is the
+    information of the product's numbers, (m, d), Σ_n (s Σ_tokens δ xᵀ)² from inputs x and slopes δ of the layer's outputs.
     Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks".
     """
 
@@ -43,6 +47,7 @@ class Statistic(contracts.WorkStatistic):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"form": form} for form in FORMS)
     form: str = "likelihood"
     classes: str = "seen"
+    products: bool = False
 
     def __post_init__(self) -> None:
         require_choice("form", self.form, FORMS)
@@ -50,12 +55,21 @@ class Statistic(contracts.WorkStatistic):
 
     def measured(self, work: ClientWork, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
         rows = list(work.seen if self.classes == "seen" else work.classes)
-        sums = {s: torch.zeros(params[s].shape, dtype=torch.float64) for s in subjects}
+        places, through = self._places(params, subjects), dict(params)
+        for s in subjects:
+            if places[s] != s:
+                through |= _as_product(params, s)
+        sums = {s: torch.zeros(through[place].shape, dtype=torch.float64) for s, place in places.items()}
         for loss in self._losses(rows) if subjects else ():
-            for _, gradients in work.gradients(work.shard, params, list(subjects), loss):
-                for s in subjects:
-                    sums[s] += gradients[s].cpu().double().square().sum(0)
+            for _, gradients in work.gradients(work.shard, through, list(places.values()), loss):
+                for s, place in places.items():
+                    sums[s] += gradients[place].cpu().double().square().sum(0)
         return {f"{self.form}/{s}": total.float() for s, total in sums.items()}
+
+    def _places(self, params: Tensors, subjects: Sequence[str]) -> dict[str, str]:
+        """Subject -> the tensor whose gradient it is of: of a product, the factor that holds it (`_as_product`)."""
+        pairs = {p + LORA_A: p + LORA_B for p in lora_layers(params)} if self.products else {}
+        return {s: pairs.get(s, s) for s in subjects}
 
     def _losses(self, rows: Sequence[int]) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """Losses whose squared gradients add up to the form: the weight goes in as its root, which no gradient goes through."""
@@ -77,7 +91,9 @@ class Statistic(contracts.WorkStatistic):
     def _made_up(self, seen: contracts.Seen, params: Tensors, subject: str) -> Tensor:
         if subject not in (HEAD_WEIGHT, HEAD_BIAS) or HEAD_WEIGHT not in params:
             energy_N = seen.features.double().square().mean(1)
-            spread = torch.linspace(0.5, 1.5, params[subject].numel(), dtype=torch.float64).view(params[subject].shape)
+            place = self._places(params, [subject])[subject]
+            shape = params[subject].shape if place == subject else (len(params[place]), params[subject].shape[1])
+            spread = torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).view(shape)
             return energy_N.sum() * spread
         x_ND, labels_N = seen.features.double(), seen.labels
         bias = params[HEAD_BIAS].double() if HEAD_BIAS in params else 0.0
@@ -93,6 +109,13 @@ class Statistic(contracts.WorkStatistic):
             squares_NC = weight_N[:, None] * slope_NC.square()
             total += squares_NC.T @ x_ND.square() if subject == HEAD_WEIGHT else squares_NC.sum(0)
         return total
+
+
+def _as_product(params: Tensors, lora_a: str) -> dict[str, Tensor]:
+    """The same module with a layer's product as `lora_B` and the identity as `lora_A`: what the model makes is the same."""
+    lora_b = lora_a.removesuffix(LORA_A) + LORA_B
+    a_RI, b_OR = params[lora_a], params[lora_b]
+    return {lora_a: torch.eye(a_RI.shape[1], dtype=a_RI.dtype, device=a_RI.device), lora_b: b_OR @ a_RI}
 
 
 def _of_class(rows: Sequence[int], place: int, logits_bC: Tensor, labels_b: Tensor) -> Tensor:

@@ -51,8 +51,21 @@ def _basis(rows_QI: Tensor) -> Tensor:
     """Orthonormal rows that span these, by their singular values; one at least. The largest entry of each is positive, so that
     they are the same on every machine."""
     _, sizes, directions = torch.linalg.svd(rows_QI, full_matrices=False)
-    noise = max(rows_QI.shape) * torch.finfo(torch.float64).eps
-    kept = directions[: max(1, int((sizes > noise * sizes[:1]).sum()))]
+    kept = directions[: max(1, int((sizes > noise(rows_QI, float(sizes[0]))).sum()))]
     largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))
     turned: Tensor = kept * torch.where(largest < 0, -1.0, 1.0)
     return turned
+
+
+def leading(matrix: Tensor, most: int, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of the largest singular triplets, at most so many, that are more than rounding. size: of the numbers that the
+    matrix was computed from, where they are larger than its own."""
+    u, sizes, vt = torch.linalg.svd(matrix, full_matrices=False)
+    largest = max(size, float(sizes[0])) if len(sizes) else size
+    kept = min(most, int((sizes > noise(matrix, largest)).sum()))
+    return u[:, :kept], sizes[:kept], vt[:kept]
+
+
+def noise(matrix: Tensor, size: float) -> float:
+    """What a singular value may be by rounding alone, in numbers of this size."""
+    return max(matrix.shape) * torch.finfo(torch.float64).eps * size

@@ -5,8 +5,9 @@ Shapes: O outputs, I inputs, R rank (A_RI, B_OR).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fedsim.core.contracts import Member, Merging
 from fedsim.core.messages import StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, matching
-from server.merging._core import Space
+from server.merging._core import Space, leading
 
 WEIGHT = ".weight"
 
@@ -54,14 +55,14 @@ def merged(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.
     if rule.pairs:
         return dict(rule.merge(members, base, draw))
     seen = [replace(m, statistics=received(m.statistics, m.params)) for m in members]
-    return in_core(rule, seen, base, draw) if rule.linear else _whole(rule, seen, base, draw)
+    return in_core(partial(rule.merge, draw=draw), seen, base) if rule.linear else _whole(rule, seen, base, draw)
 
 
-def in_core(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
-    """What a rule makes of the cores of pairs, which it sees as `<layer>.weight` (p, q), as pairs of rank min(p, q)."""
+def in_core(merge: Callable[[Sequence[Member], Tensors], Tensors], members: Sequence[Member], base: Tensors) -> dict[str, Tensor]:
+    """What `merge` makes of the cores of pairs, which it sees as `<layer>.weight` (p, q), as pairs of rank min(p, q)."""
     spaces = {p: Space.of([base, *(m.params for m in members)], p) for p in lora_layers(base)}
     cores = [replace(m, params=_cores(spaces, m.params)) for m in members]
-    found = rule.merge(cores, _cores(spaces, base), draw)
+    found = merge(cores, _cores(spaces, base))
     out = {name: found[name] for name, layer in names(base).items() if layer is None}
     for p, space in spaces.items():
         out[p + LORA_A], out[p + LORA_B] = space.pair(found[p + WEIGHT])
@@ -97,10 +98,9 @@ def truncated(module: Tensors, like: Tensors) -> tuple[dict[str, Tensor], float]
     for p in lora_layers(like):
         left_OK, square_b = torch.linalg.qr(module[p + LORA_B].double())
         right_IK, square_a = torch.linalg.qr(module[p + LORA_A].double().T)
-        u, sizes, vt = torch.linalg.svd(square_b @ square_a.T)
+        u, sizes, vt = leading(square_b @ square_a.T, min(square_b.shape[0], square_a.shape[0]))
         a_RI, b_OR = like[p + LORA_A].clone(), torch.zeros_like(like[p + LORA_B])
-        noise = max(b_OR.shape[0], a_RI.shape[1]) * torch.finfo(torch.float64).eps
-        kept = min(len(a_RI), int((sizes > noise * sizes[:1]).sum()))
+        kept = min(len(a_RI), len(sizes))
         roots = sizes[:kept].sqrt()
         a_RI[:kept] = (roots[:, None] * (vt[:kept] @ right_IK.T)).to(a_RI.dtype)
         b_OR[:, :kept] = ((left_OK @ u[:, :kept]) * roots).to(b_OR.dtype)

@@ -13,6 +13,7 @@ from clients import local
 from clients.statistics.fisher import FORMS, Statistic
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, StatisticRequest
+from fedsim.models.adapters.lora import Adapter as Lora
 from tests.clients.test_fused import CLASSES, doubled, work
 
 REQUEST = StatisticRequest("fisher", ("head.*", "*lora_B"), {"classes": "task"})
@@ -68,3 +69,29 @@ def test_wrong_options_are_one_line() -> None:
     for wrong in ({"form": "diagonal"}, {"classes": "old"}):
         with pytest.raises(ConfigError, match="is unknown"):
             Statistic(**wrong)
+
+
+@pytest.mark.parametrize("form", ["likelihood", "empirical"])
+def test_the_products_is_that_of_the_layers_weight(form: str) -> None:
+    """Against autograd through a weight of the layer's own, sample by sample, with a rank that is less than the layer's."""
+    one = doubled(work()).works()[1]
+    one = replace(one, shard=one.shard[:5])
+    name = next(n for n in one.params if n.endswith("fc1.lora_A"))
+    params = {n: t + 0.1 * torch.arange(t.numel()).view(t.shape).sin() for n, t in one.params.items()}
+    got = Statistic(form, "task", products=True).measured(one, params, [name, "head.bias"])
+    assert isinstance(one.model.adapter, Lora) and one.model.adapter.scale != 1
+    linear = one.model.layer(name)
+    assert isinstance(linear, torch.nn.Linear)
+    want, seen = torch.zeros(linear.weight.shape, dtype=torch.float64), {}
+    linear.register_forward_hook(lambda _, args, output: seen.update(x=args[0], y=output))
+    for position in one.shard:
+        inputs, labels = one.samples.batch(np.array([position]))
+        with torch.enable_grad(), one.model.applied({n: t.detach().requires_grad_() for n, t in params.items()}):
+            logits = one.model.logits(one.model.features(inputs), params)
+            log_q = logits[:, list(CLASSES)].log_softmax(1)[0, list(CLASSES).index(int(labels))]
+            (slope,) = torch.autograd.grad(log_q, [seen["y"]])
+        gradient = one.model.adapter.scale * slope.flatten(0, -2).double().T @ seen["x"].flatten(0, -2).detach().double()
+        want += gradient.square() * (float(log_q.detach().double().exp()) if form == "likelihood" else 1.0)
+    torch.testing.assert_close(got[f"{form}/{name}"].double(), want, rtol=1e-4, atol=1e-9)
+    alone = Statistic(form, "task").measured(one, params, ["head.bias"])
+    torch.testing.assert_close(got[f"{form}/head.bias"], alone[f"{form}/head.bias"])

@@ -165,7 +165,7 @@ def test_the_scale_is_linear_and_the_start_moves_along() -> None:
     [
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0\.0"),
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1\.5"),
-        ({"scale": 0.0}, "scale must be above 0"),
+        ({"scale": 0.0}, "scale must not be 0"),
         ({"trim": "layer"}, "trim 'layer' is unknown"),
     ],
 )

@@ -338,7 +338,11 @@ def plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
         value = getattr(config.server, key)
         many = value if isinstance(value, list) else [] if value is None else [value]
         found += [(kind, f"server.{key}", v) for v in many]
-    found += [("merging", f"{where}.rule", s["rule"]) for _, where, s in found if s.get("name") == "merged"]
+    rules = [(f"{where}.rule", s["rule"]) for _, where, s in found if s.get("name") == "merged"]
+    for where, rule in rules:  # which may hold a rule itself
+        found.append(("merging", where, rule))
+        if isinstance(rule.get("then"), dict):
+            rules.append((f"{where}.then", rule["then"]))
     found += [("learners", "client.learners", o) for o in config.client.learners]
     return found + [("trackers", "trackers", t) for t in config.trackers]
 
