@@ -98,10 +98,15 @@ class Work:
     def plan(self) -> RoundPlan:
         return self.job.plan
 
-    @property
+    @cached_property
     def params(self) -> Tensors:
-        """All tensors, as received, on the device."""
-        return self.received.params
+        """All tensors, on the device: as received, and in a further look as this client has trained them, but for what is
+        merged."""
+        received, merged = self.received.params, self.plan.merged
+        if merged is None:
+            return received
+        own = {n: t for n, t in self.job.memory.items() if n not in merged}
+        return {**received, **moved(own, self.model.device)}
 
     @cached_property
     def trained(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 from fedsim.core.contracts import STATISTICS, lifts_of
@@ -38,17 +38,19 @@ def run_clients(
     params: Tensors,
     reply: Reply,
     parts: Sequence[str] = (),
+    own: Mapping[int, Tensors] | None = None,
 ) -> Generator[Event, None, tuple[Round, ServerState]]:
     """Run a plan on clients, from these parameters; what came back, and the state with its traffic.
 
-    parts: whose sums are made of updates that come back whole, where the reply names none."""
+    parts: whose sums are made of updates that come back whole, where the reply names none. own: in a further look, what each
+    client has trained in the round, in the place of its memory."""
     clock = time.perf_counter()
     server = sim.config.server
     if server.drift:
         reply = replace(reply, observed=gather.observed(clients, params, plan))
     sizes = sim.shard_sizes[state.task]
     order = sampling.longest_first(clients, sizes)
-    memories = [sim.store.memory(c) if plan.review or (plan.train and sizes[c]) else {} for c in order]
+    memories = [own[c] if own else sim.store.memory(c) if plan.review or (plan.train and sizes[c]) else {} for c in order]
     jobs = [ClientJob(c, state.task, state.round, params, plan, m, reply) for c, m in zip(order, memories, strict=True)]
     lifts = lifts_of(reply.sums or parts, sim.aggregator, sim.calibrator, sim.learners)
     assert lifts is not None, "the server has all parts at hand"

@@ -5,7 +5,8 @@
         for every round:
             draw clients; the aggregator's plan says what they train and which statistics they send; learners, what they are told
             the pool runs them; failures are raised or skipped; what an additive rule sums is summed where the clients run
-            the aggregator merges; learners hear what their clients sent; the calibrator (if any) repairs the head
+            the aggregator may look at their data further, and merges; learners hear what their clients sent
+            the calibrator (if any) repairs the head
             the deployed model is evaluated on every task seen
         end it: the consolidator asks for statistics (if it needs any) and merges tasks; the calibrator may look through the
             merged model and repair the head that is deployed, and so may learners; the model is evaluated again
@@ -33,6 +34,7 @@ from server.evaluation import accuracies, evaluate
 from server.gather import merge
 from server.isolation import isolated_clients
 from server.ledger import mean_loss
+from server.looks import looked_further
 from server.state import ServerState, Simulation
 
 
@@ -72,6 +74,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     plan = planning.round_plan(sim, state, repair)
     reply, parts = planning.reply(sim, state, repair, plan), planning.summing(sim, repair, plan)
     round, state = yield from run_clients(sim, state, clients, plan, state.params, reply, parts)
+    state = yield from looked_further(sim, state, round)
 
     clock = time.perf_counter()
     drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, Learner, TaskStart
-from fedsim.core.messages import BACKGROUND, BENEATH, Reply, RoundPlan, Tensors
+from fedsim.core.contracts import CALIBRATOR, LEARNER, RULE, Aggregator, Calibrator, Consolidator, Further, Learner, TaskStart
+from fedsim.core.messages import BACKGROUND, BENEATH, ClientUpdate, Reply, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from server import learners
 from server.state import ServerState, Simulation
@@ -75,6 +75,13 @@ def closing(sim: Simulation, state: ServerState) -> RoundPlan | None:
     return None if plan is None else _on_past_modules(state, plan)
 
 
+def further(state: ServerState, look: Further) -> RoundPlan:
+    """The aggregator's further look at a round's clients before they are merged."""
+    start = state.start
+    plan = RoundPlan(train=(), statistics=look.statistics, beside=start.trains_beside, merged=tuple(look.merged))
+    return _on_past_modules(state, plan)
+
+
 def trained(frozen: Sequence[str], params: Tensors, plan: RoundPlan) -> list[str]:
     """Names of the tensors that a plan trains. frozen: globs of those that stay as they are."""
     fixed = set(matching(params, frozen))
@@ -90,11 +97,14 @@ def asked(
     rounds: int,
     classes: Sequence[Sequence[int]],
 ) -> list[str]:
-    """Names of all statistics that clients are asked for in the first task: at its start, in its rounds, and at its end."""
+    """Names of all statistics that clients are asked for in the first task: at its start, in its rounds, and at its end; of a
+    rule's further looks those of the first."""
     kept = consolidator.init()
     begun = consolidator.start_task(kept, params, {}, {}).params
     state, opening = rule.init(begun), consolidator.opening(kept, begun)
     plans = [rule.plan(state, r) for r in range(rounds)] + [opening and opening.plan, consolidator.plan(kept, begun)]
+    looked = rule.further(state, begun, [ClientUpdate(0, 1, begun)], True)[1]
+    plans.append(looked and RoundPlan(train=(), statistics=looked.statistics))
     if calibrator is not None:
         plans += [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
         plans.append(calibrator.closing(calibrator.init(), classes))

@@ -52,6 +52,8 @@ class RoundPlan:
     beside: the module is trained on top of the background, which stays as it is.
     repeat: times `client.epochs` that is trained.
     review: the learner that looks through the parameters in a pass at a task's end; the loop says so, no rule.
+    merged: in a further look at a round's clients, before they are merged: names of the tensors that stand as they are sent; of
+    all others that it has trained in the round a client takes its own. None: no such look. The loop says so, no rule.
     """
 
     train: tuple[str, ...] = ("*",)
@@ -61,6 +63,7 @@ class RoundPlan:
     beside: bool = False
     repeat: int = 1
     review: str = ""
+    merged: tuple[str, ...] | None = None
 
     @property
     def background(self) -> Tensors:
@@ -83,7 +86,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class ClientJob:
-    """One client's work as a value. `params`, `plan` and `reply` are the same objects for all clients of a round."""
+    """One client's work as a value. `params`, `plan` and `reply` are the same objects for all clients of a round.
+
+    memory: what only the client has: what it remembers from rounds before or, in a further look (`RoundPlan.merged`), what it has
+    trained in this round."""
 
     client_id: int
     task: int

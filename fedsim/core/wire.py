@@ -123,7 +123,8 @@ class Chain:
 
 def _passing(job: ClientJob) -> tuple[str, ...]:
     """What tells the passes for statistics of one round from its training, and from each other."""
-    return () if job.plan.train else ("pass", *job.reply.sums)
+    looked = () if job.plan.merged is None else (f"{len(job.plan.merged)} merged",)
+    return () if job.plan.train else ("pass", *job.reply.sums, *looked)
 
 
 def _moved(start: Tensor, delta: Tensor) -> Tensor:

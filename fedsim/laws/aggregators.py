@@ -17,7 +17,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import BENEATH, AdditiveAggregator, Aggregator
+from fedsim.core.contracts import BENEATH, AdditiveAggregator, Aggregator, Further
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
@@ -41,6 +41,7 @@ from server.merging._products import Products
 
 ROUNDS = 3
 CLIENTS = 11  # one more than a block of sums
+MOST_LOOKS = 100
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,33 @@ class Scene:
     def merge(self, updates: Sequence[ClientUpdate], state: State = None) -> tuple[State, Tensors]:
         """`combine` on copies, so that a rule that changes its inputs breaks the law on that and no other; from this state, or
         else from the scene's."""
-        state = self.state if state is None else state
+        state = self.looked(updates, self.state if state is None else state)
         return self.rule.combine(copied(state), copied(self.params), copied(updates), self.draw())
+
+    def looked(self, updates: Sequence[ClientUpdate], state: State = None) -> State:
+        """The rule's state, from this one or else the scene's, after the further looks that it asks for."""
+        *_, (after, _) = self.looks(updates, self.state if state is None else state)
+        return after
+
+    def looks(self, updates: Sequence[ClientUpdate], state: State) -> Iterator[tuple[State, Further | None]]:
+        """What the rule says every time that it is asked for a further look."""
+        sent = updates
+        for _ in range(MOST_LOOKS):
+            state, look = self.rule.further(state, self.params, sent, True)
+            yield state, look
+            if look is None:
+                return
+            sent = [replace(u, statistics={**u.statistics, **self._seen(u, look)}) for u in updates]
+        raise LawBroken(f"round {self.round}: after {MOST_LOOKS} further looks it asks for one more")
+
+    def _seen(self, update: ClientUpdate, look: Further) -> Tensors:
+        """What a client sends of a further look; nothing without samples."""
+        if not update.num_samples:
+            return {}
+        client = next(c for c in self.clients if c.client_id == update.client_id)
+        own = {**self.params, **update.params, **look.merged}
+        found = [synthesise(r, client.repeated(update.num_samples // len(client)), own) for r in look.statistics]
+        return {n: t.to(self.dtype) for sent in found for n, t in sent.items()}
 
     @cached_property
     def merged(self) -> tuple[State, Tensors]:
@@ -157,6 +183,21 @@ def _plan(rule: Aggregator) -> None:
             synthesise(request, scene.clients[0], scene.params)
 
 
+def _further(rule: Aggregator) -> None:
+    for scene in scenes(rule):
+        merged, said = dict[str, Tensor](), list(scene.looks(scene.updates, scene.state))
+        for _, look in said:
+            if look is None:
+                break
+            if lost := [n for n in merged if n not in look.merged]:
+                raise LawBroken(f"round {scene.round}: what was merged in one further look, '{lost[0]}', is not in the next")
+            merged, there = dict(look.merged), {n: t for n, t in scene.params.items() if n in look.merged}
+            if not same_layout(merged, there):
+                raise LawBroken(f"round {scene.round}, a further look: {layout_difference(merged, there)}")
+        if rule.further(copied(said[-1][0]), copied(scene.params), copied(scene.updates), True)[1] is not None:
+            raise LawBroken(f"round {scene.round}: further said that it has come to its end, and asks for one more look")
+
+
 def _layout(rule: Aggregator) -> None:
     for dtype in (torch.float32, torch.float64):
         for scene in scenes(rule, dtype):
@@ -216,7 +257,9 @@ def _no_mutation(rule: Aggregator) -> None:
         given = copied(before)
         rule.init(given["params"])
         rule.plan(given["state"], scene.round)
-        rule.combine(given["state"], given["params"], given["updates"], scene.draw())
+        rule.further(given["state"], given["params"], given["updates"], True)
+        looked = scene.looked(given["updates"], given["state"])  # the state as it was given, of a rule that does not look
+        rule.combine(looked, given["params"], given["updates"], scene.draw())
         expect_unchanged(given, before, f"round {scene.round}")
 
 
@@ -262,7 +305,7 @@ def _any_sequence(rule: Aggregator) -> None:
                 for u in scene.updates
             ]
         )
-        _, out = rule.combine(copied(scene.state), params, frozen, scene.draw())
+        _, out = rule.combine(copied(scene.looked(frozen)), params, frozen, scene.draw())
         expect_bits(out, scene.out, f"round {scene.round}, a read-only sequence in place of a list")
 
 
@@ -343,6 +386,7 @@ def _beneath(rule: Aggregator) -> None:
 
 LAWS: tuple[Law[Aggregator], ...] = (
     Law("plan", "every plan names tensors and statistics that there are, and the same ones when asked again", _plan),
+    Law("further", "further looks come to an end; what is merged in one stays merged, with names, shapes and types", _further),
     Law("layout", "the parameters that come out have the names, shapes and types of those that went in", _layout),
     Law("finite", "from finite updates come finite parameters, whatever the number of clients", _finite),
     Law(

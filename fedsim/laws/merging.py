@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import Member, Merging
+from fedsim.core.contracts import ChainedMerging, Member, Merging
 from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import LORA_A
@@ -40,6 +40,8 @@ def _over_clients(law: str) -> Callable[[Merging], None]:
 
 
 def _products_of_pairs(rule: Merging) -> None:
+    if isinstance(rule, ChainedMerging):
+        return  # it merges no tasks
     start, tasks = {n: t for n, t in make_params().items() if n.startswith("adapter.")}, max(TASKS, rule.least)
     members = [_member(rule, _with_rank(start, RANK + k), k) for k in range(tasks)]
     base = _products.origin(start)
@@ -90,6 +92,11 @@ def _linear(rule: Merging) -> None:
 
 
 LAWS: tuple[Law[Merging], ...] = (
+    Law(
+        "further",
+        "looks come to an end; what is merged in one stays merged, with names, shapes and types",
+        _over_clients("further"),
+    ),
     Law("layout", "the model that comes out has the names, shapes and types of those that went in", _over_clients("layout")),
     Law("finite", "from finite models comes a finite one, whatever their number", _over_clients("finite")),
     Law("fixed_point", "where all members are the same, they are the result", _over_clients("fixed_point")),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts, rng
-from fedsim.core.contracts import AdditiveAggregator
+from fedsim.core.contracts import AdditiveAggregator, Further
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, without_prefix
@@ -97,15 +97,22 @@ class Aggregator(contracts.AdditiveAggregator):
             outcomes.append(rule.finish(inner, {n: params[n] for n in own}, share, its_draw))
         return _side_by_side(state, params, outcomes)
 
+    def further(self, state: State, params: Tensors, updates: Sequence[ClientUpdate], last: bool) -> tuple[State, Further | None]:
+        """The rules look one after the other; what other rules merge, clients have as they trained it."""
+        states = list(state["states"])
+        for k, ((_, rule), own) in enumerate(zip(self.groups, state["names"], strict=True)):
+            states[k], look = rule.further(states[k], {n: params[n] for n in own}, _of(updates, own), last)
+            if look is not None:
+                return {**state, "states": states}, look
+        return {**state, "states": states}, None
+
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
         outcomes, draws = [], rng.split(draw, len(self.groups))
         for (_, rule), own, inner, its_draw in zip(self.groups, state["names"], state["states"], draws, strict=True):
-            mine = set(own)
-            sent = [replace(u, params={n: t for n, t in u.params.items() if n in mine}) for u in updates]
-            outcomes.append(rule.combine(inner, {n: params[n] for n in own}, sent, its_draw))
+            outcomes.append(rule.combine(inner, {n: params[n] for n in own}, _of(updates, own), its_draw))
         return _side_by_side(state, params, outcomes)
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
@@ -132,6 +139,12 @@ class Aggregator(contracts.AdditiveAggregator):
         additive = [rule for rule in rules if isinstance(rule, AdditiveAggregator)]
         assert len(additive) == len(rules), "lift and finish are for additive rules"
         return additive
+
+
+def _of(updates: Sequence[ClientUpdate], names: Sequence[str]) -> list[ClientUpdate]:
+    """The updates with these tensors alone."""
+    mine = set(names)
+    return [replace(u, params={n: t for n, t in u.params.items() if n in mine}) for u in updates]
 
 
 def _side_by_side(state: State, params: Tensors, outcomes: Sequence[tuple[State, Tensors]]) -> tuple[State, Tensors]:

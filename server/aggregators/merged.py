@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import AdditiveMerging, Member
+from fedsim.core.contracts import AdditiveMerging, ChainedMerging, Further, Member
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging import _products, _rule
@@ -27,7 +27,8 @@ class Aggregator(contracts.AdditiveAggregator):
     FlexLoRA's server step (Bai et al. 2024, "Federated fine-tuning of large language models under heterogeneous tasks and client
     resources"), with the root of S on both sides. Clients' pairs may have ranks of their own, and for linear rules no m × d
     matrix is made. A pair of which clients train one factor only is no pair: that factor is merged as it is.
-    Asks for what the rule asks for. A rule that is a sum over its members is summed where the clients run, but for products.
+    Asks for what the rule asks for. A rule that is a sum over its members is summed where the clients run, but for products;
+    one that merges part after part looks at their data for each, and brings products to their rank itself.
     Clients without samples are left out; tensors that nobody trained stay as they are.
 
     rule: the name of one of `fedsim list merging` or the path of a file that defines a `Merging`, or {name: …, its options}.
@@ -79,6 +80,13 @@ class Aggregator(contracts.AdditiveAggregator):
         asked = _products.asked(self.merging, state["names"]) if self.products else self.merging.asks()
         return RoundPlan(statistics=asked)
 
+    def further(self, state: State, params: Tensors, updates: Sequence[ClientUpdate], last: bool) -> tuple[State, Further | None]:
+        members = _members(updates)
+        if not isinstance(self.merging, ChainedMerging) or not members:
+            return state, None
+        look = self.merging.further(members, _started(params, members), state.get("merged"), last)
+        return {**state, "merged": dict(look.merged)}, look if look.statistics else None
+
     def lift(self, update: ClientUpdate) -> Tensors:
         assert isinstance(self.merging, AdditiveMerging)
         return self.merging.lift(Member.client(update))
@@ -93,14 +101,25 @@ class Aggregator(contracts.AdditiveAggregator):
         if self.additive:
             return super().combine(state, params, updates, draw)
         contracts.require_updates(updates)
-        members = [Member.client(u) for u in updates if u.num_samples > 0]
-        base = {n: t for n, t in params.items() if n in members[0].params}
+        if "merged" in state:
+            return {n: t for n, t in state.items() if n != "merged"}, like(params, state["merged"])
+        members = _members(updates)
+        base = _started(params, members)
         if not base:
             return state, params
         if not self.products:
             return state, like(params, self.merging.merge(members, base, draw))
         module, cut = _products.truncated(_products.merged(self.merging, members, base, draw), base)
         return {**state, "cut": cut}, like(params, module)
+
+
+def _members(updates: Sequence[ClientUpdate]) -> list[Member]:
+    return [Member.client(u) for u in updates if u.num_samples > 0]
+
+
+def _started(params: Tensors, members: Sequence[Member]) -> Tensors:
+    """What the members' tensors started from."""
+    return {n: t for n, t in params.items() if n in members[0].params}
 
 
 def like(params: Tensors, merged: Tensors) -> dict[str, torch.Tensor]:

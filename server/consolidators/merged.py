@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Member, Past, TaskStart
+from fedsim.core.contracts import TOLD, ChainedMerging, Member, Past, TaskStart
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import RoundPlan, State, Tensors
 from fedsim.core.tensors import with_prefix
@@ -44,6 +44,9 @@ class Consolidator(contracts.Consolidator):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", _rule.described(self.rule))
+        if isinstance(self.merging, ChainedMerging):
+            name = self.rule["name"] if isinstance(self.rule, dict) else type(self.merging).__module__
+            raise ConfigError(f"{name} looks at the data of all that it merges, and those of past tasks are gone: {TOLD}")
 
     @cached_property
     def merging(self) -> contracts.Merging:

@@ -27,7 +27,7 @@ from fedsim.core.contracts.clients import (
     WorkStatistic,
 )
 from fedsim.core.contracts.data import Dataset, Partition, Source
-from fedsim.core.contracts.merging import AdditiveMerging, Member, Merging, require_members
+from fedsim.core.contracts.merging import TOLD, AdditiveMerging, ChainedMerging, Further, Member, Merging, require_members
 from fedsim.core.contracts.models import CENTRES, Adapter, BackboneLike, Head, ModelLike, Slots
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.contracts.pools import Pool
@@ -74,6 +74,7 @@ __all__ = [
     "RULE",
     "STATISTICS",
     "TEACHER",
+    "TOLD",
     "WORDS",
     "Accumulator",
     "Adapter",
@@ -83,6 +84,7 @@ __all__ = [
     "ArraySplit",
     "BackboneLike",
     "Calibrator",
+    "ChainedMerging",
     "Channel",
     "ClientWork",
     "Code",
@@ -90,6 +92,7 @@ __all__ = [
     "Context",
     "Dataset",
     "Ending",
+    "Further",
     "Head",
     "IntArray",
     "Learner",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -13,6 +13,8 @@ from fedsim.core.contracts.traits import Part
 from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.sums import summed
+
+TOLD = "use it as a rule of server.aggregator merged"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class Member:
     def client(cls, update: ClientUpdate) -> Member:
         """What a client sent."""
         return cls(f"client {update.client_id}", update.params, float(update.num_samples), update.statistics)
+
+
+class Further(NamedTuple):
+    """A further look at the data of those who are merged, before they are.
+
+    merged: tensors that are merged by now: every member looks through them and, for all else, through its own. statistics: what
+    each sends of it; none: all is merged.
+    """
+
+    merged: Tensors
+    statistics: tuple[StatisticRequest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,24 @@ class AdditiveMerging(Merging):
 
     def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
         return self.finish(base, summed(map(self.lift, members)), draw)
+
+
+@dataclass(frozen=True)
+class ChainedMerging(Merging):
+    """A rule that merges part after part, each from statistics that look through the parts before it as they were merged. It
+    needs the members' data several times, so that it merges the clients of a round."""
+
+    @abstractmethod
+    def further(self, members: Sequence[Member], base: Tensors, merged: Tensors | None, last: bool) -> Further:
+        """All that is merged by now, in the types of `base`, and what is asked for next. merged: None at first, then what this
+        gave before; the members then come with the statistics that were asked for, but for those who failed in that look: one
+        has them at least. last: the round is a task's last."""
+
+    def merge(self, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> Tensors:
+        """One member is itself. Raises AggregationError for several: they are merged by `further`."""
+        if len(members) == 1:
+            return members[0].params
+        raise AggregationError(f"{type(self).__module__} merges part after part, and looks at the members' data for each: {TOLD}")
 
 
 def require_members(rule: Merging, members: Sequence[Member]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core.contracts.clients import Learner
+from fedsim.core.contracts.merging import Further
 from fedsim.core.contracts.traits import Part, Traits
 from fedsim.core.errors import AggregationError, PluginError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
@@ -61,6 +62,13 @@ class Aggregator(Part, ABC):
     def plan(self, state: State, round: int) -> RoundPlan:
         """What the clients are asked to do in this round of the task (0-based). Default: train and send everything."""
         return RoundPlan()
+
+    def further(self, state: State, params: Tensors, updates: Sequence[ClientUpdate], last: bool) -> tuple[State, Further | None]:
+        """A further look at the data of a round's clients before `combine`, and the state that says how far this rule has come.
+        It is asked again with what they sent until it gives None, which it gives from then on; by default, at once. Clients
+        without samples are not asked; one that failed in the look comes without its statistics. last: the round is the task's
+        last. A rule that looks takes updates whole: it is not additive."""
+        return state, None
 
     @abstractmethod
     def combine(
