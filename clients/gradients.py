@@ -1,13 +1,15 @@
-"""The gradient of every sample by itself, as if each were a client with a batch of one: what Fisher information is made of."""
+"""The gradient of every sample by itself, as if each were a client with a batch of one: what Fisher information is made of; and
+of what comes out of layers: what its Kronecker factors are made of."""
 
-# b samples, C classes
+# b samples, C classes, I inputs and O outputs of a layer, D features, K directions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.core.contracts import Slots
 from fedsim.core.messages import Tensors
@@ -51,3 +53,29 @@ def _at_once(
     losses_b = loss(logits_bC, labels_b)
     found = torch.autograd.grad(losses_b.sum(), list(leaves.values()), allow_unused=True)
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)}
+
+
+@torch.enable_grad()
+def layer_gradients(
+    model: Model, inputs: Tensors, subjects: Sequence[str], directions: Callable[[Tensor], Tensor]
+) -> Mapping[str, tuple[Tensor, Sequence[Tensor]]]:
+    """Of a raw batch through the bare backbone: what goes into the layers that tensors belong to, (…, I), and the gradient of
+    what comes out, (…, O), along each of K directions. directions: features (b, D) -> (K, b, D). A layer on whose output
+    features do not depend has zeros; of a layer that is called several times, the last call is seen."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def watch(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen[layer] = args[0], out if out.requires_grad else out.requires_grad_()
+
+    layers = {s: model.layer(s) for s in subjects}
+    with ExitStack() as hooks:
+        for layer in dict.fromkeys(layers.values()):
+            hooks.callback(layer.register_forward_hook(watch).remove)
+        features_bD = model.query(inputs)
+    outs, pulls_KbD = [out for _, out in seen.values()], directions(features_bD.detach())
+    found = [
+        torch.autograd.grad(features_bD, outs, pull_bD, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for pull_bD in pulls_KbD
+    ]
+    gradients = {layer: [of[k].detach() for of in found] for k, layer in enumerate(seen)}
+    return {s: (seen[layer][0].detach(), gradients[layer]) for s, layer in layers.items()}

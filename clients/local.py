@@ -212,7 +212,7 @@ def _measured(work: Work, local: Tensors, through: Tensors, requests: Sequence[S
     """Statistics that look at the client's work themselves."""
     out: dict[str, Tensor] = {}
     for request in requests:
-        statistic = statistic_of(request)
+        statistic = statistic_of(request).for_client(work.draw(f"statistic {request.name}"))
         if isinstance(statistic, WorkStatistic):
             found = statistic.measured(work, through, matching(local, request.match))
             out |= {f"{request.name}.{key}": value for key, value in found.items()}

@@ -12,14 +12,15 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, sample_gradients
+from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, layer_gradients, sample_gradients
 from clients.lower_states import Kept, queries_of
 from clients.samples import Samples
 from fedsim.core import rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
+from fedsim.core.errors import ConfigError
 from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, RoundPlan, Tensors
 from fedsim.core.tensors import matching
 from fedsim.models.model import Model
@@ -162,6 +163,25 @@ class Work:
             with self.beneath(params):
                 found = sample_gradients(self.model, inputs, labels, params, names, loss)
             yield some, found
+
+    def traced(
+        self, positions: IntArray, subjects: Sequence[str], directions: Callable[[Tensor], Tensor]
+    ) -> Iterator[Mapping[str, tuple[Tensor, Sequence[Tensor]]]]:
+        """Batch by batch, of the bare backbone: what goes into the subjects' layers, and the gradients of what comes out along
+        every direction in the features."""
+        for some in batches(positions, self.config.client.batch_size):
+            yield layer_gradients(self.model, self.samples.batch(some)[0], subjects, directions)
+
+    def layer_shape(self, subject: str) -> tuple[int, int]:
+        """Outputs and inputs of the linear layer that a tensor belongs to."""
+        layer = self.model.layer(subject)
+        if not isinstance(layer, nn.Linear):
+            raise ConfigError(f"'{subject}' belongs to no linear layer, but to a {type(layer).__name__}")
+        return layer.out_features, layer.in_features
+
+    def changes(self, params: Tensors) -> Mapping[str, Sequence[Tensor]]:
+        """What the adapter's tensors add to weights."""
+        return self.model.changes(params)
 
     @torch.no_grad()
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:

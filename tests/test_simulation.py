@@ -85,6 +85,10 @@ METHODS: dict[str, dict[str, Any]] = {
             ],
         },
     },
+    "looks": {  # several passes before a merge, each client with its own tensors in them; layers' inputs and gradients
+        "server": {"aggregator": {"name": "merged", "rule": "chain_of_merges"}, "consolidator": "mean", "rounds": 1},
+        "client": {"learners": ["tak"]},
+    },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
         "adapter": {"name": "apt", "memory": 1},

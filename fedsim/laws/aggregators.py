@@ -386,7 +386,6 @@ def _beneath(rule: Aggregator) -> None:
 
 LAWS: tuple[Law[Aggregator], ...] = (
     Law("plan", "every plan names tensors and statistics that there are, and the same ones when asked again", _plan),
-    Law("further", "further looks come to an end; what is merged in one stays merged, with names, shapes and types", _further),
     Law("layout", "the parameters that come out have the names, shapes and types of those that went in", _layout),
     Law("finite", "from finite updates come finite parameters, whatever the number of clients", _finite),
     Law(
@@ -405,6 +404,7 @@ LAWS: tuple[Law[Aggregator], ...] = (
     Law("no_data", "without updates, or without samples, AggregationError is raised", _no_data),
     Law("weights", "a client with every sample twice counts as much as the client sent twice", _weights),
     Law("additive", "an additive rule gives the same result however its clients are bundled", _additive),
+    Law("further", "further looks come to an end; what is merged in one stays merged, with names, shapes and types", _further),
     Law(
         "beneath", "what is left beneath the parameters are finite pairs of the adapter's layers, and the rule says so", _beneath
     ),

@@ -57,10 +57,12 @@ class Echo(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class HeadOnly:
-    """The part of `ClientWork` that statistics ask: samples whose features nothing changes, under a linear head."""
+    """The part of `ClientWork` that statistics ask: samples whose features nothing changes, under a linear head, and what goes
+    into layers."""
 
     features_ND: Tensor
     labels_N: Tensor
+    inputs_NI: Tensors
     classes: Sequence[int] = tuple(range(CLASSES))
     seen: Sequence[int] = tuple(range(CLASSES))
 
@@ -74,6 +76,22 @@ class HeadOnly:
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
         features = self.features_ND[torch.from_numpy(positions)]
         return Outputs(features, features @ params[HEAD_WEIGHT].to(features).T + params[HEAD_BIAS].to(features))
+
+    def layer_shape(self, subject: str) -> tuple[int, int]:
+        return LAYERS[subject.rpartition(".")[0]]
+
+    def traced(
+        self, positions: IntArray, subjects: Sequence[str], directions: Callable[[Tensor], Tensor]
+    ) -> Iterator[Mapping[str, tuple[Tensor, Sequence[Tensor]]]]:
+        """As if the first outputs of every layer were the features."""
+        for n in positions:
+            pulls_K1D = directions(self.features_ND[n : n + 1])
+            found = {}
+            for s in subjects:
+                layer = s.rpartition(".")[0]
+                first_DO = torch.eye(pulls_K1D.shape[2], LAYERS[layer][0])
+                found[s] = self.inputs_NI[layer][n : n + 1], [pull @ first_DO for pull in pulls_K1D]
+            yield found
 
     def gradients(
         self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
@@ -99,9 +117,9 @@ class Scene:
     @cached_property
     def subjects(self) -> list[str]:
         """Those that it takes one by one."""
-        of_work = isinstance(self.statistic, WorkStatistic)
-        candidates = (HEAD_WEIGHT, HEAD_BIAS) if of_work else self.params
-        taken = [name for name in candidates if self._takes(name)]
+        head = [name for name in (HEAD_WEIGHT, HEAD_BIAS) if self._takes(name)]
+        of_head = isinstance(self.statistic, WorkStatistic) and bool(head)  # others have no model behind them
+        taken = head if of_head else [name for name in self.params if self._takes(name)]
         if not taken:
             raise LawBroken(f"it takes none of {', '.join(self.params)}")
         return taken
@@ -121,10 +139,10 @@ class Scene:
     def collected(self, batches: Sequence[tuple[Tensors, Tensor]], subjects: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a pass over batches gives."""
         if isinstance(self.statistic, WorkStatistic):
-            none = torch.zeros(0, self.client.features_ND.shape[1]), torch.zeros(0, dtype=torch.int64)
-            parts = [(inputs["features"], labels) for inputs, labels in batches] or [none]
-            features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-            work: Any = HeadOnly(features, labels)
+            seen = [inputs for inputs, _ in batches] or [{n: x[:0] for n, x in self.batches(self.client)[0][0].items()}]
+            inputs = {n: torch.cat([part[n] for part in seen]) for n in seen[0]}
+            labels = torch.cat([labels for _, labels in batches] or [torch.zeros(0, dtype=torch.int64)])
+            work: Any = HeadOnly(inputs["features"], labels, inputs)
             return self.statistic.measured(work, self.params, subjects or self.subjects)
         with torch.no_grad(), self.statistic.collect(self.model, self.params, subjects or self.subjects) as accumulator:
             for inputs, labels in batches:
@@ -135,7 +153,7 @@ class Scene:
 def _subjects(statistic: Statistic) -> None:
     scene = Scene(statistic)
     if isinstance(statistic, WorkStatistic):
-        return  # of a head's tensors, which is what the others are held against
+        return  # of a head's tensors, or of layers', which is what the others are held against
     for name in scene.params:
         try:
             took = bool(scene.collected(scene.batches(scene.client), [name]))

@@ -116,6 +116,10 @@ class Model:
         """Whether the adapter can be applied for several clients at once."""
         return type(self.adapter).stacked is not contracts.Adapter.stacked
 
+    def changes(self, params: Tensors) -> dict[str, Sequence[Tensor]]:
+        """What the adapter adds to weights, by `adapter.<layer>`, see `Adapter.changes`."""
+        return {ADAPTER + n: change for n, change in self.adapter.changes(self.backbone, _adapter_tensors(params)).items()}
+
     @property
     def has_loss(self) -> bool:
         """Whether the adapter may add a term to the clients' loss."""

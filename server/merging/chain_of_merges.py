@@ -103,7 +103,9 @@ class Merging(contracts.ChainedMerging):
         for layer, names in sorted(layers.items(), key=lambda item: places[item[1][0]]):
             block = BLOCK.match(f"{layer}.") if self.granularity == "block" else None
             found.setdefault(block[1] if block else layer, []).append(names)
-        return [*found.values(), *([[(HEAD_WEIGHT,)]] if HEAD_WEIGHT in params else [])]
+        if HEAD_WEIGHT in params:
+            found[HEAD_WEIGHT] = [(HEAD_WEIGHT,)]
+        return list(found.values())
 
     def _requests(self, subjects: Sequence[str]) -> tuple[StatisticRequest, ...]:
         """The head's features are those that will be deployed (blended)."""

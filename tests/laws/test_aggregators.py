@@ -343,3 +343,31 @@ def test_exemptions_carry_their_reason_and_must_name_a_law() -> None:
 def test_every_law_has_its_own_name_and_a_statement() -> None:
     assert len({law.name for law in rules.LAWS}) == len(rules.LAWS)
     assert all(len(law.statement) > 20 for law in rules.LAWS)
+
+
+@dataclass(frozen=True)
+class Looking(Rule):
+    """Looks further as often as it is told, each time with so many tensors merged."""
+
+    merge: Combine = fedavg
+    merged: Sequence[int] = ()
+
+    def further(
+        self, state: State, params: Tensors, updates: Sequence[ClientUpdate], last: bool
+    ) -> tuple[State, contracts.Further | None]:
+        looks = state.get("looks", 0)
+        if looks == len(self.merged):
+            return state, None
+        names = list(params)[: self.merged[looks]]
+        return {"looks": looks + 1}, contracts.Further(
+            {n: params[n] for n in names}, (StatisticRequest("gram", ("head.weight",)),)
+        )
+
+
+@pytest.mark.parametrize(
+    ("merged", "says"),
+    [((1, 2), ""), (range(200), "after 100 further looks it asks for one more"), ((2, 1), r"lora_B', is not in the next")],
+)
+def test_rules_that_look_further(merged: Sequence[int], says: str) -> None:
+    found = broken(Looking(merged=merged))
+    assert re.search(says, found["further"]) if says else not found

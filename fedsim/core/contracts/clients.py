@@ -114,6 +114,23 @@ class ClientWork(Protocol):
         loss: logits (b, C) and labels (b,) -> the loss of each sample, (b,)."""
         ...
 
+    def traced(
+        self, positions: IntArray, subjects: Sequence[str], directions: Callable[[Tensor], Tensor]
+    ) -> Iterator[Mapping[str, tuple[Tensor, Sequence[Tensor]]]]:
+        """Batch by batch, of the bare backbone in evaluation: what goes into the linear layers that these tensors belong to,
+        (…, I), and the gradients of what comes out, (…, O), along each of K directions.
+
+        directions: features (b, D) -> (K, b, D)."""
+        ...
+
+    def layer_shape(self, subject: str) -> tuple[int, int]:
+        """Outputs and inputs of the linear layer that a tensor belongs to. Raises ConfigError where there is none."""
+        ...
+
+    def changes(self, params: Tensors) -> Mapping[str, Sequence[Tensor]]:
+        """What the adapter's tensors add to weights, see `Adapter.changes`, by `adapter.<layer>`."""
+        ...
+
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
         """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient. On top of past modules
         where clients train on top of them, but for the teacher, which is whole: the context's own mapping, not a copy."""

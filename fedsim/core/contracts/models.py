@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -101,6 +101,11 @@ class Adapter(Part, ABC):
         """Of an adapter with `queries`. While open, inside `applied`, `merged` or `stacked`, the samples that go through the
         encoder have these queries; outside of it, what is applied does nothing, and features are the bare backbone's."""
         return nullcontext()
+
+    def changes(self, backbone: BackboneLike, tensors: Tensors) -> Mapping[str, Sequence[Tensor]]:
+        """What the tensors add to the weight (m, d) of a linear layer, for every layer of which they do: ΔW, or two factors whose
+        product it is. Gradients flow to them. An adapter that has it gives "changes of weights"."""
+        return {}
 
     def loss(self, tensors: Tensors, query_bD: Tensor | None) -> Tensor | None:
         """A term of its own in a client's loss: of its tensors, and of the queries of the client's own samples of a batch (None

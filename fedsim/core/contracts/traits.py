@@ -21,6 +21,7 @@ WORDS: Mapping[str, str] = {
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "a module beneath": "rounds leave part of the model beneath the module that is trained, whose tensors then begin anew",
+    "changes of weights": "what the module adds to the weights of linear layers is a matrix or a product of two",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "linear maps": "the module is made of linear maps that are trained, weights of layers or LoRA pairs",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",

@@ -62,7 +62,7 @@ class Adapter(contracts.Adapter):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={"linear maps"})
+        return Traits(gives={"linear maps", "changes of weights"})
 
     @property
     def scale(self) -> float:
@@ -105,6 +105,10 @@ class Adapter(contracts.Adapter):
         drop = dropout if self.dropout else None
         found = {n: inject.linear(backbone.encoder, n) for n in lora_layers(tensors)}
         return inject.installed([self._adding(layer, n, tensors, drop) for n, layer in found.items()])
+
+    def changes(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, tuple[Tensor, ...]]:
+        """s B and A of every layer."""
+        return {n: (self.scale * tensors[n + LORA_B], tensors[n + LORA_A]) for n in lora_layers(tensors)}
 
     def _adding(
         self, layer: nn.Linear, name: str, tensors: Tensors, dropout: torch.Generator | None = None

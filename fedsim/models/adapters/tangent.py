@@ -84,7 +84,7 @@ class Adapter(contracts.Adapter):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={"affine features"})
+        return Traits(gives={"affine features", "changes of weights"})
 
     def init(self, backbone: BackboneLike, generator: torch.Generator) -> dict[str, Tensor]:
         """Zeros, in the encoder's order. Raises ModelError for a backbone that is no plain ViT, for more blocks than it has and
@@ -113,6 +113,18 @@ class Adapter(contracts.Adapter):
     def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
         """The same with a direction for every client's samples: a tensor has a leading axis of clients, or is common to all."""
         return self._linearised(backbone, tensors, slots)
+
+    def changes(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, tuple[Tensor, ...]]:
+        """Ẇ of linear layers, or Ḃ and s A₀."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for name, tensor in tensors.items():
+            layer, _, _ = name.rpartition(".")
+            if name.endswith(LOW_RANK):
+                place = inject.linear(backbone.encoder, layer)
+                found[layer] = tensor, self._projection(layer, place, tensor.shape[1])
+            elif name.endswith(WEIGHT) and tensor.dim() == 2:
+                found[layer] = (tensor,)
+        return found
 
     def _linearised(self, backbone: BackboneLike, tensors: Tensors, slots: Slots | None) -> AbstractContextManager[None]:
         own = {n: t for n, t in tensors.items() if n.endswith((LOW_RANK, WEIGHT, BIAS))}
