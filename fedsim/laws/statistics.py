@@ -140,9 +140,9 @@ class Scene:
         """What a pass over batches gives."""
         if isinstance(self.statistic, WorkStatistic):
             seen = [inputs for inputs, _ in batches] or [{n: x[:0] for n, x in self.batches(self.client)[0][0].items()}]
-            inputs = {n: torch.cat([part[n] for part in seen]) for n in seen[0]}
+            whole = {n: torch.cat([part[n] for part in seen]) for n in seen[0]}
             labels = torch.cat([labels for _, labels in batches] or [torch.zeros(0, dtype=torch.int64)])
-            work: Any = HeadOnly(inputs["features"], labels, inputs)
+            work: Any = HeadOnly(whole["features"], labels, whole)
             return self.statistic.measured(work, self.params, subjects or self.subjects)
         with torch.no_grad(), self.statistic.collect(self.model, self.params, subjects or self.subjects) as accumulator:
             for inputs, labels in batches:
