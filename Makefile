@@ -33,9 +33,10 @@ format: $(VENV)/.installed-dev  ## put the code into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md: all methods, all backbones, and what goes with what
+docs: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md: all methods, all backbones, and what goes with what; tests/mixes.txt
 	$(BIN)/fedsim list --markdown > docs/methods.md
 	$(BIN)/python -m tests.models.conformance > docs/backbones.md
+	$(BIN)/python -m tests.test_matrix
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -63,7 +63,7 @@ HEADS: Mapping[str, str] = {"composes heads": "mixture", CENTRES: "centres"}  # 
 @dataclass(frozen=True)
 class Mix:
     """One choice of every part that can be mixed freely. `NONE`: no calibrator, learner or channel; no head: one that suits.
-    beside: a second learner."""
+    beside: further learners."""
 
     adapter: str
     aggregator: str
@@ -72,7 +72,7 @@ class Mix:
     learner: str = NONE
     head: str = ""
     channel: str = NONE
-    beside: str = NONE
+    beside: tuple[str, ...] = ()
 
     def config(self) -> SimConfig:
         """The run of this mix on the small stream: one round, for rules that take one round only, else two."""
@@ -84,7 +84,7 @@ class Mix:
             "calibrator": None if self.calibrator == NONE else section("calibrators", self.calibrator),
             "channel": [] if self.channel == NONE else [section("channels", self.channel)],
         }
-        named = [name for name in (self.learner, self.beside) if name != NONE]
+        named = [name for name in (self.learner, *self.beside) if name != NONE]
         lacking = [other for name in named for other in BESIDE.get(name, ())] if len(named) == 1 else []
         learners = [section("learners", name) for name in (*lacking, *named)]
         needed = {word for part in (rule, *configs.build_learners(learners).values()) for word in part.traits.needs}

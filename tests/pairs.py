@@ -1,9 +1,12 @@
 """A few mixes of parts in which all pairs meet: a covering array of strength two, where some parts refuse each other.
 
-Greedy and deterministic, nothing is drawn: a mix is built around a pair that has not met yet, kind by kind, always with the part
+Greedy and deterministic: a mix is built around a pair that has not met yet, kind by kind, always with the part
 that brings most new pairs. Of every pair one knows that it ran in a mix (safe), that it was in refused mixes only (suspect), or
 nothing (fresh). A refused mix names a part and not a pair, so a pair is first tried in mixes with fewest suspects and most fresh
 pairs, and if these are refused in mixes whose other pairs are safe.
+
+What is found out lies in a file, `mixes.txt`, so that the tests only look for what is new; `make docs` writes it anew, with fewer
+mixes, since by then all is known.
 """
 
 # p parts of all kinds together
@@ -11,13 +14,15 @@ pairs, and if these are refused in mixes whose other pairs are safe.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-Options = Mapping[str, Sequence[str]]  # kind -> its parts; "learner beside" is a second place for parts of the kind "learner"
+Options = Mapping[str, Sequence[str]]  # kind -> its parts; "learner two" is a second place for parts of the kind "learner"
 Choice = Mapping[str, str]  # kind -> one of its parts
 Part = tuple[str, str]  # its kind and its name
 Pair = frozenset[Part]  # two parts of different kinds
@@ -27,6 +32,7 @@ Fits = Callable[[Choice], bool]  # whether parts, of some kinds only it may be, 
 BOLD = 2  # mixes with most fresh pairs, before safe ones are looked for
 TRIES = 4  # mixes, before a pair is taken for one that never runs
 SUSPECT = 1000  # new pairs that a suspect one must bring
+DRAWS = 30  # mixes, of which the best is taken
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,27 @@ def _differ(one: str, other: str) -> bool:
     return one.split()[0] != other.split()[0]
 
 
-def cover(options: Options, refusal: Refusal, known_to_run: Sequence[Choice], fits: Fits = lambda choice: True) -> Cover:
+def cover(
+    options: Options,
+    refusal: Refusal,
+    known_to_run: Sequence[Choice],
+    fits: Fits = lambda choice: True,
+    known_to_be_refused: Sequence[Choice] = (),
+) -> Cover:
     """Mixes in which all pairs meet, beginning with those that are known to run. Parts that go together in a group only are found
-    in such a beginning: a pair is taken for one that never runs when `TRIES` mixes with it were refused.
+    in such a beginning: a pair is taken for one that never runs when `TRIES` mixes with it were refused, or one that is known.
 
     fits: what parts say without being tried; a pair for which no parts fit is tried in one mix. Pairs that were refused at first
     wait until all have had a turn: their company is then chosen from what was found to run."""
     known, found = _Known(options, fits), Cover([*known_to_run])
     for choice in known_to_run:
         known.ran(choice)
+    for choice in reversed(known_to_be_refused):
+        found.refused.update({pair: choice for pair in met(choice) if not known.safe(pair)})
+    settled = {*found.refused}
     for tries in (1, BOLD, TRIES, TRIES):
         for pair in sorted(pairs(options), key=known.rarity):
-            if known.safe(pair):
+            if known.safe(pair) or pair in settled:
                 continue
             for choice in itertools.islice(known.companies(pair), tries):
                 if (named := refusal(choice)) is None:
@@ -85,6 +100,58 @@ def fewer(choices: Sequence[Choice]) -> list[Choice]:
         kept.append(choices[best])
         left = {i: new - left[best] for i, new in left.items()}
     return kept
+
+
+def rebuilt(options: Options, found: Cover, refusal: Refusal, fits: Fits) -> Cover:
+    """The same pairs in fewer mixes, all of parts that have met: of some that are drawn, always that with most pairs left."""
+    meet = set().union(*map(met, found.running))
+    draw, left, running = random.Random(0), sorted(meet, key=sorted), list[Choice]()
+    for _ in range(len(found.running)):
+        drawn = [
+            mix for _ in range(DRAWS) if left and (mix := _grown(options, draw.choice(left), meet, {*left}, draw)) and fits(mix)
+        ]
+        best = max(drawn, key=lambda mix: len(met(mix).intersection(left)), default=None)
+        if best is not None and refusal(best) is None:
+            running.append(best)
+            left = [pair for pair in left if pair not in met(best)]
+    return Cover(fewer([*running, *found.running]), found.refused)
+
+
+def _grown(options: Options, pair: Pair, meet: Collection[Pair], left: Collection[Pair], draw: random.Random) -> Choice | None:
+    """A mix around a pair, kind by kind in a drawn order a part that has met all before, of these that with most pairs left."""
+    mix = dict(pair)
+    for kind in draw.sample([*options], len(options)):
+        if kind not in mix:
+            beside = [
+                {frozenset({(kind, name), part}) for part in mix.items() if _differ(kind, part[0])} for name in options[kind]
+            ]
+            worth = {
+                name: len(new & left) + draw.random() for name, new in zip(options[kind], beside, strict=True) if new <= meet
+            }
+            if not worth:
+                return None
+            mix[kind] = max(worth, key=lambda name: worth[name])
+    return {kind: mix[kind] for kind in options}
+
+
+def write(path: Path, options: Options, found: Cover) -> None:
+    """One line per mix, its parts in the order of their kinds."""
+    refused = sorted({tuple(choice[kind] for kind in options) for choice in found.refused.values()})
+    running = sorted(tuple(choice[kind] for kind in options) for choice in found.running)
+    lines = [f"{word}: {', '.join(mix)}" for word, mixes in (("runs", running), ("refused", refused)) for mix in mixes]
+    path.write_text("\n".join([f"kinds: {', '.join(options)}", *lines]) + "\n", encoding="utf-8")
+
+
+def read(path: Path, options: Options) -> tuple[list[Choice], list[Choice]]:
+    """Mixes that run, and refused ones, as far as all of their parts are still there."""
+    found: dict[str, list[Choice]] = {"runs": [], "refused": []}
+    head, *lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""]
+    for line in lines:
+        word, names = line.split(": ")
+        choice = dict(zip(head.removeprefix("kinds: ").split(", "), names.split(", "), strict=True))
+        if [*choice] == [*options] and all(name in options[kind] for kind, name in choice.items()):
+            found[word].append(choice)
+    return found["runs"], found["refused"]
 
 
 class _Known:

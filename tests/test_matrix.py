@@ -1,19 +1,20 @@
 """Adapters, heads, learners, channels and rules with each other: a mix runs, or is refused in one clear line.
 
 By default every pair of parts meets in some mix; `make matrix` plays every adapter with every aggregator, consolidator and
-calibrator.
+calibrator. Which mixes run lies in `mixes.txt`, as far as it was known when `make docs` was last run; what is new is found out.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, fields
+from contextlib import contextmanager
+from dataclasses import astuple, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -21,37 +22,49 @@ import pytest
 from fedsim import matrix, simulation, suitable
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
-from fedsim.core.config import ModelConfig
 from fedsim.core.errors import ConfigError, FedsimError, ModelError
 from fedsim.matrix import NONE, Mix
-from fedsim.models import pretrained
 from fedsim.suitable import Chosen
 from tests import pairs
 from tests.pairs import Choice, Cover, Options, Part
+from tests.tiny import plain_vit
 
+MIXES = Path(__file__).parent / "mixes.txt"
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
-SECOND = "learner beside"  # a mix has two learners: one of those that take a place of the run, one of the others
 LEARNERS = plugins.names("learners")
-TAKING = [name for name in LEARNERS if plugins.load("learners", name).usual_traits().takes]
+PLACES = ("learner", "learner two", "learner three")  # as many learners has a mix
+
+
+def placed() -> dict[str, list[str]]:
+    """Every learner in one of the places of a mix. Those that take the same of a run never meet, and share a place; the first
+    is for those with a buffer alone, which some others need beside them."""
+    places: dict[str, list[str]] = {place: [] for place in PLACES}
+    takes = {name: plugins.load("learners", name).usual_traits().takes for name in LEARNERS}
+    for name in LEARNERS:
+        other = PLACES[2 - crc32(name.encode()) % 2]  # by its name alone: a new learner moves no other
+        places[PLACES[0] if contracts.BUFFER in takes[name] else PLACES[1] if takes[name] else other].append(name)
+    return places
+
+
 OPTIONS: Options = {
     f.name: ([NONE] if f.default == NONE else []) + plugins.names(f"{f.name}s") for f in fields(Mix) if f.name != "beside"
-} | {"learner": [NONE, *TAKING], SECOND: [NONE, *sorted({*LEARNERS} - {*TAKING})]}  # a field of `Mix` is called like its kind
+} | {place: [NONE, *names] for place, names in placed().items()}  # a field of `Mix` is called like its kind
+PLACE = {name: place for place in PLACES for name in OPTIONS[place] if name != NONE}
 RUN = suitable.run_words(Mix("none", "fedavg", "none").config())
 NOT_MIXED = {"data", "partition"}  # sections of a config that hold a plug-in, but are no part of a method
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_backbone() -> Iterator[None]:
-    """The random backbone is built by transformers once, which takes half of what a mix takes; every run gets a copy."""
-    built, loaded = pretrained.load, dict[str, Any]()
+    with backbone_in_a_folder():
+        yield
 
-    def load(config: ModelConfig) -> Any:
-        key = repr(config)
-        loaded[key] = loaded.get(key) or built(config)
-        return copy.deepcopy(loaded[key])
 
+@contextmanager
+def backbone_in_a_folder() -> Iterator[None]:
+    """As transformers would take half of what a mix takes to build it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "load", load)
+        patch.setattr(matrix, "SCENE", configs.merge(matrix.SCENE, {"model": plain_vit()}))
         yield
 
 
@@ -60,9 +73,9 @@ def presets() -> list[Choice]:
     found = list[Choice]()
     for path in sorted((matrix.PRESETS / "methods").glob("*.yaml")):
         config = configs.load([matrix.PRESETS / "streams" / "omniglot.yaml", path])
-        places: dict[str, list[Any]] = {"learner": [], SECOND: []}
+        places: dict[str, list[Any]] = {place: [] for place in PLACES}
         for one in config.client.learners:
-            places["learner" if one["name"] in TAKING else SECOND].append(one)
+            places[PLACE[one["name"]]].append(one)
         sections = {**vars(config), **vars(config.server), **places}
         chosen = {kind: sections[kind] if isinstance(sections[kind], list) else [sections[kind]] for kind in OPTIONS}
         if all(len(some) <= 1 for some in chosen.values()):
@@ -71,7 +84,8 @@ def presets() -> list[Choice]:
 
 
 def mixed(choice: Choice) -> Mix:
-    return Mix(**{kind.split()[-1]: name for kind, name in choice.items()})
+    beside = tuple(choice[place] for place in PLACES[1:] if choice[place] != NONE)
+    return Mix(beside=beside, **{kind: name for kind, name in choice.items() if kind not in PLACES[1:]})  # type: ignore[arg-type]
 
 
 @cache
@@ -109,7 +123,18 @@ def fits(choice: Choice) -> bool:
 
 @cache
 def covered() -> Cover:
-    return pairs.cover(OPTIONS, named, [choice for choice in presets() if obstacle(mixed(choice)) is None], fits)
+    """Beginning with what is known, if nothing that parts say is against it. That it is so still is seen when it is played."""
+    running, refused = pairs.read(MIXES, OPTIONS)
+    running = [choice for choice in running if fits(choice)]
+    met = set().union(*map(pairs.met, running))
+    new = [choice for choice in presets() if not pairs.met(choice) <= met and obstacle(mixed(choice)) is None]
+    return pairs.cover(OPTIONS, named, [*running, *new], fits, refused)
+
+
+def write_mixes() -> None:
+    with backbone_in_a_folder():
+        found = covered()
+        pairs.write(MIXES, OPTIONS, pairs.rebuilt(OPTIONS, found, named, fits))
 
 
 def named(choice: Choice) -> list[Part] | None:
@@ -135,7 +160,7 @@ def is_refused_clearly(mix: Mix) -> None:
         simulation.prepare(mix.config())
     told = str(refused.value)
     assert "\n" not in told, mix
-    assert any(name in told for name in astuple(mix)), (mix, told)
+    assert any(name in told for name in (*astuple(replace(mix, beside=())), *mix.beside) if name), (mix, told)
 
 
 @pytest.mark.parametrize("aggregator", OPTIONS["aggregator"])
@@ -240,7 +265,7 @@ def test_no_pair_that_runs_was_missed() -> None:
     met = set().union(*map(pairs.met, covered().running))
     for mix in matrix.mixes():
         if obstacle(mix) is None:
-            place = "learner" if mix.learner in (NONE, *TAKING) else SECOND
+            place = PLACE.get(mix.learner, PLACES[0])
             chosen = {place if kind == "learner" else kind: part for kind, part in vars(mix).items() if part and kind != "beside"}
             assert pairs.met(chosen) <= met, mix
 
@@ -259,3 +284,7 @@ def test_the_page_is_what_the_plugins_say() -> None:
     assert counts is not None
     readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
     assert f"({counts[2]} of {counts[1]} mixes;" in readme
+
+
+if __name__ == "__main__":
+    write_mixes()
