@@ -20,25 +20,34 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("sweep", metavar="SWEEP", help="a YAML file: base, and axes (list, grid, zip, seeds)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, for example client.epochs=1")
     command.add_argument("--output", metavar="DIR", help="folder of the runs (default: output of the YAML, or runs/<its name>)")
+    launch_arguments(command)
+    command.add_argument("--dry-run", action="store_true", help="list the runs; time, memory and bytes from one measured round")
+    command.add_argument("--quiet", action="store_true", help="print the outcome only")
+
+
+def launch_arguments(command: argparse.ArgumentParser) -> None:
+    """Where and how runs go, in the place of what the YAML says."""
     command.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
     command.add_argument("--retry", type=int, metavar="N", help="further attempts for a run that fails (default: 0)")
     command.add_argument("--address", help="of a Ray cluster to join, whose machines share the file system")
-    command.add_argument("--dry-run", action="store_true", help="list the runs; time, memory and bytes from one measured round")
-    command.add_argument("--quiet", action="store_true", help="print the outcome only")
+
+
+def launch_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that were given."""
+    return {k: v for k in ("jobs", "retry", "address") if (v := getattr(args, k)) is not None}
 
 
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
     from fedsim.sweep.plan import expand, finished, keep_record, verify
 
-    how: dict[str, Any] = {k: v for k in ("jobs", "retry", "address") if (v := getattr(args, k)) is not None}
-    plan = expand(args.sweep, args.overrides, args.output, **how)
+    plan = expand(args.sweep, args.overrides, args.output, **launch_options(args))
     done = finished(plan)
     missing = [run for run in plan.runs if run.entry.identity not in done]
     print_line = line_printer(console())
     if not args.quiet:
         print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
-        print_line(f"folder: {_short(plan.folder)}")
+        print_line(f"folder: {short(plan.folder)}")
         for note in plan.record.notes:
             print_line(f"{note}: left out there")
     verify(plan, missing)
@@ -50,19 +59,19 @@ def run(args: argparse.Namespace) -> int:
     plan = kept
     failed: dict[str, str] = {}
     if missing:
-        failed = _make(plan, done, missing, args)
+        failed = make(plan, done, missing, args.quiet)
     _show(plan, failed)
     return 1 if failed else 0
 
 
-def _make(
-    plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], args: argparse.Namespace
-) -> dict[str, str]:
+def make(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
+    """Make the runs that are missing, and show how they go; by label, why those failed that did. Ends the program when it is
+    stopped, with a line that says how to go on."""
     from fedsim.sweep import launch
     from fedsim.sweep.display import SweepDisplay
     from fedsim.sweep.plan import finished
 
-    display = SweepDisplay(plan, done, console(), args.quiet)
+    display = SweepDisplay(plan, done, console(), quiet)
     try:
         with display:
             for event in launch.execute(plan, missing):
@@ -79,7 +88,7 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
     print_line = line_printer(console())
     for label, error in failed.items():
         print_line(f"failed: {label}: {error}")
-    folder = _short(plan.folder)
+    folder = short(plan.folder)
     if len(failed) == len(plan.runs):
         print_line(f"folder: {folder}")
     else:
@@ -144,7 +153,7 @@ def _count(text: str) -> Any:
     return text if text == "auto" else int(text)
 
 
-def _short(path: Any) -> str:
+def short(path: Any) -> str:
     """Relative to the working directory where it lies below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

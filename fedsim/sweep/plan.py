@@ -123,17 +123,32 @@ def expand(
 
     Raises ConfigError or PluginError (with the labels of the run that is wrong).
     """
+    path, sweep = read(path)
+    return planned(sweep, path, overrides, output, **launch)
+
+
+def read(path: str | Path, more: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """A sweep as its YAML holds it. more: keys that it may have beside those of a sweep. Raises ConfigError."""
     path = Path(path).absolute()
     if not path.is_file():
         raise ConfigError(f"no sweep file {path}")
     sweep = configs.read_yaml(path)
+    known = (*KEYS, *more)
     for key in sweep:
-        if key not in KEYS:
-            raise ConfigError(f"unknown key '{key}' in {path.name}.{did_you_mean(key, KEYS)} A config goes under 'base'.")
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}' in {path.name}.{did_you_mean(key, known)} A config goes under 'base'.")
     if "base" not in sweep:
         raise ConfigError(
-            f"{path.name} names no base: a sweep needs one, e.g. base: ../configs/lorm.yaml (fedsim run takes a config)"
+            f"{path.name} names no base: a sweep needs one, e.g. base: fashion or base: ../configs/lorm.yaml (fedsim run takes a "
+            "config)"
         )
+    return path, sweep
+
+
+def planned(
+    sweep: Mapping[str, Any], path: Path, overrides: Sequence[str] = (), output: str | Path | None = None, **launch: Any
+) -> SweepPlan:
+    """The plan of a sweep that was read from this file: see `expand`."""
     base = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
@@ -310,7 +325,7 @@ def _grid(axes: Any) -> list[list[Level]]:
     found = []
     for key, values in _mapping(axes, "grid").items():
         values = _nonempty(values, f"grid.{key}", "values", list)
-        found.append([Level({key: _label(v)}, (), {key: v}) for v in values])
+        found.append([Level({key: label(v)}, (), {key: v}) for v in values])
     return found
 
 
@@ -325,7 +340,7 @@ def _zipped(axes: Any) -> list[list[Level]]:
             f"zip: keys that go together need equally many values, got {', '.join(f'{k}: {n}' for k, n in lengths.items())}"
         )
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [[Level({k: _label(v) for k, v in row.items()}, (), row) for row in rows]]
+    return [[Level({k: label(v) for k, v in row.items()}, (), row) for row in rows]]
 
 
 def _seeds(seeds: Any, layers: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -356,7 +371,8 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _label(value: Any) -> Label:
+def label(value: Any) -> Label:
+    """How a value stands on an axis: lists and mappings as JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 

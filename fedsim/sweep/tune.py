@@ -1,0 +1,277 @@
+"""Tuning with a fixed budget: a few configurations of every method, on seeds that no table uses; the best of each is a preset.
+
+    base: fashion                                # as in a sweep, and `set` too
+    list: {method: {er: {extends: er}, ewc: {extends: ewc}, ncm: {extends: ncm}}}     # one axis: each variant is tuned by itself
+    tune:
+      keys: {client.lr: [1.0e-3, 3.0e-3]}        # values that are tried for every variant
+      own:                                       # further keys of one variant; null: it has nothing to tune
+        ewc: {client.learners: [[{name: ewc, lam: 1}], [{name: ewc, lam: 100}]]}
+        ncm: null
+      budget: 8                                  # configurations of a variant, at most: drawn evenly if there are more
+      seeds: [10, 11]                            # one after the other; after each, `keep` of the configurations go on
+      keep: 0.5
+      metric: final_average_accuracy
+      into: configs/ledger/fashion               # where the winners are written, <variant>.yaml each
+
+Successive halving (Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization") with
+seeds as the resource: every variant has the same budget, whatever its accuracy. A configuration's score is the mean of the metric
+over the seeds that it was played on; of equal scores the one that stands first wins.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedsim.core import config as configs
+from fedsim.core import presets, rng
+from fedsim.core.config import text
+from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.files import storage_errors, write_atomic
+from fedsim.runs.collection import Entry, SweepRecord
+from fedsim.runs.metrics import HEADLINE, METRICS
+from fedsim.runs.results import Results
+from fedsim.sweep import plan
+from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
+
+SETTING, AS_IT_IS = "setting", "as it is"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The section `tune`."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    budget: int = 8
+    seeds: list[int] = field(default_factory=lambda: [10, 11])
+    keep: float = 0.5
+    metric: str = HEADLINE
+    into: str = "tuned"
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ConfigError(f"budget must be at least 1, got {self.budget}")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"keep must be in (0, 1], got {self.keep}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must be a list of different seeds, got {self.seeds}")
+        if self.metric not in METRICS or METRICS[self.metric].better == "none":
+            judged = [name for name, metric in METRICS.items() if metric.better != "none"]
+            raise ConfigError(f"metric '{self.metric}' is none that is judged.{did_you_mean(self.metric, judged)}")
+
+    def numbers(self, size: int) -> list[int]:
+        """How many of so many configurations are played on each seed."""
+        found = [size]
+        for _ in self.seeds[1:]:
+            found.append(max(1, math.ceil(self.keep * found[-1])))
+        return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration of a variant: the keys that it sets, and its run for every seed."""
+
+    variant: str
+    changes: Mapping[str, Any]
+    runs: Mapping[int, PlannedRun]
+
+    @property
+    def setting(self) -> str:
+        """As a label: "client.lr=0.003"."""
+        return " ".join(f"{key}={plan.label(value)}" for key, value in self.changes.items()) or AS_IT_IS
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best configuration of a variant. score: its mean over `seeds`; tried: configurations; None: nothing was to be tuned."""
+
+    candidate: Candidate
+    score: float | None
+    seeds: Sequence[int]
+    tried: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is going to be tried. axis: what variants are called; extends: of every variant, with all else that it changes."""
+
+    name: str
+    axis: str
+    candidates: tuple[Candidate, ...]
+    variants: Mapping[str, Mapping[str, Any]]
+    base: Sequence[str]
+    options: TuneOptions
+    launch: Launch
+    folder: Path
+    path: Path
+
+    def of(self, variant: str) -> list[Candidate]:
+        """Its configurations, in order."""
+        return [one for one in self.candidates if one.variant == variant]
+
+    def rung(self, number: int, scores: Mapping[str, float]) -> list[Candidate]:
+        """Who is played on the seed of this place: all, and then the share `keep` of those that were, one at least, by variant.
+
+        scores: the metric of runs by identity; a run that is not in it failed, and its configuration is out. A variant of one
+        configuration is not played."""
+        seeds = self.options.seeds[:number]
+        found = []
+        for variant in self.variants:
+            left = self.of(variant)
+            if len(left) < 2:
+                continue
+            sizes = self.options.numbers(len(left))
+            for count in range(1, len(seeds) + 1):
+                ranked = self.ranked(left, seeds[:count], scores)
+                left = ranked[: sizes[count]]
+            found += [one for one in self.of(variant) if one in left]
+        return found
+
+    def ranked(self, candidates: Sequence[Candidate], seeds: Sequence[int], scores: Mapping[str, float]) -> list[Candidate]:
+        """Those that did not fail on these seeds, the best first."""
+        sign = 1.0 if METRICS[self.options.metric].better == "lower" else -1.0
+        means = {id(one): self.score(one, seeds, scores) for one in candidates}
+        there = [(mean, one) for one in candidates if (mean := means[id(one)]) is not None]
+        return [one for _, one in sorted(there, key=lambda pair: sign * pair[0])]
+
+    def score(self, one: Candidate, seeds: Sequence[int], scores: Mapping[str, float]) -> float | None:
+        """The mean of the metric; None where a run is missing."""
+        values = [scores.get(one.runs[seed].entry.identity) for seed in seeds]
+        return None if any(v is None or math.isnan(v) for v in values) else fmean(v for v in values if v is not None)
+
+    def winners(self, scores: Mapping[str, float]) -> dict[str, Winner]:
+        """By variant, once all rungs were played; a variant of which every configuration failed is left out."""
+        found, seeds = {}, self.options.seeds
+        last = self.rung(len(seeds) - 1, scores)
+        for variant in self.variants:
+            all_of_it = self.of(variant)
+            if len(all_of_it) == 1:
+                found[variant] = Winner(all_of_it[0], None, (), 1)
+            elif best := self.ranked([one for one in last if one.variant == variant], seeds, scores):
+                found[variant] = Winner(best[0], self.score(best[0], seeds, scores), seeds, len(all_of_it))
+        return found
+
+    def as_sweep(self, rungs: Sequence[Sequence[Candidate]]) -> SweepPlan:
+        """The runs of these rungs as a sweep with the axes variant, setting and seed."""
+        runs, seeds = [], self.options.seeds
+        for seed, candidates in zip(seeds, rungs, strict=False):
+            for one in candidates:
+                labels = {self.axis: one.variant, SETTING: one.setting, "seed": seed}
+                run = one.runs[seed]
+                runs.append(PlannedRun(Entry(run.entry.identity, labels), replace(run.config, name=one.variant)))
+        axes = {
+            self.axis: list(self.variants),
+            SETTING: list(dict.fromkeys(one.setting for one in self.candidates)),
+            "seed": list(seeds[: len(rungs)]),
+        }
+        record = SweepRecord(self.name, axes, tuple(run.entry for run in runs), self.path.read_text(encoding="utf-8"))
+        return SweepPlan(record, tuple(runs), self.launch, self.folder)
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None, **launch: Any) -> Tuning:
+    """Read a tuning and check every config of it. Raises ConfigError or PluginError, with the place of what is wrong."""
+    path, sweep = plan.read(path, more=("tune",))
+    options: TuneOptions = configs.typed(TuneOptions, sweep.pop("tune", None) or {}, "tune")
+    for key in ("grid", "zip", "seeds"):
+        if key in sweep:
+            raise ConfigError(f"{path.name}: '{key}' has no place in a tuning: what is tried stands under tune.keys and tune.own")
+    axes = sweep.get("list") or {}
+    if not isinstance(axes, Mapping) or len(axes) != 1 or not isinstance(next(iter(axes.values())), Mapping):
+        raise ConfigError(f"{path.name}: a tuning has one axis of variants, as list: {{method: {{er: {{extends: er}}}}}}")
+    axis, variants = next(iter(axes.items()))
+    for name in options.own:
+        if name not in variants:
+            raise ConfigError(f"tune.own names '{name}', which is no variant.{did_you_mean(name, variants)}")
+    candidates: list[Candidate] = []
+    first: SweepPlan | None = None
+    for name, changes in variants.items():
+        one = {**sweep, "list": {axis: {name: changes}}, "seeds": list(options.seeds)}
+        grid = _values(name, options)
+        found = plan.planned({**one, "grid": grid} if grid else one, path, overrides, output, **launch)
+        first = first or found
+        candidates += _candidates(str(name), grid, found, options)
+    assert first is not None, "an empty axis is refused by then"
+    base = sweep["base"]
+    if isinstance(base, Mapping):
+        raise ConfigError(f"{path.name}: the base of a tuning must be a preset or files, so that winners can extend them")
+    words = [base] if isinstance(base, str) else base
+    plain = {str(name): changes or {} for name, changes in variants.items()}
+    return Tuning(first.record.name, axis, tuple(candidates), plain, words, options, first.launch, first.folder, path)
+
+
+def _values(variant: str, options: TuneOptions) -> dict[str, Any]:
+    """Key -> values that are tried for a variant; none where it has nothing to tune."""
+    own = options.own.get(variant, {})
+    if own is None:
+        return {}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"tune.own.{variant} must map keys to lists of values, or be null, got {own!r}")
+    return {**options.keys, **own}
+
+
+def _candidates(variant: str, grid: Mapping[str, Any], found: SweepPlan, options: TuneOptions) -> list[Candidate]:
+    """The configurations of one variant, as many as the budget allows."""
+    by_setting: dict[str, tuple[dict[str, Any], dict[int, PlannedRun]]] = {}
+    values = {key: {plan.label(value): value for value in grid[key]} for key in grid}
+    for run in found.runs:
+        changes = {key: values[key][label] for key in grid if (label := run.entry.labels[key]) is not None}
+        changes, runs = by_setting.setdefault(repr(changes), (changes, {}))
+        runs[int(str(run.entry.labels["seed"]))] = run
+    all_of_it = [Candidate(variant, changes, runs) for changes, runs in by_setting.values()]
+    if len(all_of_it) <= options.budget:
+        return all_of_it
+    chosen = rng.stream(0, "tune", variant).choice(len(all_of_it), options.budget, replace=False)
+    return [all_of_it[place] for place in sorted(chosen.tolist())]
+
+
+def scores_of(results: Mapping[str, Results], metric: str) -> dict[str, float]:
+    """The metric by identity, of runs that have it."""
+    found = {identity: one.metrics.get(metric) for identity, one in results.items()}
+    return {identity: float(value) for identity, value in found.items() if value is not None}
+
+
+def write(tuning: Tuning, winners: Mapping[str, Winner]) -> list[Path]:
+    """A YAML for every winner: what the variant extends, and the keys that won. Raises StorageError."""
+    folder, written = Path(tuning.options.into), []
+    for variant, winner in winners.items():
+        changes = {k: v for k, v in tuning.variants[variant].items() if k != "extends"}
+        files = tuning.variants[variant].get("extends") or []
+        words = [*tuning.base, *([files] if isinstance(files, str) else files)]
+        body = configs.merge(configs.nested(changes), configs.nested(winner.candidate.changes))
+        extends = [_reference(word, tuning.path.parent, folder.absolute()) for word in words]
+        path = folder / f"{variant}.yaml"
+        with storage_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, f"# {_told(tuning, winner)}\n{text.write({'extends': extends, **body})}".encode())
+        written.append(path)
+    return written
+
+
+def _told(tuning: Tuning, winner: Winner) -> str:
+    if winner.score is None:
+        return "As it is: nothing was to be tuned."
+    metric = METRICS[tuning.options.metric]
+    seeds = ", ".join(map(str, winner.seeds))
+    return f"The best of {winner.tried} configurations on seeds {seeds} of {tuning.path.name}: {metric.name} {winner.score:.2f}."
+
+
+def _reference(word: str, beside: Path, folder: Path) -> str:
+    """How a file in this folder names what a tuning beside that one names: a preset by its name, a file by its relative path."""
+    (found,) = presets.located([word], beside, whole=False)
+    return word if found.is_relative_to(presets.folder()) and not (beside / word).is_file() else os.path.relpath(found, folder)
+
+
+def table(tuning: Tuning, scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One row for every run that was played: variant, setting, seed, and the metric."""
+    rows = []
+    for number, seed in enumerate(tuning.options.seeds):
+        for one in tuning.rung(number, scores):
+            value = scores.get(one.runs[seed].entry.identity)
+            rows.append({tuning.axis: one.variant, SETTING: one.setting, "seed": seed, tuning.options.metric: value})
+    return rows

@@ -1,0 +1,154 @@
+"""Tuning: what is tried, who goes on, and what the winners' files say."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from fedsim import cli
+from fedsim.core.config import load
+from fedsim.core.errors import ConfigError, FedsimError
+from fedsim.sweep import tune
+from fedsim.sweep.tune import Tuning
+from tests.tiny import TINY
+
+METHODS: Mapping[str, Any] = {"avg": {}, "fair": {"server.aggregator": "fairavg"}}
+LR = {"client.lr": [0.1, 0.2, 0.3, 0.4]}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A tuning of the tiny run."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    said = {"keys": LR, "seeds": [5, 6, 7], "into": str(folder / "best"), **changes.pop("tune", {})}
+    sweep = {"base": "tiny.yaml", "list": {"method": dict(METHODS)}, "output": str(folder / "runs"), **changes, "tune": said}
+    path = folder / "my.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return path
+
+
+def told(tuning: Tuning, better: Mapping[str, float]) -> dict[str, float]:
+    """A score of every run, from the configuration's quality alone; a configuration that is not named fails."""
+    found = {}
+    for one in tuning.candidates:
+        for seed, run in one.runs.items():
+            if one.setting in better:
+                found[run.entry.identity] = better[one.setting] + 0.01 * seed
+    return found
+
+
+def settings(tuning: Tuning, number: int, scores: Mapping[str, float], variant: str) -> list[str]:
+    return [one.setting for one in tuning.rung(number, scores) if one.variant == variant]
+
+
+def test_half_go_on_after_every_seed(tmp_path: Path) -> None:
+    tuning = tune.read(written(tmp_path))
+    scores = told(tuning, {"client.lr=0.1": 10, "client.lr=0.2": 40, "client.lr=0.3": 30, "client.lr=0.4": 20})
+    for variant in METHODS:
+        assert len(settings(tuning, 0, {}, variant)) == 4
+        assert settings(tuning, 1, scores, variant) == ["client.lr=0.2", "client.lr=0.3"]
+        assert settings(tuning, 2, scores, variant) == ["client.lr=0.2"]
+    winner = tuning.winners(scores)["fair"]
+    assert (winner.candidate.setting, winner.tried) == ("client.lr=0.2", 4)
+    assert winner.score == pytest.approx(40 + 0.01 * 6)
+    assert tuning.options.numbers(4) == [4, 2, 1]
+
+
+def test_where_less_is_better_the_least_wins(tmp_path: Path) -> None:
+    tuning = tune.read(written(tmp_path, tune={"metric": "forgetting", "seeds": [5]}))
+    scores = told(tuning, {"client.lr=0.1": 10, "client.lr=0.2": 4, "client.lr=0.3": 30, "client.lr=0.4": 20})
+    assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.2"
+
+
+def test_who_fails_is_out_and_a_variant_may_be_lost(tmp_path: Path) -> None:
+    tuning = tune.read(written(tmp_path))
+    scores = told(tuning, {"client.lr=0.4": 20})
+    assert settings(tuning, 1, scores, "avg") == ["client.lr=0.4"]
+    assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.4"
+    assert tuning.winners({}) == {}
+
+
+def test_equal_scores_the_first_wins(tmp_path: Path) -> None:
+    tuning = tune.read(written(tmp_path))
+    scores = told(tuning, dict.fromkeys(("client.lr=0.1", "client.lr=0.2", "client.lr=0.3", "client.lr=0.4"), 50.0))
+    assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.1"
+
+
+def test_a_variant_has_keys_of_its_own_and_no_more_than_the_budget(tmp_path: Path) -> None:
+    own = {"avg": {"client.learners": [[], [{"name": "proximal", "mu": 0.5}]]}, "fair": None}
+    tuning = tune.read(written(tmp_path, tune={"own": own, "budget": 6}))
+    again = tune.read(written(tmp_path, tune={"own": own, "budget": 6}))
+    of_avg = [one.setting for one in tuning.of("avg")]
+    assert len(of_avg) == 6 and of_avg == [one.setting for one in again.of("avg")]
+    assert 'client.lr=0.1 client.learners=[{"name": "proximal", "mu": 0.5}]' in {
+        one.setting for one in tune.read(written(tmp_path, tune={"own": own})).of("avg")
+    }
+    assert [one.setting for one in tuning.of("fair")] == ["as it is"] and settings(tuning, 0, {}, "fair") == []
+    assert tuning.winners({})["fair"].score is None
+
+
+def test_a_winner_is_a_config(tmp_path: Path) -> None:
+    own = {"avg": {"client.learners": [[], [{"name": "proximal", "mu": 0.5}]]}, "fair": None}
+    tuning = tune.read(written(tmp_path, tune={"own": own, "keys": {"client.lr": [0.2]}, "seeds": [5]}))
+    best = 'client.lr=0.2 client.learners=[{"name": "proximal", "mu": 0.5}]'
+    files = tune.write(tuning, tuning.winners(told(tuning, {best: 60.0})))
+    assert [path.name for path in files] == ["avg.yaml", "fair.yaml"]
+    config = load(files[0])
+    assert config.client.lr == 0.2 and config.client.learners == [{"name": "proximal", "mu": 0.5}]
+    assert config.stream == load(tmp_path / "tiny.yaml").stream
+    assert "best of 2 configurations on seeds 5 of my.yaml: final_average_accuracy 60.05" in files[0].read_text()
+    assert load(files[1]).server.aggregator["name"] == "fairavg" and "nothing was to be tuned" in files[1].read_text()
+
+
+def test_winners_name_presets_by_their_names(tmp_path: Path) -> None:
+    sweep = {"base": "fashion", "list": {"method": {"er": {"extends": "er"}}}, "tune": {"into": str(tmp_path / "best")}}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    tuning = tune.read(tmp_path / "my.yaml")
+    (path,) = tune.write(tuning, tuning.winners({}))
+    assert yaml.safe_load(path.read_text()) == {"extends": ["fashion", "er"]}
+    assert load(path).identity() == load(["fashion", "er"]).identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seeds": 3}, "'seeds' has no place in a tuning"),
+        ({"grid": {"client.lr": [1.0]}}, "'grid' has no place in a tuning"),
+        ({"list": {}}, "a tuning has one axis of variants"),
+        ({"tune": {"own": {"avgg": {}}}}, "tune.own names 'avgg', which is no variant. Did you mean 'avg'"),
+        ({"tune": {"own": {"avg": [1]}}}, "tune.own.avg must map keys to lists of values"),
+        ({"tune": {"metric": "acuracy"}}, "metric 'acuracy' is none that is judged"),
+        ({"tune": {"metric": "final_average_acuracy"}}, "Did you mean 'final_average_accuracy'"),
+        ({"tune": {"budget": 0}}, "budget must be at least 1"),
+        ({"tune": {"keep": 0.0}}, r"keep must be in \(0, 1\]"),
+        ({"tune": {"seeds": [1, 1]}}, "seeds must be a list of different seeds"),
+        ({"tune": {"keys": {"client.lrr": [1.0]}}}, "method=avg client.lrr=1.0 seed=5: unknown key 'client.lrr'"),
+        ({"tuned": {}}, "unknown key 'tuned'"),
+    ],
+)
+def test_what_cannot_be_tuned(changes: Any, line: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, FedsimError), match=line):
+        tune.read(written(tmp_path, **changes))
+
+
+def test_the_command_plays_what_is_missing_and_writes_the_winners(
+    one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, list={"method": {"avg": {}}}, tune={"keys": {"client.lr": [0.001, 0.1]}, "seeds": [5, 6]})
+    words = ["tune", str(path), "--jobs", "1", "--csv", str(tmp_path / "tried.csv")]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "3 runs at most, on seeds 5, 6: after each of them 50% go on" in capsys.readouterr().out
+    assert cli.main(words) == 0
+    rows = list(csv.DictReader((tmp_path / "tried.csv").read_text().splitlines()))
+    assert [row["seed"] for row in rows] == ["5", "5", "6"]
+    first = {row["setting"]: float(row["final_average_accuracy"]) for row in rows if row["seed"] == "5"}
+    best = max(first, key=lambda setting: first[setting])
+    assert rows[2]["setting"] == best
+    assert load(tmp_path / "best" / "avg.yaml").client.lr == float(best.removeprefix("client.lr="))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+    assert cli.main([*words, "--quiet"]) == 0
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} and len(made) == 3
