@@ -11,7 +11,7 @@ from fedsim.core.errors import RunDirError
 from fedsim.core.files import write_atomic
 from server.state import ServerState
 
-VERSION = 4
+VERSION = 5
 
 
 def save(path: Path, state: ServerState, identity: str, advice: str = "free space") -> None:
@@ -25,9 +25,10 @@ def load(path: Path, identity: str) -> ServerState:
     """Read a state back. Raises RunDirError when the file is damaged or belongs to another config."""
     try:
         content = torch.load(path, weights_only=True)
-        state = ServerState.from_plain(content["state"])
+        ours = content["version"] == VERSION and content["identity"] == identity  # first: another version holds other things
+        state = ServerState.from_plain(content["state"]) if ours else None
     except Exception as e:
         raise RunDirError(f"{path} is damaged ({type(e).__name__}): start the run again in a new directory") from e
-    if content["version"] != VERSION or content["identity"] != identity:
+    if state is None:
         raise RunDirError(f"{path} belongs to another config or version of fedsim: start the run again in a new directory")
     return state
