@@ -17,7 +17,7 @@ from fedsim.cli import main
 from fedsim.core.contracts import Member
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.messages import ClientJob, RoundPlan, StatisticRequest, Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, with_prefix
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, with_prefix
 from fedsim.finished import OpenedRun
 from fedsim.merging.heads import solved
 from fedsim.merging.measure import measure, measure_source
@@ -110,6 +110,25 @@ def test_regmean_of_a_run_and_itself_elsewhere_is_the_run(runs: Runs, tmp_path: 
     assert again is not None
     sources = of_runs([runs.one, again])
     close(effect(merge(sources, "regmean").deployed), effect(sources.members[0].params), atol=1e-5)
+
+
+def test_chain_of_merges_looks_through_what_is_merged(runs: Runs) -> None:
+    """The first layer is RegMean's; the last one fits what it is given behind the merged ones, better than RegMean's does."""
+    sources = of_runs([runs.one, runs.other])
+    regmean = effect(merge(sources, {"name": "regmean", "decay": 1.0, "form": "full"}).deployed)
+    merged = merge(sources, {"name": "chain_of_merges", "granularity": "layer"}).deployed
+    chain, (*_, last) = effect(merged), regmean
+    first = next(iter(regmean))
+    torch.testing.assert_close(chain[first], regmean[first], atol=1e-4, rtol=1e-3)
+    own = [effect(s.params)[last] for s in sources.members]
+    request, name = StatisticRequest("gram", (last + LORA_A,), {"form": "full", "decay": 1.0}), f"gram.full/{last}{LORA_A}"
+    before = {n: t for n, t in with_prefix(merged, "adapter.").items() if not n.startswith(last)}
+    grams = [from_upper_triangle(s.statistics([request], before)[name].double()) for s in sources.members]
+
+    def error(map_OI: Tensor) -> float:
+        return sum(float(((map_OI - w) @ g @ (map_OI - w).T).trace()) for w, g in zip(own, grams, strict=True))
+
+    assert error(chain[last]) < error(regmean[last]), "it is the least squares solution there"
 
 
 def test_rows_of_classes_that_a_run_never_saw_do_not_count(runs: Runs) -> None:

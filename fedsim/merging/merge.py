@@ -13,14 +13,14 @@ nothing, and does not count. `head="rule"` merges it with the module by the rule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim.core import rng
-from fedsim.core.contracts import Member, Merging, require_members
+from fedsim.core.contracts import ChainedMerging, Member, Merging, require_members
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
@@ -94,13 +94,34 @@ def _module(sources: Sources, rule: Merging, seed: int, shown: Sequence[str]) ->
     base = _base(sources.members, shown)
     if not base:
         return {}
+    if isinstance(rule, ChainedMerging):
+        return _typed(_chained(sources.members, rule, base, shown), base)
     members = []
     for source in sources.members:
         module = _chosen(source.params, shown)
         told = source.statistics(_products.asked(rule, module))
         members.append(Member(source.who, module, 1.0, told))
-    merged = _products.merged(rule, members, base, rng.torch_stream(seed, "merge"))
-    return {name: merged[name].to(t.dtype) for name, t in base.items()}
+    return _typed(_products.merged(rule, members, base, rng.torch_stream(seed, "merge")), base)
+
+
+def _chained(sources: Sequence[Source], rule: ChainedMerging, base: Tensors, shown: Sequence[str]) -> dict[str, Tensor]:
+    """What a rule makes that merges part after part: before each, the sources' samples go through their own models with all parts
+    before it as they were merged. Pairs are merged as whole products, of which nothing is cut."""
+    modules = [_chosen(source.params, shown) for source in sources]
+    members = [Member(s.who, _products.Products(m)) for s, m in zip(sources, modules, strict=True)]
+    look = rule.further(members, _products.Products(base), None, True)
+    while look.statistics:
+        requests = _products.of_pairs(look.statistics, base)
+        done = _typed(_products.factored(look.merged, base), base)
+        told = [_products.received(s.statistics(requests, done), m) for s, m in zip(sources, modules, strict=True)]
+        seen = [replace(member, statistics=statistics) for member, statistics in zip(members, told, strict=True)]
+        look = rule.further(seen, _products.Products(base), look.merged, True)
+    return _products.factored(look.merged, base)
+
+
+def _typed(merged: Tensors, base: Tensors) -> dict[str, Tensor]:
+    """In the types of the base, which holds products in another one while they are merged."""
+    return {name: merged[name].to(t.dtype) for name, t in base.items() if name in merged}
 
 
 def _base(members: Sequence[Source], shown: Sequence[str]) -> dict[str, Tensor]:

@@ -40,9 +40,11 @@ class Source:
     seen: Sequence[int]
     _measured: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
-    def statistics(self, requests: Sequence[StatisticRequest]) -> Tensors:
+    def statistics(self, requests: Sequence[StatisticRequest], merged: Tensors | None = None) -> Tensors:
         """What a rule asks for, of the samples of everybody who took part in the tasks, through the source's own model: one pass
         without augmentation, as a client makes it. What was measured once is kept.
+
+        merged: tensors that take the place of the source's own, for rules that merge part after part; then nothing is kept.
 
         Raises ConfigError for a statistic of the training, which is over.
         """
@@ -51,16 +53,19 @@ class Source:
             if follows(request):
                 raise ConfigError(f"the rule asks for {request.name}, which follows the training: no finished run can tell it")
             key = repr(request)
+            if merged is not None:
+                found[key] = self._pass(request, {**self.params, **merged})
+                continue
             if key not in self._measured:
-                self._measured[key] = self._pass(request)
+                self._measured[key] = self._pass(request, self.params)
             found[key] = self._measured[key]
         return {name: t for told in found.values() for name, t in told.items()}
 
-    def _pass(self, request: StatisticRequest) -> Tensors:
+    def _pass(self, request: StatisticRequest, params: Tensors) -> Tensors:
         run, worker = self.run, self.run.worker
         plan = RoundPlan(train=(), statistics=(request,))
-        job = ClientJob(0, self.tasks[-1], run.config.server.rounds, self.params, plan)
-        received = Received.on(worker.model.device, self.params, plan)
+        job = ClientJob(0, self.tasks[-1], run.config.server.rounds, params, plan)
+        received = Received.on(worker.model.device, params, plan)
         samples, shard = worker.train_samples, self._shard()
         work = Work(worker.model, samples, shard, self.classes, self.seen, job, run.config, received)
         with torch_defaults(run.config.runtime.threads):

@@ -75,11 +75,16 @@ def _cores(spaces: Mapping[str, Space], module: Tensors) -> dict[str, Tensor]:
 
 
 def _whole(rule: Merging, members: Sequence[Member], base: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
-    """What a rule makes of whole products. One is exact as a pair of rank min(O, I): one factor holds it, the other is the
-    identity."""
-    found = rule.merge([replace(m, params=Products(m.params)) for m in members], Products(base), draw)
-    out = {name: found[name] for name, layer in names(base).items() if layer is None}
-    for p in lora_layers(base):
+    """What a rule makes of whole products."""
+    return factored(rule.merge([replace(m, params=Products(m.params)) for m in members], Products(base), draw), base)
+
+
+def factored(found: Tensors, like: Iterable[str]) -> dict[str, Tensor]:
+    """What a rule gave, by the names of a module. A product is exact as a pair of rank min(O, I): one factor holds it, the
+    other is the identity."""
+    shown = {name: layer for name, layer in names(like).items() if name in found}
+    out = {name: found[name] for name, layer in shown.items() if layer is None}
+    for p in filter(None, shown.values()):
         delta_OI = found[p + WEIGHT]
         outputs, inputs = delta_OI.shape
         wide = outputs < inputs
@@ -121,11 +126,13 @@ def origin(module: Tensors) -> dict[str, Tensor]:
 def asked(rule: Merging, module: Iterable[str]) -> tuple[StatisticRequest, ...]:
     """A rule's requests in the names of a module's tensors. What is asked of a product is asked of its `lora_A`: it has the same
     inputs."""
-    seen = names(module)
-    if rule.pairs:
-        return rule.asks()
-    told = []
-    for request in rule.asks(products=True):
+    return rule.asks() if rule.pairs else of_pairs(rule.asks(products=True), module)
+
+
+def of_pairs(requests: Sequence[StatisticRequest], module: Iterable[str]) -> tuple[StatisticRequest, ...]:
+    """Requests of a rule that is shown products, in the names of the module's tensors."""
+    seen, told = names(module), []
+    for request in requests:
         subjects = [name if seen[name] is None else f"{seen[name]}{LORA_A}" for name in matching(seen, request.match)]
         if subjects:
             told.append(replace(request, match=tuple(subjects)))
