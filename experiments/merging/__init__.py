@@ -1,0 +1,1 @@
+"""Every merging rule over the tasks of one run."""
