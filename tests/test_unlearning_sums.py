@@ -25,6 +25,8 @@ CALIBRATORS = {
     "nearest_mean": ("server.calibrator=nearest_mean",),
     "teen": ("server.calibrator=teen",),
     "lda": ("server.calibrator=lda",),
+    "qda": ("server.calibrator=qda", "head=quadratic"),
+    "fedran": ("server.calibrator={name: ridge, penalties: [1], rank: 3, precision: bfloat16}", RANDOM),
     "ridge": ("server.calibrator={name: ridge, penalties: [0.1, 1, 10]}", RANDOM),
 }
 

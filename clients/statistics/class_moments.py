@@ -183,7 +183,7 @@ class _Within:
         asked = torch.isin(labels, torch.tensor(self.moments.rows))
         count_K, mean_KD, centred_ND = centred(x_ND[asked], classes := labels[asked])
         self.scatter_DD.addmm_(centred_ND.T, centred_ND)
-        rows = classes.unique()
+        rows = torch.unique(classes)
         before_K = self.moments.count_C[rows]
         shift_KD = mean_KD - self.moments.mean_CD[rows]
         self.scatter_DD.addmm_((shift_KD * (before_K * count_K / (before_K + count_K))[:, None]).T, shift_KD)
@@ -215,7 +215,7 @@ class _Directions:
 
 def centred(x_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count (K,) and mean (K, D) of the classes that come up, ascending, and the samples less the means of their classes."""
-    _, place_N, count_K = labels_N.unique(return_inverse=True, return_counts=True)
+    _, place_N, count_K = torch.unique(labels_N, return_inverse=True, return_counts=True)
     sum_KD = x_ND.new_zeros(len(count_K), x_ND.shape[1]).index_add_(0, place_N, x_ND)
     mean_KD = sum_KD / count_K[:, None]
     return count_K.double(), mean_KD, x_ND - mean_KD[place_N]

@@ -24,14 +24,12 @@ from fedsim.core import rng
 from fedsim.core.contracts import CALIBRATOR
 from fedsim.core.errors import ClientFailed, ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, Reply, State, Tensors
-from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
+from fedsim.core.names import HEAD
 from fedsim.core.sums import summed
 from fedsim.core.wire import Chain
 from fedsim.unlearning.finished import FinishedRun, same
 from server import planning
 from server.learners import changes_model
-
-SOLVED = frozenset((HEAD_WEIGHT, HEAD_BIAS))  # of a head, what a calibrator makes
 
 
 def why_not(run: FinishedRun, clients: Collection[int], tasks: Sequence[int]) -> str | None:
@@ -47,7 +45,7 @@ def why_not(run: FinishedRun, clients: Collection[int], tasks: Sequence[int]) ->
         return "the consolidator merged with statistics that are sums over clients"
     played = tuple(_played(run))
     for task in tasks:
-        features = sorted(played[task].trained - SOLVED)
+        features = sorted(played[task].features)
         helped = sorted(set(run.participants(task)) & set(clients))
         if features and helped:
             return (
@@ -69,11 +67,11 @@ def deployed_without(run: FinishedRun, clients: Collection[int], tasks: Sequence
     if why or calibrator is None:
         raise ConfigError(f"--how sums is not possible for {run.dir.path}: {why}")
     state, params = state_without(run, clients, tasks), run.before_repair
-    if any(played.trained & SOLVED for played in _played(run)):
-        unsolved = calibrator.deployed(state, {n: torch.full_like(t, torch.nan) if n in SOLVED else t for n, t in params.items()})
-        left = unsolved[HEAD_WEIGHT].isnan().any(dim=1).nonzero().flatten().tolist()
+    if any(played.trained - played.features for played in _played(run)):
+        nowhere = {n: torch.full_like(t, torch.nan) if n.startswith(HEAD) else t for n, t in params.items()}
+        left = [n for n, t in calibrator.deployed(state, nowhere).items() if t.isnan().any()]
         if left:
-            why = f"they alone told of class {left[0]} of the stream, and its row of the head was trained with their help"
+            why = f"'{left[0]}' was trained with their help, and the calibrator does not make all of it from what others told"
             raise ConfigError(f"--how sums is not possible for {run.dir.path}: {why}")
     return calibrator.deployed(state, params)
 
@@ -116,10 +114,15 @@ class _Played:
     trained: frozenset[str]
     other: frozenset[str]
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What is trained, but for the head."""
+        return frozenset(n for n in self.trained if not n.startswith(HEAD))
+
     def lasts(self, later: Sequence[_Played]) -> bool:
         """Whether features at the task's end are those of the run's end."""
-        still = not any(played.trained - SOLVED or played.other for played in later)
-        return still and not (self.other and not self.trained - SOLVED)
+        still = not any(played.features or played.other for played in later)
+        return still and not (self.other and not self.features)
 
 
 def _played(run: FinishedRun) -> Iterator[_Played]:
@@ -132,5 +135,7 @@ def _played(run: FinishedRun) -> Iterator[_Played]:
         state = rule.init(start.params, task)
         plans = [rule.plan(state, r) for r in range(config.server.rounds)]
         trained = frozenset(n for plan in plans for n in planning.trained(start.frozen, start.params, plan))
-        yield _Played(trained, frozenset(n for n in params if n not in SOLVED and not same(params[n], start.params.get(n))))
+        yield _Played(
+            trained, frozenset(n for n in params if not n.startswith(HEAD) and not same(params[n], start.params.get(n)))
+        )
         kept = run.consolidator.end_task(kept, params, {}, rng.torch_stream(config.seed, "consolidate", task))

@@ -23,8 +23,10 @@ from fedsim.core import contracts
 from fedsim.core.contracts import IntArray
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import upper_triangle
+
+PER_CLASS = ("count", "sum", "square")  # sums with a row for every class
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class SumsCalibrator(contracts.Calibrator):
         return told
 
     @abstractmethod
-    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (R, D) and bias (R,) of the classes of which somebody told, from their means."""
+    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> Tensors:
+        """Rows (R, …) of the head's tensors, by name, of the classes of which somebody told, from their means (R, D)."""
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan | None:
         return asking("mean", classes[-1])
@@ -55,27 +57,27 @@ class SumsCalibrator(contracts.Calibrator):
     def end_task(
         self, state: State, params: Tensors, total: Tensors, classes: Sequence[Sequence[int]], draw: torch.Generator
     ) -> State:
-        like_CD = params[HEAD_WEIGHT].double()
-        before = state or {"count": like_CD.new_zeros(len(like_CD)), "sum": torch.zeros_like(like_CD)}
-        return {**before, **_added(before, total, classes[-1], 1.0)}
+        return {**(state or {}), **_added(state or {}, total, classes[-1], len(params[HEAD_WEIGHT]), 1.0)}
 
     def without(self, state: State, total: Tensors, classes: Sequence[Sequence[int]]) -> State:
         """Sums without some of their terms: exact up to the last digits of float64."""
-        return {**state, **_added(state, total, classes[-1], -1.0)}
+        return {**state, **_added(state, total, classes[-1], len(state["count"]), -1.0)}
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
         if not state:
             return params
         rows_R = (state["count"] > 0).nonzero()[:, 0]
         mean_RD = state["sum"][rows_R] / state["count"][rows_R][:, None]
-        return with_rows(params, rows_R.tolist(), *self.head(state, rows_R, mean_RD))
+        return with_rows(params, rows_R.tolist(), self.head(state, rows_R, mean_RD))
 
 
-def _added(state: State, total: Tensors, classes: Sequence[int], sign: float) -> dict[str, Tensor]:
-    """The sums with another one, whose rows are of these classes, added or subtracted."""
-    at_K = torch.tensor(classes, dtype=torch.long)
-    of_classes = {name: state[name].index_add(0, at_K, total[name], alpha=sign) for name in ("count", "sum")}
-    return of_classes | {name: state.get(name, 0.0) + sign * t for name, t in total.items() if name not in of_classes}
+def _added(state: State, total: Tensors, classes: Sequence[int], rows: int, sign: float) -> dict[str, Tensor]:
+    """The sums with another one added or subtracted, whose rows are of these classes where it has rows of classes."""
+    at_K, out = torch.tensor(classes, dtype=torch.long), dict[str, Tensor]()
+    for name, t in total.items():
+        before = state.get(name, t.new_zeros(rows, *t.shape[1:]) if name in PER_CLASS else torch.zeros_like(t))
+        out[name] = before.index_add(0, at_K, t, alpha=sign) if name in PER_CLASS else before.add(t, alpha=sign)
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,8 @@ class ScatterCalibrator(SumsCalibrator):
             raise ConfigError(f"rank must be at least 0 (null: the whole scatter), got {self.rank}")
 
     def closing(self, state: State, classes: Sequence[Sequence[int]]) -> RoundPlan:
-        told = {"precision": self.precision, "rank": self.rank}
-        return asking("within", classes[-1], **{n: v for n, v in told.items() if v not in ("float32", None)})
+        told: dict[str, Any] = {} if self.precision == "float32" else {"precision": self.precision}
+        return asking("within", classes[-1], **(told if self.rank is None else {**told, "rank": self.rank}))
 
     def lift(self, update: ClientUpdate) -> Tensors:
         return lifted_within(update)
@@ -160,10 +162,9 @@ def moments(total: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     return total["count"], mean_KD, spread
 
 
-def with_rows(params: Tensors, rows: Sequence[int], weight_RD: Tensor, bias_R: Tensor) -> dict[str, Tensor]:
-    """The parameters with these rows of the head in the place of their own."""
+def with_rows(params: Tensors, rows: Sequence[int], head: Tensors) -> dict[str, Tensor]:
+    """The parameters with these rows of the head's tensors in the place of their own."""
     at_R = torch.tensor(rows, dtype=torch.long)
-    head = {HEAD_WEIGHT: weight_RD, HEAD_BIAS: bias_R}
     return {n: t.index_copy(0, at_R, head[n].to(t.dtype)) if n in head else t for n, t in params.items()}
 
 

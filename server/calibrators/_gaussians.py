@@ -243,7 +243,7 @@ class PooledCalibrator(GaussianCalibrator):
         if not head:
             return params
         weight_RD, bias_R = (torch.stack([row[name] for row in head.values()]) for name in (HEAD_WEIGHT, HEAD_BIAS))
-        return with_rows(params, list(head), weight_RD, bias_R)
+        return with_rows(params, list(head), {HEAD_WEIGHT: weight_RD, HEAD_BIAS: bias_R})
 
 
 # ---------------------------------------------------------------- what clients told

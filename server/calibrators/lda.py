@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError, require_choice
-from fedsim.core.messages import State
+from fedsim.core.messages import State, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.tensors import from_upper_triangle
 from server.calibrators._class_sums import ScatterCalibrator
 from server.linalg import solve_gram
@@ -61,11 +62,12 @@ class Calibrator(ScatterCalibrator):
         why = "solves for the head's linear map, which {head} has not: use head: linear"
         return Traits(super().traits.gives, needs={"an affine head": why})
 
-    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> Tensors:
         count_R = state["count"][rows_R]
         weight_RD = solve_gram(mean_RD, self._covariance(count_R, mean_RD, state["gram"]), precision=torch.float32)
         bias_R = -0.5 * (weight_RD * mean_RD).sum(dim=1)
-        return weight_RD, bias_R + (count_R / count_R.sum()).log() if self.priors == "data" else bias_R
+        prior_R = (count_R / count_R.sum()).log() if self.priors == "data" else torch.zeros_like(bias_R)
+        return {HEAD_WEIGHT: weight_RD, HEAD_BIAS: bias_R + prior_R}
 
     def _covariance(self, count_R: Tensor, mean_RD: Tensor, triangle_T: Tensor) -> Tensor:
         """Σ̃ (D, D)."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import require_choice
-from fedsim.core.messages import State
+from fedsim.core.messages import State, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from server.calibrators._class_sums import SumsCalibrator
 
 
@@ -46,7 +47,7 @@ class Calibrator(SumsCalibrator):
     def traits(self) -> Traits:
         return Traits()
 
-    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> Tensors:
         if self.distance == "cosine":
-            return F.normalize(mean_RD), mean_RD.new_zeros(len(mean_RD))
-        return mean_RD, -0.5 * mean_RD.square().sum(dim=1)
+            return {HEAD_WEIGHT: F.normalize(mean_RD), HEAD_BIAS: mean_RD.new_zeros(len(mean_RD))}
+        return {HEAD_WEIGHT: mean_RD, HEAD_BIAS: -0.5 * mean_RD.square().sum(dim=1)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.core.contracts import Traits, statistic
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-from fedsim.core.names import HEAD_WEIGHT
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.numbers import IntArray
 from fedsim.core.tensors import from_upper_triangle
 from server.calibrators._class_sums import ScatterCalibrator, SumsCalibrator, asking
@@ -93,9 +93,9 @@ class Calibrator(ScatterCalibrator):
         plain = {**SumsCalibrator.lift(self, update), "gram": statistic(update, GRAM).double()} if self.plain else None
         return {**(plain or super().lift(update)), "squares": squares_L}
 
-    def head(self, state: State, rows_R: Tensor, mean_RM: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, state: State, rows_R: Tensor, mean_RM: Tensor) -> Tensors:
         weight_RM = solved(state["sum"][rows_R], state["gram"], self._penalty(state["squares"]))
-        return weight_RM, weight_RM.new_zeros(len(weight_RM))
+        return {HEAD_WEIGHT: weight_RM, HEAD_BIAS: weight_RM.new_zeros(len(weight_RM))}
 
     def _penalty(self, squares_L: Tensor) -> float:
         if len(self.penalties) > 1 and not bool(squares_L.any()):

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from server.calibrators._class_sums import SumsCalibrator
 
 
@@ -57,9 +58,9 @@ class Calibrator(SumsCalibrator):
         """`base`: rows of the first task's classes."""
         return {**super().end_task(state, params, total, classes, draw), "base": torch.tensor(classes[0])}
 
-    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> Tensors:
         calibrated_RD = self.calibrated(F.normalize(mean_RD), torch.isin(rows_R, state["base"]))
-        return calibrated_RD, calibrated_RD.new_zeros(len(rows_R))
+        return {HEAD_WEIGHT: calibrated_RD, HEAD_BIAS: calibrated_RD.new_zeros(len(rows_R))}
 
     def calibrated(self, unit_RD: Tensor, base_R: Tensor) -> Tensor:
         """Prototypes of length 1, those of classes that are no base (R,) pulled towards bases that they are like."""

@@ -17,6 +17,7 @@ WORDS: Mapping[str, str] = {
     "composes heads": "makes one prediction of a head per client",
     "class centres": "head.weight has a point per class among the features, and logits fall with the distance to it",
     "an affine head": "logits are W inputs + b, of head.weight and head.bias",
+    "a quadratic head": "logits are −½ (inputs − w)ᵀ P (inputs − w) + b, of head.weight, head.precision and head.offset",
     "keeps every module": "takes tensors with such an axis from task to task",
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
