@@ -33,7 +33,7 @@ from fedsim.core import presets, rng
 from fedsim.core.config import text
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.files import storage_errors, write_atomic
-from fedsim.runs.collection import Entry, SweepRecord
+from fedsim.runs.collection import Entry, Label, SweepRecord
 from fedsim.runs.metrics import HEADLINE, METRICS
 from fedsim.runs.results import Results
 from fedsim.sweep import plan
@@ -162,10 +162,10 @@ class Tuning:
         runs, seeds = [], self.options.seeds
         for seed, candidates in zip(seeds, rungs, strict=False):
             for one in candidates:
-                labels = {self.axis: one.variant, SETTING: one.setting, "seed": seed}
+                labels: dict[str, Label] = {self.axis: one.variant, SETTING: one.setting, "seed": seed}
                 run = one.runs[seed]
                 runs.append(PlannedRun(Entry(run.entry.identity, labels), replace(run.config, name=one.variant)))
-        axes = {
+        axes: dict[str, Sequence[Label]] = {
             self.axis: list(self.variants),
             SETTING: list(dict.fromkeys(one.setting for one in self.candidates)),
             "seed": list(seeds[: len(rungs)]),
