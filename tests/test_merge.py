@@ -219,6 +219,27 @@ def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2 tasks merged by mean" in shown and "went on from task to task" in shown
 
 
+OWN = """
+from dataclasses import dataclass
+from fedsim.core import contracts
+
+@dataclass(frozen=True)
+class Merging(contracts.Merging):
+    member: int = 0
+
+    def merge(self, members, base, draw):
+        return {n: 2 * members[self.member].params[n] for n in base}
+"""
+
+
+def test_a_rule_of_one_s_own(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(OWN)
+    words = ["merge", str(runs.one), str(runs.other), "--rule", str(tmp_path / "twice.py"), "--set", "member=1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    want = {p: 2 * t for p, t in effect(OpenedRun(runs.other).deployed).items()}
+    close(effect(load_file(tmp_path / "out" / "merged.safetensors")), want)
+
+
 REFUSED = {
     "one run": (["one"], [], "one run alone is merged already"),
     "twice": (["one", "one"], [], "is there twice"),
