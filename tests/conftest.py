@@ -48,33 +48,58 @@ def run_dirs(tmp_path: Path) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray first, those that need it to run before those that need it not to: of two processes that share the tests one
+    has all of them, and starts it once."""
+
+    def turn(item: pytest.Item) -> int:
+        needs = getattr(item, "fixturenames", ())
+        return 0 if "warm_ray" in needs else 1 if "one_ray" in needs else 2 if "rays" in needs else 3
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="session")
-def rays() -> Iterator[Callable[[bool], None]]:
-    """`rays(True)`: Ray runs in this process, with two cores; `rays(False)`: none does."""
+def rays() -> Iterator[Callable[[bool, bool], None]]:
+    """`rays(True, warm)`: Ray runs in this process, with two cores, and has them free or has warm workers; `rays(False, False)`:
+    none does."""
     import ray
 
     import clients.cluster  # sets what Ray reads when it starts  # noqa: F401
+    from tests import warm
 
-    def wanted(running: bool) -> None:
+    def wanted(running: bool, with_workers: bool) -> None:
+        if not with_workers:
+            warm.end()
         if running and not ray.is_initialized():
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         elif not running and ray.is_initialized():
             ray.shutdown()
-        deadline = time.monotonic() + 30
-        while running and ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+        deadline, cores = time.monotonic() + 30, 2 - len(warm.idle)
+        while running and ray.available_resources().get("CPU", 0) < cores and time.monotonic() < deadline:
             time.sleep(0.05)  # workers of the pool before are on their way out, and still have their cores
 
     yield wanted
-    wanted(False)
+    wanted(False, False)
 
 
 @pytest.fixture
-def one_ray(rays: Callable[[bool], None]) -> None:
+def one_ray(rays: Callable[[bool, bool], None]) -> None:
     """Ray that stays for the tests that follow: a pool joins it, and does not take the seconds that a start takes."""
-    rays(True)
+    rays(True, False)
 
 
 @pytest.fixture
-def no_ray(rays: Callable[[bool], None]) -> None:
+def warm_ray(rays: Callable[[bool, bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and the processes of the workers stay too: for tests of what workers do, not of how they start."""
+    from clients.pools import ray as ray_pool
+    from tests.warm import Pool
+
+    rays(True, True)
+    monkeypatch.setattr(ray_pool, "Pool", Pool)
+
+
+@pytest.fixture
+def no_ray(rays: Callable[[bool, bool], None]) -> None:
     """No Ray: for tests about its start, and for Flower, which starts its own."""
-    rays(False)
+    rays(False, False)

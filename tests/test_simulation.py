@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,6 @@ from server import checkpoint, gather, loop
 from tests.readme import median_rule
 from tests.tiny import final_state, kept, learned, plain_vit, same_bits, stopping, tiny
 
-POOLS = {
-    "ray, 1 worker": ["runtime.pool=ray", "runtime.workers=1"],
-    "ray, 2 workers": ["runtime.pool=ray", "runtime.workers=2"],
-    "flower": ["runtime.pool=flower", "runtime.workers=1"],
-}
 IMAGES = {"name": "target", "images": 8, "batch": 4, "steps": 2, "warmup": 0, "latent": 4, "width": 2}  # the server makes them
 METHODS: dict[str, dict[str, Any]] = {
     "lorm": {},
@@ -96,7 +92,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 # Flower starts Ray anew for every run, which takes longest: the messages of the others are in tests/clients/test_flower_pool.py
-ON_FLOWERS_ENGINE = ("every hook", "channels")
+ON_FLOWERS_ENGINE = "every hook"
 
 
 def test_results_hold_what_a_researcher_wants(tmp_path: Path) -> None:
@@ -135,22 +131,39 @@ def test_bytes_of_fedavg_are_what_the_formula_says(tmp_path: Path) -> None:
     assert sum(results.costs["bytes"]["up"].values()) == one_way
 
 
-@pytest.mark.parametrize(("pool", "method"), [(p, m) for p in POOLS for m in METHODS if p != "flower" or m in ON_FLOWERS_ENGINE])
-def test_every_pool_gives_the_same_bits(method: str, pool: str, tmp_path: Path, rays: Callable[[bool], None]) -> None:
-    if pool == "flower":
-        pytest.importorskip("flwr", reason="Flower needs Python 3.11")
-    rays(pool != "flower")
-    serial = tiny(output=tmp_path / "serial", model=plain_vit(), **METHODS[method])
-    other = tiny(*POOLS[pool], output=tmp_path / "other", model=plain_vit(), **METHODS[method])
-    a, b = run(serial), run(other)
-    assert serial.identity() == other.identity()
-    assert same_bits(learned(final_state(a.path, serial)), learned(final_state(b.path, other)))
-    assert same_bits(kept(a.path), kept(b.path))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SimConfig, Results]]:
+    """A method's run in the serial pool, made once."""
+    folder = tmp_path_factory.mktemp("serial")
+
+    @cache
+    def of(method: str) -> tuple[SimConfig, Results]:
+        config = tiny(output=folder, model=plain_vit(), **METHODS[method])
+        return config, run(config)
+
+    return of
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_ray_gives_the_same_bits(method: str, workers: int, tmp_path: Path, whole: Any, warm_ray: None) -> None:
+    gives_the_same_bits(
+        tiny("runtime.pool=ray", f"runtime.workers={workers}", output=tmp_path, model=plain_vit(), **METHODS[method]),
+        whole(method),
+    )
+
+
+def gives_the_same_bits(config: SimConfig, whole: tuple[SimConfig, Results]) -> None:
+    serial, results = whole
+    path = run(config).path
+    assert serial.identity() == config.identity()
+    assert same_bits(learned(final_state(results.path, serial)), learned(final_state(path, config)))  # type: ignore[arg-type]
+    assert same_bits(kept(results.path), kept(path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("fused", "workers"), [("false", (1, 2)), ("true", (2,))])
 def test_many_clients_in_blocks_have_the_bits_of_one_by_one(
-    fused: str, workers: tuple[int, ...], tmp_path: Path, one_ray: None
+    fused: str, workers: tuple[int, ...], tmp_path: Path, warm_ray: None
 ) -> None:
     """45 clients, enough for blocks on two workers: alone in the serial pool (in bundles if they are fused), and in blocks that
     Ray workers sum."""
@@ -234,20 +247,19 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels", "learners"])
 @pytest.mark.parametrize("stop_after", [1, 3, 5], ids=["within a task", "between tasks", "in the last task"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
-    method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:
     """Stopped after any of its steps (a round or a task's end) and resumed = never stopped."""
-    config = tiny(output=tmp_path, **METHODS[method])
-    whole = run(config)
+    config, never = whole(method)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save", stopping(stop_after))
         with pytest.raises(KeyboardInterrupt):
             run(config, output=stopped)
     resumed = run(resume=stopped)
-    assert same_bits(learned(final_state(whole.path, config)), learned(final_state(stopped, config)))
-    assert same_bits(kept(whole.path), kept(stopped))
-    np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+    assert same_bits(learned(final_state(never.path, config)), learned(final_state(stopped, config)))
+    assert same_bits(kept(never.path), kept(stopped))
+    np.testing.assert_array_equal(resumed.accuracy, never.accuracy)
 
 
 def test_a_run_whose_data_have_moved_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,8 +312,9 @@ def test_resuming_a_finished_run_returns_its_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", ["serial", "ray"])
-def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path, one_ray: None) -> None:
-    config = tiny("client.optimizer=sgd", "client.lr=1e30", "client.epochs=3", f"runtime.pool={pool}", output=tmp_path)
+def test_a_loss_that_is_not_finite_names_the_client(pool: str, tmp_path: Path, warm_ray: None) -> None:
+    words = ("client.optimizer=sgd", "client.lr=1e30", "client.epochs=3", f"runtime.pool={pool}", "runtime.workers=2")
+    config = tiny(*words, output=tmp_path)
     with pytest.raises(ClientFailed, match=r"client 0 failed in task 0, round 0, stage (training|update): .*") as failed:
         run(config)
     assert "\n" not in str(failed.value)
@@ -468,3 +481,10 @@ def test_a_rule_file_that_is_edited_during_a_run_does_not_spoil_it(tmp_path: Pat
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
     np.testing.assert_array_equal(Results.load(tmp_path / "stopped").accuracy, whole.accuracy)
     assert run(resume=tmp_path / "stopped").finished
+
+
+def test_flowers_engine_gives_the_same_bits(tmp_path: Path, whole: Any, no_ray: None) -> None:
+    pytest.importorskip("flwr", reason="Flower needs Python 3.11")
+    method = ON_FLOWERS_ENGINE
+    config = tiny("runtime.pool=flower", "runtime.workers=1", output=tmp_path, model=plain_vit(), **METHODS[method])
+    gives_the_same_bits(config, whole(method))

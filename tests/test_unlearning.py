@@ -262,7 +262,7 @@ def test_one_task_only(tmp_path: Path) -> None:
     assert not torch.allclose(head[3:], found.deployed["head.weight"][3:])
 
 
-def test_vectors_are_the_same_from_every_pool_and_after_a_stop(tmp_path: Path, one_ray: None) -> None:
+def test_vectors_are_the_same_from_every_pool_and_after_a_stop(tmp_path: Path, warm_ray: None) -> None:
     same = (KEEP, "server.aggregator=fedavg")
     serial = finished(tmp_path / "serial", *same, model=plain_vit())
     ray = finished(tmp_path / "ray", *same, "runtime.pool=ray", "runtime.workers=2", model=plain_vit())

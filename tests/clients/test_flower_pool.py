@@ -247,7 +247,7 @@ class Wire:
         flower._worker.cache_clear()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ON_FLOWERS_ENGINE])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != ON_FLOWERS_ENGINE])
 def test_flowers_messages_carry_whole_runs(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits of the serial pool, for the methods that tests/test_simulation.py does not run on Flower's own engine."""
     from flwr.supercore.task_identity import TaskIdentity
@@ -284,9 +284,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkSpec:
 
 
 @pytest.fixture(scope="module")
-def pool(spec: WorkSpec, tmp_path_factory: pytest.TempPathFactory, rays: Callable[[bool], None]) -> Iterator[Pool]:
+def pool(spec: WorkSpec, tmp_path_factory: pytest.TempPathFactory, rays: Callable[[bool, bool], None]) -> Iterator[Pool]:
     """One engine for the tests below, started as by a user whose folder holds a clients.py, a server.py and a fedsim.py."""
-    rays(False)
+    rays(False, False)
     folder = tmp_path_factory.mktemp("user")
     for decoy in ("clients.py", "server.py", "fedsim.py"):
         (folder / decoy).write_text("raise RuntimeError('the decoy was imported')\n")
