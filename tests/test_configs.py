@@ -145,6 +145,7 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
     """Its rules, adapter and client on synthetic data and a random backbone of the same family."""
     plain = config.to_dict()
     text = config.data["source"] == "text"
+    enough = max(2, configs.build_aggregator(plain["server"]["aggregator"]).least)
     learners = [{**one, **dict.fromkeys(MANY & {*one}, FEW)} for one in plain["client"]["learners"]]
     bert = {
         "model_type": "bert",
@@ -157,7 +158,7 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
     small: dict[str, Any] = {
         "data": {**TINY["data"], "train_per_class": 6, "kind": "tokens" if text else "image"},
         "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
-        "partition": {**plain["partition"], "clients": min(2, plain["partition"]["clients"]), "min_samples": 1},
+        "partition": {**plain["partition"], "clients": min(enough, plain["partition"]["clients"]), "min_samples": 1},
         "model": {**TINY["model"], "config": bert if text else DEEP, "pooling": plain["model"]["pooling"]},
         "client": {
             **plain["client"],

@@ -54,7 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "client": {"weight_decay": 0.1, "learners": [{"name": "square", "kappa": 5.0}, {"name": "proximal"}]},
     },
-    "channels": {  # memory of clients, draws of clients and of the server; a module that grows, and a teacher that has not grown
+    "channels": {  # memory of clients, draws of clients and of the server; a module that grows, a teacher that has not grown; a
+        # rule whose state goes on over tasks
         "adapter": {"name": "codaprompt", "length": 2, "blocks": "all", "components": 2, "mu": 0.1},
         "client": {"learners": ["fedcprompt"]},
         "server": {
@@ -63,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
                 {"name": "quantise", "bits": 4},
                 {"name": "clip_noise", "clip": 0.5, "noise": 0.1},
             ],
-            "aggregator": "fairavg",
+            "aggregator": {"name": "fedadam", "weights": "uniform", "reset_on_task": False},
             "consolidator": "none",
             "participation": 0.67,
         },
