@@ -24,6 +24,7 @@ from clients import local, optim
 from clients.learning import Learning, asked_for, fitting, with_foreign
 from clients.lower_states import Kept, queries_of
 from clients.work import Work
+from fedsim.core import ranks
 from fedsim.core.config import ClientConfig
 from fedsim.core.contracts import IntArray, Outputs, Slots
 from fedsim.core.errors import ClientFailed, ModelError, one_line
@@ -113,11 +114,14 @@ class Together:
 
     def __init__(self, works: Sequence[Work]) -> None:
         first = works[0]
-        self.works, self.model, self.samples, self.params = works, first.model, first.samples, first.params
+        self.works, self.model, self.samples, self.params = works, first.model, first.samples, first.received.params
         self.client, self.classes, self.trained = first.config.client, first.classes, first.trained
         self.steps = [work.steps for work in works]
         by_group = sorted(self.trained, key=lambda n: optim.group_of(self.client, n))
+        starts = [work.params for work in works]
         self.flat = Flat({n: self.params[n] for n in by_group}, len(works))
+        self.flat.begin(starts, self.params)
+        self.lacking_KP = self.flat.marked([ranks.beyond(self.params, work.rank) for work in works])
         self.learning = [Learning(work) for work in works]
         self.looks, self.replaces, self.corrects = (getattr(self.learning[0], what) for what in ("looks", "replaces", "corrects"))
         self.augment = [work.draw("augment", self.model.device) for work in works]
@@ -162,6 +166,8 @@ class Together:
             for name, new in active[k].corrected(gradients, tensors).items():
                 if new is not gradients[name]:
                     gradients[name].copy_(new)
+        if self.lacking_KP is not None:
+            gradient_aP.masked_fill_(self.lacking_KP[: len(gradient_aP)], 0.0)
         if self.client.clip_norm is not None:
             norms_a1 = torch.linalg.vector_norm(gradient_aP, dim=1, keepdim=True)
             gradient_aP.mul_((self.client.clip_norm / (norms_a1 + CLIP_EPS)).clamp(max=1))
@@ -178,18 +184,19 @@ class Together:
             with local.stage("training"):
                 loss = local.last_epoch(losses_S[: self.steps[k]], work.epochs)
             with local.stage("update"):
-                own = self.flat.of(k, updates_KP)
-                update = {n: own[n].clone() for n in self.trained}  # a view would travel with all the rest
-                require_finite(update, "trained tensor")
+                own = {n: t.clone() for n, t in self.flat.of(k, updates_KP).items()}  # a view would travel with all the rest
+                update, encoded = work.sends(own)
+                require_finite(own, "trained tensor")
             with local.stage("statistics"):
-                own = {**self.params, **self.flat.of(k, self.flat.values_KP)}
+                own = {**work.params, **self.flat.of(k, self.flat.values_KP)}
                 memory, statistics = self.learning[k].end(own)
+                memory = work.remembers(own, memory)
                 statistics = {**statistics, **local.collect(work, own, self.kept[k])}
                 require_finite(statistics, "statistic")
         except local.StageFailed as e:
             return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
         metrics = {"loss": loss, "seconds": seconds + time.perf_counter() - start, "together": float(len(self.works))}
-        return ClientUpdate(job.client_id, len(shard), update, statistics, memory, metrics)
+        return ClientUpdate(job.client_id, len(shard), update, statistics, memory, metrics, encoded=encoded)
 
 
 class _Step:
@@ -311,6 +318,23 @@ class Flat:
     def __init__(self, tensors: Tensors, clients: int) -> None:
         self.shapes = {n: t.shape for n, t in tensors.items()}
         self.values_KP = torch.cat([t.detach().flatten() for t in tensors.values()]).repeat(clients, 1)
+
+    def begin(self, starts: Sequence[Tensors], common: Tensors) -> None:
+        """Every client from its own start, where that is another than the common one."""
+        for k, start in enumerate(starts):
+            for name, tensor in self.of(k, self.values_KP).items() if start is not common else ():
+                tensor.copy_(start[name])
+
+    def marked(self, masks: Sequence[Tensors]) -> Tensor | None:
+        """Masks of some clients' tensors as one matrix (K, P); None where there are none."""
+        if not any(masks):
+            return None
+        marked_KP = torch.zeros_like(self.values_KP, dtype=torch.bool)
+        for k, of_client in enumerate(masks):
+            for name, place in self.of(k, marked_KP).items():
+                if name in of_client:
+                    place.copy_(of_client[name])
+        return marked_KP
 
     def of(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Client k's row of a matrix as tensors, which share its memory."""

@@ -17,6 +17,7 @@ from clients import optim
 from clients.learning import Learning, follows, reviewed, statistic_of
 from clients.lower_states import NOTHING, Kept
 from clients.work import Work, batches
+from fedsim.core import ranks
 from fedsim.core.contracts import Outputs, WorkStatistic
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
@@ -53,16 +54,17 @@ def train(work: Work) -> ClientUpdate | ClientFailed:
                 metrics["loss"] = fit(work, local, learning, kept)
         local = {n: t.detach() for n, t in local.items()}
         with stage("update"):
-            update = {n: local[n].cpu() for n in work.trained}
-            require_finite(update, "trained tensor")
+            update, encoded = work.sends(local)
+            require_finite({n: local[n] for n in work.trained}, "trained tensor")
         with stage("statistics"):
             memory, statistics = reviewed(work) if work.plan.review else learning.end(local)
+            memory = work.remembers(local, memory)
             statistics = {**statistics, **collect(work, local, kept)}
             require_finite(statistics, "statistic")
     except StageFailed as e:
         return ClientFailed(job.client_id, job.task, job.round, e.stage, e.reason)
     metrics["seconds"] = time.perf_counter() - start
-    return ClientUpdate(job.client_id, len(work.shard), update, statistics, memory, metrics)
+    return ClientUpdate(job.client_id, len(work.shard), update, statistics, memory, metrics, encoded=encoded)
 
 
 def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = NOTHING) -> float:
@@ -70,6 +72,7 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = N
     client, model = work.config.client, work.model
     augment, dropout = (work.draw(purpose, model.device) for purpose in ("augment", "dropout"))
     parameters = {n: local[n] for n in work.trained}
+    lacking = ranks.beyond(parameters, work.rank)
     optimizer, schedule = optim.build(client, parameters, work.steps, fused_step=work.config.runtime.kernels == "onednn")
     losses: list[Tensor] = []
     kept = replace(kept, below=None) if learning.blocks else kept
@@ -93,6 +96,8 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = N
             loss.backward()  # type: ignore[no-untyped-call]
             if learning.corrects:
                 correct(learning, parameters)
+            for name, mask in lacking.items():
+                parameters[name].grad = _without(parameters[name].grad, mask)
             if client.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), client.clip_norm)
             optimizer.step()
@@ -101,6 +106,11 @@ def fit(work: Work, local: dict[str, Tensor], learning: Learning, kept: Kept = N
                 schedule.step()
             losses.append(loss.detach())
     return last_epoch(torch.stack(losses), work.epochs)  # looked at once: a look at every step would wait for the GPU
+
+
+def _without(gradient: Tensor | None, mask: Tensor) -> Tensor | None:
+    """A gradient that is zero where a client has no ranks: learners may have put something there."""
+    return None if gradient is None else gradient.masked_fill(mask, 0.0)
 
 
 def correct(learning: Learning, parameters: Tensors) -> None:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, layer_gradients, sample_gradients
 from clients.lower_states import Kept, queries_of
 from clients.samples import Samples
-from fedsim.core import rng
+from fedsim.core import ranks, rng
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, RoundPlan, Tensors
-from fedsim.core.tensors import matching
+from fedsim.core.tensors import matching, with_prefix, without_prefix
 from fedsim.models.model import Model
+
+STAYED, TASK = "stayed/", "task"  # of the tensors that stay with a client, in its memory; the task that they are of
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +103,48 @@ class Work:
 
     @cached_property
     def params(self) -> Tensors:
-        """All tensors, on the device: as received, and in a further look as this client has trained them, but for what is
-        merged."""
-        received, merged = self.received.params, self.plan.merged
-        if merged is None:
-            return received
-        own = {n: t for n, t in self.job.memory.items() if n not in merged}
-        return {**received, **moved(own, self.model.device)}
+        """All tensors, on the device, as this client begins with them: as received, but for those that have stayed with it, and
+        for what is beyond its rank; in a further look as it has trained them, but for what is merged."""
+        own = self.stayed
+        if self.plan.merged is not None:
+            own = moved({n: t for n, t in self.job.memory.items() if n not in self.plan.merged}, self.model.device)
+        begun = {**self.received.params, **own} if own else self.received.params
+        cut = ranks.cut(begun, self.rank)
+        return {**begun, **cut} if cut else begun
+
+    @cached_property
+    def rank(self) -> int | None:
+        """Of the LoRA pairs that it trains; None: all ranks. In a pass for statistics it looks through whole pairs."""
+        return ranks.rank_of(self.config, self.client_id) if self.trained else None
+
+    @cached_property
+    def stayed(self) -> Tensors:
+        """Tensors that have stayed with this client, on the device."""
+        memory = without_prefix(self.job.memory, STAYED)
+        if not self.staying or int(memory.get(TASK, torch.tensor(-1))) < self.plan.since:
+            return {}
+        return moved({n: t for n, t in memory.items() if n in self.job.params}, self.model.device)
+
+    @cached_property
+    def staying(self) -> tuple[str, ...]:
+        """Names of the tensors that are trained and stay."""
+        return tuple(matching(self.trained, self.plan.keeps)) if self.plan.keeps else ()
+
+    def sends(self, local: Tensors) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What goes up of the tensors after the last step, on the CPU, and the bytes of those of which the client has a part."""
+        staying = () if self.plan.hand_in else self.staying
+        sent = {n: local[n].cpu() for n in self.trained if n not in staying}
+        cut = ranks.beyond(sent, self.rank)
+        return sent, {n: ranks.bytes_of(n, sent[n], self.rank) for n in cut}
+
+    def remembers(self, local: Tensors, memory: Tensors | None) -> Tensors | None:
+        """What the client remembers, with the tensors that stay with it. memory: without them, None for what it was."""
+        before = with_prefix(self.job.memory, STAYED)
+        if not self.staying:
+            return {**memory, **before} if memory is not None and before else memory
+        others = {n: t for n, t in (self.job.memory if memory is None else memory).items() if n not in before}
+        stays = {STAYED + n: local[n].detach().cpu() for n in self.staying} | {STAYED + TASK: torch.tensor(self.task)}
+        return {**others, **(before if self.stayed else {}), **stays}
 
     @cached_property
     def trained(self) -> tuple[str, ...]:

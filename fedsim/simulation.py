@@ -179,6 +179,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     model = models.build(config, len(manifest.class_order))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
     state, trained, plan = first_state(config, model, rule)
+    suitable.require_ranks(config, rule, state.params, manifest.num_clients)
     require_room(config, model, state.params, manifest.num_tasks)
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))

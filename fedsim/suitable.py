@@ -22,10 +22,11 @@ from fedsim.core.contracts import Aggregator, Part, TaskStart, Traits
 from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.names import HEAD_WEIGHT
-from fedsim.core.tensors import matching
+from fedsim.core.tensors import LORA_A, lora_layers, matching
 from fedsim.core.work import WorkSpec
 from fedsim.data.manifest import Manifest
 from server import sampling
+from server.aggregators._grouped import Aggregator as Grouped
 
 FIELD = re.compile(r"\{([a-z_]+(?:\.[a-z_]+)*)\}")  # of what traits say: {other}, {adapter}, {server.rounds}
 
@@ -104,6 +105,7 @@ def run_words(config: SimConfig, spec: WorkSpec | None = None) -> dict[str, str]
         ("several rules", "server.aggregator", isinstance(server.aggregator, list)),
         ("drawn clients", "server.participation", server.participation < 1),
         ("drawn passes", "server.pass_participation", server.pass_participation == "drawn"),
+        ("unequal ranks", "client.ranks", config.client.ranks is not None),
         ("clients may fail", "server.on_client_failure", server.on_client_failure == "skip"),
         ("unlearning", "server.unlearning", server.unlearning),
         ("half precision", "runtime.precision", config.runtime.precision == "bf16"),
@@ -124,6 +126,34 @@ def require_trained(config: SimConfig, start: TaskStart, plans: Sequence[RoundPl
                 f"{config.server.consolidator['name']} with adapter {config.adapter['name']} freezes {', '.join(start.frozen)}: "
                 "nothing of the adapter is left"
             )
+
+
+def require_ranks(config: SimConfig, rule: Aggregator, params: Tensors, clients: int) -> None:
+    """Raise ConfigError for `client.ranks` that clients or pairs do not have, and for a rule that cannot merge such pairs."""
+    ranks, layers = config.client.ranks, lora_layers(params)
+    if ranks is None:
+        return
+    if not layers:
+        raise ConfigError(f"client.ranks is of LoRA pairs, and adapter {config.adapter['name']} has none: use adapter: lora")
+    if isinstance(ranks, list) and len(ranks) != clients:
+        raise ConfigError(
+            f"client.ranks is a list of {len(ranks)} for {clients} clients: give one for each, or {{law: turns, of: {ranks[:3]}}}"
+        )
+    most, asked = len(params[layers[0] + LORA_A]), max(ranks if isinstance(ranks, list) else ranks["of"])
+    if asked > most:
+        raise ConfigError(
+            f"client.ranks has {asked}, but adapter.rank, of the server's pairs, is {most}: raise that, or lower this"
+        )
+    if config.server.channel:
+        raise ConfigError("client.ranks and server.channel exclude each other: channels encode whole tensors")
+    for glob, one in rule.groups if isinstance(rule, Grouped) else [("*", rule)]:
+        if matching([layers[0] + LORA_A], [glob]):
+            if contracts.TAKES_RANKS not in one.traits.gives:
+                raise ConfigError(
+                    f"client.ranks gives clients pairs of unequal ranks, which aggregator {rule_name(config)} cannot merge: use "
+                    f"flora, merged with {{rule: mean, pairs: products}}, or fedavg, which pads them by zeros"
+                )
+            return
 
 
 def require_linear_map(config: SimConfig, params: Tensors, plan: RoundPlan) -> None:

@@ -21,20 +21,25 @@ the round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedsim.core.events import DriftRow
 from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.ranks import cut
 
 MOST_PRODUCTS = 16
 A, B = ".lora_A", ".lora_B"
+RankOf = Callable[[int], int | None]
 
 
-def measure_drift(task: int, round: int, params: Tensors, updates: Sequence[ClientUpdate]) -> tuple[DriftRow, ...]:
-    """One row per group of tensors that was trained ("adapter", "head"), from the updates that hold their tensors."""
+def measure_drift(
+    task: int, round: int, params: Tensors, updates: Sequence[ClientUpdate], rank_of: RankOf = lambda client: None
+) -> tuple[DriftRow, ...]:
+    """One row per group of tensors that was trained ("adapter", "head"), from the updates that hold their tensors. rank_of: of a
+    client's LoRA pairs; what is beyond it has not moved."""
     chosen = [u for u in updates if u.params and u.num_samples]
     if not chosen:
         return ()
@@ -43,7 +48,7 @@ def measure_drift(task: int, round: int, params: Tensors, updates: Sequence[Clie
     for group in groups:
         names = [n for n in chosen[0].params if n.startswith(f"{group}.")]
         error = product_error(names, chosen) if len(chosen) <= MOST_PRODUCTS else None
-        rows.append(DriftRow(task, round, group, len(chosen), **_of_group(names, params, chosen), product_error=error))
+        rows.append(DriftRow(task, round, group, len(chosen), **_of_group(names, params, chosen, rank_of), product_error=error))
     return tuple(rows)
 
 
@@ -71,12 +76,15 @@ def _squared_norm(P_OQ: Tensor, Q_QI: Tensor) -> float:
     return float(((P_OQ.T @ P_OQ) * (Q_QI @ Q_QI.T)).sum())
 
 
-def _of_group(names: Sequence[str], params: Tensors, updates: Sequence[ClientUpdate]) -> Mapping[str, float | None]:
+def _of_group(
+    names: Sequence[str], params: Tensors, updates: Sequence[ClientUpdate], rank_of: RankOf
+) -> Mapping[str, float | None]:
     gram_KK = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     norm2 = 0.0
     for name in names:  # one tensor at a time: no second copy of all updates
         base = params[name].double()
-        change_KP = torch.stack([(u.params[name].double() - base).flatten() for u in updates])
+        starts = [cut({name: base}, rank_of(u.client_id)).get(name, base) for u in updates]
+        change_KP = torch.stack([(u.params[name].double() - b).flatten() for u, b in zip(updates, starts, strict=True)])
         gram_KK += change_KP @ change_KP.T
         norm2 += float(base.square().sum())
     return of_gram(gram_KK, norm2**0.5)

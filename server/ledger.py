@@ -13,6 +13,9 @@ pass at that task's end. It is an upper bound in three places: a fresh adapter i
 left out of a message and comes back in a later one is sent again to those who missed both; and a calibrator's pass at a task's
 end is sent the merged model that is deployed, whole.
 
+A client with fewer ranks than the server's pair (`client.ranks`) is sent, and sends, its own part of the factors; all of it where
+it looks through whole pairs: in passes for statistics, and in modules of past tasks.
+
 What is fixed in a head (random projections) is drawn by every client from the run's seed, and does not travel.
 
 Up: what was trained, and the statistics, of which equal ones travel once (energies of queries, keys and values, which have the
@@ -28,11 +31,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fedsim.core import ranks
 from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, ClientUpdate, Tensors, bytes_up
 from server.state import ServerState, Simulation
 
@@ -49,16 +54,18 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     beneath = state.beneath.parts if BENEATH in plan.context else {}
     blended = any(r.blended for r in plan.statistics)
     with_past = bool(past or told or beneath) or plan.beside or blended  # in the first task there are none yet
-    message = _message(jobs[0].params, past, tuple(told.values()))
-    message |= {f"{BENEATH} {name}": (BENEATH, size) for name, size in beneath.items()}
+    unequal, whole = sim.config.client.ranks is not None, not plan.train  # a pass looks through whole pairs
+    message = _message(jobs[0].params, past, tuple(told.values()), whole, unequal)
+    message |= {f"{BENEATH} {name}": Content(BENEATH, size) for name, size in beneath.items()}
     kinds = ["background", *(["context"] if told else []), *([BENEATH] if beneath else [])]
     for kind in (*(name.partition(".")[0] for name in jobs[0].params), *kinds):
         total["down"].setdefault(kind, 0)
     clients = [job.client_id for job in jobs]
-    receivers = Counter(map(tuple, sim.store.last[clients].tolist()))
-    for content, (kind, size) in message.items():
-        count = sum(n for last, n in receivers.items() if delivered.lacked(content, last))
-        total["down"][kind] += count * size
+    had = map(tuple, sim.store.last[clients].tolist())
+    receivers = Counter((last, ranks.rank_of(sim.config, client)) for client, last in zip(clients, had, strict=True))
+    for name, content in message.items():
+        lacking = [(rank, n) for (last, rank), n in receivers.items() if delivered.lacked(name, last)]
+        total["down"][content.kind] += sum(n * content.bytes_for(rank) for rank, n in lacking)
     for update in updates:
         for kind, size in bytes_up(update).items():
             total["up"][kind] = total["up"].get(kind, 0) + size
@@ -66,14 +73,34 @@ def charged(sim: Simulation, state: ServerState, jobs: Sequence[ClientJob], upda
     return replace(state, bytes=total, delivered=delivered.after(list(message), with_past))
 
 
-def _message(params: Tensors, past: Sequence[Tensors], told: Sequence[Tensors]) -> dict[str, tuple[str, int]]:
-    """Content (name and digest) -> (kind, bytes) of all that a message is about; what is a parameter too counts as one."""
-    found: dict[str, tuple[str, int]] = {}
-    for name, tensor in params.items():
-        found[f"{name} {_digest(tensor)}"] = name.partition(".")[0], tensor.nbytes
-    for kind, mappings in (("background", past), ("context", told)):
-        for name, tensor in (item for mapping in mappings for item in mapping.items()):
-            found.setdefault(f"{name} {_digest(tensor)}", (kind, tensor.nbytes))
+class Content(NamedTuple):
+    """Something that a message is about. size: its bytes; ranks: how many it has, if it is a LoRA factor. rest: what is beyond a
+    client's own rank, in the place of what is not."""
+
+    kind: str
+    size: int
+    ranks: int = 0
+    rest: bool = False
+
+    def bytes_for(self, rank: int | None) -> int:
+        """Of what a client of this rank is sent of it."""
+        own = self.size if rank is None or rank >= self.ranks else self.size // self.ranks * rank
+        return self.size - own if self.rest else own
+
+
+def _message(params: Tensors, past: Sequence[Tensors], told: Sequence[Tensors], whole: bool, unequal: bool) -> dict[str, Content]:
+    """All that a message is about, by name and digest; what is a parameter too counts as one. whole: of parameters too, all ranks
+    are sent, where those of clients are unequal."""
+    found: dict[str, Content] = {}
+    groups: list[tuple[str, Tensors, bool]] = [(name.partition(".")[0], {name: t}, whole) for name, t in params.items()]
+    groups += [("background", module, True) for module in past] + [("context", tensors, True) for tensors in told]
+    for kind, tensors, all_ranks in groups:
+        for name, tensor in tensors.items():
+            axis, key = ranks.factor_axis(name), f"{name} {_digest(tensor)}"
+            held = 0 if axis is None else tensor.shape[axis]
+            found.setdefault(key, Content(kind, tensor.nbytes, held))
+            if held and unequal and all_ranks:
+                found.setdefault(f"{key} rest", Content(kind, tensor.nbytes, held, rest=True))
     return found
 
 

@@ -21,10 +21,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from functools import partial
 
 from fedsim.core import rng
 from fedsim.core.events import Event, RoundDone, Row, RunStarted, TaskDone, TensorsKept
 from fedsim.core.messages import Tensors
+from fedsim.core.ranks import rank_of
 from fedsim.core.tensors import require_finite
 from server import heads, learners, planning, sampling
 from server.beneath import model_of
@@ -77,7 +79,7 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     state = yield from looked_further(sim, state, round)
 
     clock = time.perf_counter()
-    drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched)
+    drifts = state.drifts + measure_drift(state.task, state.round, state.params, round.watched, partial(rank_of, sim.config))
     draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
     aggregator, told, params, beneath = state.aggregator, state.learners, state.params, state.beneath
     if not planning.rests(sim, state):

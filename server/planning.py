@@ -120,6 +120,8 @@ def _in_context(sim: Simulation, state: ServerState, plan: RoundPlan) -> RoundPl
     train = tuple(trained(start.frozen, state.params, plan)) if start.frozen else plan.train
     told = learners.context(sim, state) if train else {}
     plan = replace(plan, train=train, context={**plan.context, **told}, beside=start.trains_beside)
+    if plan.keeps:
+        plan = replace(plan, since=state.began, hand_in=state.round == sim.config.server.rounds - 1)
     return _on_past_modules(state, plan)
 
 

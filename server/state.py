@@ -79,6 +79,7 @@ class ServerState:
     params: Tensors
     consolidator: State
     start: TaskStart = field(default_factory=lambda: TaskStart({}))  # of the current task; its parameters have moved on
+    began: int = 0  # the task in which the current module did
     beneath: Beneath = field(default_factory=Beneath)  # of the module, see `Aggregator.beneath`
     calibrator: State = None
     aggregator: State = None
@@ -99,8 +100,8 @@ class ServerState:
         """The state in which a task begins. What lies beneath the module goes on with it: if it is the last task's, and no fresh
         one."""
         goes_on = self.task > 0 and all(t is self.params.get(n) for n, t in with_prefix(start.params, "adapter.").items())
-        beneath = self.beneath if goes_on else Beneath()
-        return replace(self, params=start.params, start=replace(start, params={}), beneath=beneath)
+        beneath, began = (self.beneath, self.began) if goes_on else (Beneath(), self.task)
+        return replace(self, params=start.params, start=replace(start, params={}), beneath=beneath, began=began)
 
     def spent(self, phase: str, seconds: float) -> Mapping[str, float]:
         """The clock with some seconds more in one phase."""

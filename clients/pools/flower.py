@@ -35,6 +35,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -329,10 +330,8 @@ def _plan_to_config(plan: RoundPlan) -> ConfigRecord:
     requests = [
         {"name": s.name, "match": list(s.match), "options": _to_json(s.options), "blended": s.blended} for s in plan.statistics
     ]
-    globs, share = list(plan.train), float(plan.share)
-    return ConfigRecord(
-        {"train": globs, "statistics": json.dumps(requests), "share": share, "beside": plan.beside, "repeat": plan.repeat}
-    )
+    told = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("statistics", "context")}
+    return ConfigRecord({"statistics": json.dumps(requests), "told": json.dumps(told)})
 
 
 def _config_to_reply(config: ConfigRecord) -> Reply:
@@ -343,15 +342,12 @@ def _config_to_reply(config: ConfigRecord) -> Reply:
 
 
 def _config_to_plan(config: ConfigRecord, context: Mapping[str, Tensors]) -> RoundPlan:
-    train, share = config["train"], config["share"]
-    assert isinstance(train, list)
-    assert isinstance(share, float)
     requests = (
         StatisticRequest(r["name"], tuple(r["match"]), _from_json(r["options"]), r["blended"])
         for r in json.loads(str(config["statistics"]))
     )
-    globs, repeat = tuple(str(glob) for glob in train), _int(config["repeat"])
-    return RoundPlan(globs, tuple(requests), context, share, beside=bool(config["beside"]), repeat=repeat)
+    told: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(str(config["told"])).items()}
+    return RoundPlan(statistics=tuple(requests), context=context, **told)
 
 
 def _to_json(value: Any) -> Any:

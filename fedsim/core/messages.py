@@ -50,6 +50,8 @@ class RoundPlan:
     model that the last task's end deployed), what learners' server halves and rules give. share: weight of the client's own
     module, with what is beneath it, beside the background.
     beside: the module is trained on top of the background, which stays as it is.
+    keeps: globs of tensors that are trained, but stay with the client: it begins with those that it had after its last round, if
+    that was in task `since` or later, and sends them only if it is to hand them in; the loop says these two, no rule.
     repeat: times `client.epochs` that is trained.
     review: the learner that looks through the parameters in a pass at a task's end; the loop says so, no rule.
     merged: in a further look at a round's clients, before they are merged: names of the tensors that stand as they are sent; of
@@ -61,6 +63,9 @@ class RoundPlan:
     context: Mapping[str, Tensors] = field(default_factory=dict)
     share: float = 1.0
     beside: bool = False
+    keeps: tuple[str, ...] = ()
+    since: int = 0
+    hand_in: bool = False
     repeat: int = 1
     review: str = ""
     merged: tuple[str, ...] | None = None

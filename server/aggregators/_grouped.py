@@ -71,14 +71,18 @@ class Aggregator(contracts.AdditiveAggregator):
     def plan(self, state: State, round: int) -> RoundPlan:
         """The union of the rules' plans, with every name written out."""
         train: list[str] = []
+        keeps: list[str] = []
         requests: list[StatisticRequest] = []
         context: dict[str, Tensors] = {}
         for (_, rule), own, inner in zip(self.groups, state["names"], state["states"], strict=True):
             wanted = rule.plan(inner, round)
             train += matching(own, wanted.train)
+            keeps += matching(own, wanted.keeps)
             context |= wanted.context
             requests += [replace(r, match=tuple(matching(own, r.match))) for r in wanted.statistics]
-        return RoundPlan(train=tuple(train), statistics=_joined([r for r in requests if r.match]), context=context)
+        return RoundPlan(
+            train=tuple(train), keeps=tuple(keeps), statistics=_joined([r for r in requests if r.match]), context=context
+        )
 
     def lift(self, update: ClientUpdate) -> Tensors:
         """`<rule>/<name>`: what each rule lifts from its own tensors."""

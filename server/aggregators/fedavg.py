@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import TAKES_RANKS, Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
 
@@ -16,8 +17,15 @@ from server.merging import mean
 class Aggregator(contracts.AdditiveAggregator):
     """w⁺ = Σ n_i w_i / Σ n_i, tensor by tensor; tensors that nobody trained stay as they are.
 
+    Of clients with fewer ranks than the server's pairs (`client.ranks`) factors are padded by zeros, as in HetLoRA (Cho et al.
+    2024, "Heterogeneous LoRA for federated fine-tuning of on-device foundation models"), without its weights by sparsity.
+
     Asks for no statistics. Raises AggregationError when nobody sent an update or nobody holds samples.
     """
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={TAKES_RANKS})
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return mean.lift(update.params, float(update.num_samples))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BENEATH, Member, Traits
+from fedsim.core.contracts import BENEATH, TAKES_RANKS, Member, Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B
 from server.merging._factors import KEEPS_BENEATH, Factors, require_pairs, trained_pairs
@@ -36,7 +36,7 @@ class Aggregator(contracts.Aggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={BENEATH}, refuses=KEEPS_BENEATH)
+        return Traits(gives={BENEATH, TAKES_RANKS}, refuses=KEEPS_BENEATH)
 
     @property
     def products(self) -> bool:

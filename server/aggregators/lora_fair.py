@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Member
+from fedsim.core.contracts import TAKES_RANKS, Member, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import LORA_B
@@ -43,6 +43,10 @@ class Aggregator(contracts.Aggregator):
     def __post_init__(self) -> None:
         if not self.penalty >= 0:
             raise ConfigError(f"penalty must not be negative, got {self.penalty}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={TAKES_RANKS})
 
     def init(self, params: Tensors, task: int = 0) -> State:
         require_pairs(params, "lora_fair")

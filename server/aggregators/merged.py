@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import AdditiveMerging, ChainedMerging, Further, Member
+from fedsim.core.contracts import TAKES_RANKS, AdditiveMerging, ChainedMerging, Further, Member, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging import _products, _rule
+from server.merging.mean import Merging as Mean
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Aggregator(contracts.AdditiveAggregator):
     @property
     def products(self) -> bool:
         return self.pairs == "products" or self.merging.pairs
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={TAKES_RANKS} if self.products or isinstance(self.merging, Mean) else ())
 
     @property
     def additive(self) -> bool:

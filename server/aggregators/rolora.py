@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import TAKES_RANKS, Traits
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging import mean
@@ -37,6 +38,10 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def __post_init__(self) -> None:
         require_choice("train", self.train, ("alternate", "A", "B"))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={TAKES_RANKS})
 
     def init(self, params: Tensors, task: int = 0) -> State:
         require_pairs(params, "rolora")

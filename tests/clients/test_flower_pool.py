@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +189,17 @@ def test_a_column_major_tensor_keeps_its_strides() -> None:
     (back,) = flower.arrays_to_tensors(flower.tensors_to_arrays({"a": tensor})).values()
     assert back.stride() == tensor.stride()
     assert torch.equal(back, tensor)
+
+
+def test_every_word_of_a_plan_comes_back() -> None:
+    told = {"beneath": {"x": torch.ones(2)}}
+    plan = RoundPlan(
+        ("a",), (StatisticRequest("gram", blended=True),), told, 0.5, beside=True, keeps=("b",), since=2, hand_in=True, repeat=3,
+        review="er", merged=("c", "d"),
+    )  # fmt: skip
+    assert all(getattr(plan, f.name) != getattr(RoundPlan(), f.name) for f in fields(RoundPlan))
+    job = ClientJob(1, 2, 3, {"head.bias": torch.ones(2)}, plan)
+    assert same(flower.record_to_job(travelled(flower.job_to_record(job))).plan, plan)
 
 
 def test_options_that_are_no_plain_values_are_refused() -> None:

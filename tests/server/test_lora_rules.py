@@ -199,6 +199,7 @@ def test_what_lies_beneath_goes_on_only_where_the_module_does(rule: str, consoli
     _, state = run_of(rule, tmp_path, f"server.consolidator={consolidator}")
     goes_on = ["0.0", "0.1"] if consolidator == "none" else []
     assert list(state.beneath.parts) == [*goes_on, "1.0", "1.1"]
+    assert state.began == (0 if consolidator == "none" else 1)
     if consolidator != "none":
         past = state.consolidator["past"]
         own = state.beneath.under(state.params)

@@ -148,6 +148,8 @@ class ClientConfig:
     optimizer: any class of torch.optim, in any case; schedule: any class of torch.optim.lr_scheduler, stepped per batch.
     In their options, the number of steps of this client's round may be written as the word "steps".
     groups: tensors with a learning rate or weight decay of their own: a list of {match: "head.*", lr: ..., weight_decay: ...}.
+    ranks: of every client's LoRA pairs, at most adapter.rank. null: that of all; a list: one for each client;
+        {law: turns, of: [2, 4, 8]}: dealt to the clients in turn; {law: drawn, of: [2, 4, 8]}: drawn, all with equal chances.
     clip_norm: maximum gradient norm; learners: what a client does beyond that (extra loss terms, replay, control variates, …),
     added up in this order.
     """
@@ -161,6 +163,7 @@ class ClientConfig:
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     schedule: str | None = None
     schedule_options: dict[str, Any] = field(default_factory=dict)
+    ranks: Any = None
     clip_norm: float | None = None
     learners: list[Any] = field(default_factory=list)
 
@@ -170,6 +173,7 @@ class ClientConfig:
         _require(self.lr > 0, "lr", "must be positive", self.lr)
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative", self.weight_decay)
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive", self.clip_norm)
+        _require_ranks(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -309,6 +313,8 @@ class SimConfig:
         del plain["name"], plain["trackers"]
         if self.stream.noise.share == 0:
             del plain["stream"]["noise"]
+        if self.client.ranks is None:
+            del plain["client"]["ranks"]
         plain["runtime"] = self.runtime.moves_bits()
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
@@ -350,6 +356,17 @@ def plugin_sections(config: SimConfig) -> list[tuple[str, str, Section]]:
 def name_key(kind: str) -> str:
     """The key under which a section of this kind of plug-in holds its name."""
     return "source" if kind == "sources" else "name"
+
+
+def _require_ranks(ranks: Any) -> None:
+    """Raise ConfigError unless it is null, a list of ranks, or a law and what it deals out."""
+    of = ranks
+    if isinstance(ranks, Mapping):
+        _require(set(ranks) == {"law", "of"}, "ranks", "must be a list, or a mapping with the keys law and of", dict(ranks))
+        require_choice("ranks.law", ranks["law"], ("turns", "drawn"))
+        of = ranks["of"]
+    fine = isinstance(of, list) and of and all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in of)
+    _require(ranks is None or bool(fine), "ranks", "must hold ranks of 1 or more, such as [2, 4, 8]", ranks)
 
 
 def _require(ok: bool, key: str, what: str, got: object) -> None:

@@ -39,6 +39,7 @@ from fedsim.core.contracts.server import (
     LEARNER,
     RULE,
     STATISTICS,
+    TAKES_RANKS,
     AdditiveAggregator,
     Aggregator,
     Calibrator,
@@ -53,7 +54,7 @@ from fedsim.core.contracts.server import (
     statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import HOLDS_ON, ONE_ROUND, WORDS, Part, Traits
+from fedsim.core.contracts.traits import HOLDS_ON, ONE_ROUND, WHOLE_PAIRS, WORDS, Part, Traits
 from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
@@ -73,8 +74,10 @@ __all__ = [
     "OWN",
     "RULE",
     "STATISTICS",
+    "TAKES_RANKS",
     "TEACHER",
     "TOLD",
+    "WHOLE_PAIRS",
     "WORDS",
     "Accumulator",
     "Adapter",

@@ -27,6 +27,7 @@ from fedsim.core.tensors import stack_modules, without_prefix
 RULE, CALIBRATOR, STATISTICS, LEARNER, CLOSING = "rule", "calibrator", "statistics", "learner", "closing"
 
 BENEATH = "a module beneath"  # a word of `Traits`: of a rule whose rounds leave something beneath, see `Aggregator.beneath`
+TAKES_RANKS = "takes unequal ranks"  # a word of `Traits`: of a rule for clients with `client.ranks`
 BESIDE = "past modules beside"  # a word of `Traits`: who gives it starts every task with `TaskStart.trains_beside`
 
 

@@ -23,6 +23,7 @@ WORDS: Mapping[str, str] = {
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "a module beneath": "rounds leave part of the model beneath the module that is trained, whose tensors then begin anew",
     "changes of weights": "what the module adds to the weights of linear layers is a matrix or a product of two",
+    "takes unequal ranks": "merges LoRA pairs of which clients hold the first ranks only, and zeros in the place of the others",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
     "linear maps": "the module is made of linear maps that are trained, weights of layers or LoRA pairs",
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
@@ -36,6 +37,9 @@ WORDS: Mapping[str, str] = {
 HOLDS_ON: Mapping[str, str] = {  # for a part's `refuses`
     "a module beneath": "compares tensors with those of an earlier round or task, but {other} moves part of what they do beneath "
     "the module: use another rule, such as fedavg",
+}
+WHOLE_PAIRS: Mapping[str, str] = {
+    "unequal ranks": "keeps numbers for every tensor of a client, of which client.ranks takes a part from some: leave that out",
 }
 ONE_ROUND: Mapping[str, str] = {  # for a part's `refuses`
     "several rounds": "takes one round per task, but server.rounds is {server.rounds}: set it to 1 and raise client.epochs",
