@@ -343,7 +343,7 @@ def _keep(run_dir: RunDir, store: ClientStore, state: ServerState, saving: float
     saved = dataclasses.replace(state, stored=store.commit(), seconds=state.spent("checkpoint", saving))
     checkpoint.save(run_dir.checkpoint, saved, run_dir.identity, run_dir.advice)
     store.prune()
-    _results(run_dir.config, saved).write_progress(run_dir)
+    _results(run_dir.config, saved).write_progress(run_dir, lasting=False)
     saving += time.perf_counter() - clock
     return dataclasses.replace(saved, seconds=state.spent("checkpoint", saving)), saving
 

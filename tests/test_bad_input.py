@@ -14,6 +14,7 @@ from clients import local
 from fedsim import cli
 from fedsim.core import files
 from fedsim.core.errors import StorageError
+from fedsim.runs import directory
 from fedsim.simulation import run
 from tests.tiny import TINY, tiny
 
@@ -148,6 +149,22 @@ def test_a_full_disk_says_so_and_the_run_goes_on_later(tmp_path: Path, monkeypat
             run(config, output=tmp_path / "full")
     resumed = run(resume=tmp_path / "full")
     np.testing.assert_array_equal(resumed.accuracy, whole.accuracy)
+
+
+def test_a_finished_run_is_on_the_disk_and_a_round_waits_for_its_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = list[tuple[str, bool]]()
+    real = directory.write_atomic
+
+    def write(path: Path, data: bytes, advice: str, lasting: bool = True) -> None:
+        written.append((path.name, lasting))
+        real(path, data, advice, lasting)
+
+    monkeypatch.setattr(directory, "write_atomic", write)
+    run(tiny("server.rounds=1", "stream.tasks=1", output=tmp_path))
+    assert {name for name, lasting in written if not lasting} == {"rounds.csv", "classes.csv", "drift.csv", "costs.json"}
+    assert all(dict(written).values()), "the last time that each is written"
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(

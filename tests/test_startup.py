@@ -11,7 +11,7 @@ import fedsim
 ROOT = Path(fedsim.__file__).resolve().parents[1]
 HEAVY = {
     "ray", "flwr", "transformers", "pandas", "pyarrow", "scipy", "sympy", "altair", "matplotlib", "vl_convert", "datasets",
-    "sklearn", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx._internal",
+    "sklearn", "omegaconf", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx._internal",
 }  # fmt: skip
 
 

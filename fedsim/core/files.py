@@ -20,10 +20,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ADVICE = "free space, then try again (a run goes on with fedsim run --resume)"
 
 
-def write_atomic(path: str | Path, data: bytes, advice: str = ADVICE) -> None:
+def write_atomic(path: str | Path, data: bytes, advice: str = ADVICE, lasting: bool = True) -> None:
     """Replace the file `path` by one with this content; whoever reads it, or a crash, sees the old bytes or the new.
 
-    Written beside the target, flushed to the disk, then renamed. Raises StorageError; when the disk is full, with `advice`.
+    Written beside the target, flushed to the disk, then renamed. Not `lasting`: without waiting for the disk, which makes no
+    difference to a process that is killed, for what can be written again after a power cut. Raises StorageError; when the disk is
+    full, with `advice`.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,12 +34,14 @@ def write_atomic(path: str | Path, data: bytes, advice: str = ADVICE) -> None:
             with open(beside, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:  # Ctrl-C too: nothing half written stays behind
             beside.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -216,11 +216,12 @@ class RunDir:
         """What is said where the disk is full."""
         return f"free space, then go on with: fedsim run --resume {self.path}"
 
-    def write(self, name: str, text: str) -> None:
-        write_atomic(self.path / name, text.encode(), self.advice)
+    def write(self, name: str, text: str, lasting: bool = True) -> None:
+        """lasting: see `write_atomic`."""
+        write_atomic(self.path / name, text.encode(), self.advice, lasting)
 
-    def write_json(self, name: str, value: Any) -> None:
-        self.write(name, json.dumps(value, indent=2) + "\n")
+    def write_json(self, name: str, value: Any, lasting: bool = True) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n", lasting)
 
     def write_status(self, state: str, manifest_hash: str) -> None:
         status = {

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ def environment() -> dict[str, Any]:
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
+        **_of_process(),
+    }
+
+
+@cache
+def _of_process() -> dict[str, Any]:
+    """What does not change while a process lives: it runs the code that it has loaded."""
+    return {
         "fedsim": __version__,
         "git": _git_state(Path(ROOT)),
         "python": platform.python_version(),
@@ -46,6 +55,8 @@ def _git_state(root: Path) -> dict[str, Any] | None:
             ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", check=True, timeout=10
         ).stdout.strip()
 
+    if not (root / ".git").exists():
+        return None
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None

@@ -81,15 +81,16 @@ class Results:
                 found._require_metrics(json.loads((run_dir.path / "metrics.json").read_text(encoding="utf-8")))
         return found
 
-    def write_progress(self, run_dir: RunDir) -> None:
-        """Write what is known after a round. Raises StorageError when the disk is full."""
-        run_dir.write("rounds.csv", to_csv(COLUMNS, self._records()))
-        run_dir.write("classes.csv", table(ClassRow, [c for c in self.classes if c.stage == "task_end"]))
-        run_dir.write("drift.csv", table(DriftRow, self.drifts))
-        run_dir.write_json("costs.json", self.costs)
+    def write_progress(self, run_dir: RunDir, lasting: bool = True) -> None:
+        """Write what is known after a round; not `lasting` while a checkpoint knows it too (`write_atomic`). Raises StorageError
+        when the disk is full."""
+        run_dir.write("rounds.csv", to_csv(COLUMNS, self._records()), lasting)
+        run_dir.write("classes.csv", table(ClassRow, [c for c in self.classes if c.stage == "task_end"]), lasting)
+        run_dir.write("drift.csv", table(DriftRow, self.drifts), lasting)
+        run_dir.write_json("costs.json", self.costs, lasting)
         for name in LINES:
             if getattr(self, name) or (run_dir.path / f"{name}.json").exists():
-                run_dir.write_json(f"{name}.json", list(getattr(self, name)))
+                run_dir.write_json(f"{name}.json", list(getattr(self, name)), lasting)
 
     def write_end(self, run_dir: RunDir) -> Results:
         """Write the outcome, mark the run as finished, and return it as it is read back."""

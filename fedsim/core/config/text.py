@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
 
 from fedsim.core.errors import ConfigError, one_line
 
@@ -158,6 +157,8 @@ def resolved(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = plain(values, "")
     if any("${" in text for _, text in _texts(found)):
+        from omegaconf import OmegaConf  # few configs need it, and every start would pay for it
+
         try:
             found = plain(OmegaConf.to_container(OmegaConf.create(found), resolve=True), "")
         except Exception as e:  # OmegaConf's, and what its resolvers raise
