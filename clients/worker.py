@@ -9,6 +9,7 @@ from typing import TypeGuard
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clients import fused, local
 from clients.lower_states import queries_of
@@ -71,15 +72,26 @@ class Worker:
     def evaluate(self, job: EvalJob) -> EvalResult:
         """Counts of right predictions on a slice of one task's test samples, with merged weights."""
         positions = self.spec.test_of(job.task)[job.start : job.stop]
-        inputs, labels = self.test_samples.batch(positions)
         params = self._merge(job.params)
-        known = queries_of(self.model, self.test_samples, positions, self.spec.config.runtime)
-        query = None if known is None else known.states
-        logits = self.model.logits(self.model.features(inputs, lean=True, query=query), params)
+        features, labels = self._test_features(positions, params)
+        logits = self.model.logits(features, params)
         guess, guess_in_task = (predict(logits, classes) for classes in (job.seen, self.spec.task_classes[job.task]))
         right_in_task = int((guess_in_task == labels).sum())
         by_class = class_counts(guess.cpu().numpy(), labels.cpu().numpy())
         return EvalResult(job.task, sum(c[1] for c in by_class), right_in_task, len(positions), by_class)
+
+    def _test_features(self, positions: IntArray, params: Tensors) -> tuple[Tensor, Tensor]:
+        """Features and labels of test samples. Where nothing is ever put into the model, features stay, and are computed once."""
+        inputs, labels = self.test_samples.batch(positions)
+        runtime, key = self.spec.config.runtime, ("features", positions.tobytes())
+        stays = runtime.cache and self.model.untouched_blocks(params) == self.model.depth
+        features: Tensor | None = self.test_samples.cache.get(key) if stays else None
+        if features is None:
+            known = queries_of(self.model, self.test_samples, positions, runtime)
+            features = self.model.features(inputs, lean=True, query=None if known is None else known.states)
+            if stays:
+                self.test_samples.cache.put(key, features)
+        return features, labels
 
     def make(self, job: ServerJob) -> State:
         """What the server trains by itself for one learner."""

@@ -181,6 +181,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     state, trained, plan = first_state(config, model, rule)
     suitable.require_ranks(config, rule, state.params, manifest.num_clients)
     require_room(config, model, state.params, manifest.num_tasks)
+    suitable.require_room(config, state.params)
     optim.check_groups(config.client, trained)
     optim.check(config.client, {n: state.params[n].dim() for n in trained}, most_steps(config, manifest))
     learners = configs.build_learners(config.client.learners)

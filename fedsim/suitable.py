@@ -6,6 +6,7 @@ cannot do with an adapter's tensors it says itself, when it is shown them (`Aggr
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.core import config as configs
-from fedsim.core import contracts, plugins
+from fedsim.core import contracts, hardware, plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Aggregator, Part, TaskStart, Traits
 from fedsim.core.errors import ConfigError, PluginError, one_line
@@ -164,6 +165,22 @@ def require_linear_map(config: SimConfig, params: Tensors, plan: RoundPlan) -> N
         raise ConfigError(
             f"aggregator {rule_name(config)} merges {HEAD_WEIGHT} by Grams, but head {config.head['name']} is no linear map of "
             'its inputs: use head: linear, or a list of rules that begins with {match: "head.*", name: fedavg}'
+        )
+
+
+def require_room(config: SimConfig, params: Tensors) -> None:
+    """Raise ConfigError for a calibrator whose sums do not fit into memory, with the width of the head's inputs that does."""
+    free = hardware.free_memory()
+    if config.server.calibrator is None or not free or HEAD_WEIGHT not in params:
+        return
+    calibrator: contracts.Calibrator = configs.build("calibrators", config.server.calibrator)
+    classes, width = params[HEAD_WEIGHT].shape[:2]
+    needed = calibrator.room(width, classes)
+    if needed > free:
+        most = bisect.bisect_right(range(width), free, key=lambda m: calibrator.room(m, classes)) - 1
+        raise ConfigError(
+            f"server.calibrator {config.server.calibrator['name']} keeps sums over pairs of the {width} numbers that the head's "
+            f"last map is given: about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: {most} numbers fit (head.size)"
         )
 
 

@@ -112,8 +112,14 @@ class _DecayedSum:
     def __init__(self, size: int, left: Tensor | None, right: Tensor | None, decay: float, through: Tensor | None = None) -> None:
         self.left, self.right, self.decay, self.through = left, right, decay, through
         self.energy_I = torch.zeros(size, dtype=torch.float64)
-        rows, cols = (size if side is None else len(side) for side in (left, right))
-        self.products = torch.zeros((rows, cols) if decay > 0 else (), dtype=torch.float64)
+        self.shape = tuple(size if side is None else len(side) for side in (left, right))
+        self._products: Tensor | None = None
+        self._owned = False  # a single batch's Gram is looked at by others too
+
+    @property
+    def products(self) -> Tensor:
+        """L G Rᵀ so far."""
+        return torch.zeros(self.shape, dtype=torch.float64) if self._products is None else self._products
 
     def add(self, inputs: Inputs) -> None:
         if self.through is not None:
@@ -122,7 +128,11 @@ class _DecayedSum:
             self.energy_I = self.energy_I.to(inputs.energies.device) + inputs.energies
         if self.decay > 0:
             product = self._product(inputs)
-            self.products = self.products.to(product.device) + product
+            if self._owned and self._products is not None:
+                self._products += product
+            else:
+                self._owned = self._products is not None
+                self._products = product if self._products is None else self._products + product
 
     def _product(self, inputs: Inputs) -> Tensor:
         """L (Σ x xᵀ) Rᵀ of one batch."""

@@ -84,18 +84,16 @@ def require_finite(tensors: Tensors, what: str) -> None:
 
 def upper_triangle(gram_DD: Tensor) -> Tensor:
     """The d(d+1)/2 numbers of a symmetric matrix, row by row: what travels."""
-    rows, cols = torch.triu_indices(*gram_DD.shape)
-    return gram_DD[rows, cols]
+    return torch.cat([row_D[d:] for d, row_D in enumerate(gram_DD)]) if len(gram_DD) else gram_DD.reshape(0)
 
 
 def from_upper_triangle(triangle: Tensor) -> Tensor:
     """The symmetric matrix that `upper_triangle` came from."""
     d = int(((8 * triangle.numel() + 1) ** 0.5 - 1) // 2)
-    rows, cols = torch.triu_indices(d, d)
     full = triangle.new_zeros(d, d)
-    full[rows, cols] = triangle
-    full[cols, rows] = triangle
-    return full
+    for k, row in enumerate(torch.split(triangle, [*range(d, 0, -1)])):
+        full[k, k:] = row
+    return full.add_(full.triu(1).T)
 
 
 def with_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticReques
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import upper_triangle
 
+COPIES = 9  # of a triangle in float64: sums before, of the pass and after; a square matrix, scaled, and its factor (2 each)
 PER_CLASS = ("count", "sum", "square")  # sums with a row for every class
 
 
@@ -108,6 +109,9 @@ class ScatterCalibrator(SumsCalibrator):
 
     def lift(self, update: ClientUpdate) -> Tensors:
         return lifted_within(update)
+
+    def room(self, width: int, classes: int) -> int:
+        return 8 * COPIES * width * (width + 1) // 2
 
 
 def asking(form: str, classes: Sequence[int], blended: bool = False, **options: Any) -> RoundPlan:

@@ -17,7 +17,7 @@ from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.names import HEAD_OFFSET, HEAD_PRECISION, HEAD_WEIGHT
 from fedsim.core.tensors import from_upper_triangle
-from server.calibrators._class_sums import SumsCalibrator, asking, lifted
+from server.calibrators._class_sums import COPIES, SumsCalibrator, asking, lifted
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Calibrator(SumsCalibrator):
 
     def lift(self, update: ClientUpdate) -> Tensors:
         return lifted(update, "covariance")
+
+    def room(self, width: int, classes: int) -> int:
+        return 8 * COPIES * classes * width * (width + 1) // 2
 
     def head(self, state: State, rows_R: Tensor, mean_RD: Tensor) -> Tensors:
         count_R = state["count"][rows_R]

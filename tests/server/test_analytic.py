@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
 from fedsim.core import config as configs
+from fedsim.core import hardware
 from fedsim.core.contracts import Calibrator, Seen
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
@@ -157,6 +158,20 @@ def test_parts_that_do_not_suit() -> None:
     for option in ("shared", "shrinkage"):
         with pytest.raises(ConfigError, match=rf"{option} must be in \[0, 1\]"):
             configs.build("calibrators", {"name": "qda", option: 1.5})
+
+
+@pytest.mark.parametrize("name", ["ridge", "lda", "qda"])
+def test_sums_that_do_not_fit_are_refused_with_what_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine triangles of 8 bytes; with one byte less than that, one number fewer fits."""
+    rule, copies = configs.build("calibrators", {"name": name}), 6 if name == "qda" else 1
+    needed = 9 * 8 * copies * 16 * 17 // 2
+    assert rule.room(16, 6) == needed
+    more = ["head=quadratic"] if name == "qda" else []
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed)
+    prepare(tiny(*FROZEN, f"server.calibrator={name}", *more))
+    monkeypatch.setattr(hardware, "free_memory", lambda: needed - 1)
+    with pytest.raises(ConfigError, match=rf"calibrator {name} keeps sums .* of the 16 numbers .* GB are free: 15 numbers fit"):
+        prepare(tiny(*FROZEN, f"server.calibrator={name}", *more))
 
 
 def test_solved_after_training(tmp_path: Path) -> None:

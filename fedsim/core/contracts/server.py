@@ -369,6 +369,11 @@ class Calibrator(Part):
         """Tensors that are evaluated at a task's end, of which only `head.*` may differ from the consolidator's."""
         return params
 
+    def room(self, width: int, classes: int) -> int:
+        """Bytes that its sums and its work with them take on the server at a task's end, about; 0 where that is little. width:
+        numbers that the head's last map is given. A run that would need more than is free is refused before any training."""
+        return 0
+
     def without(self, state: State, total: Tensors, classes: Sequence[Sequence[int]]) -> State:
         """The inverse of `end_task` for clients that leave, after any later task: the state as if they had not told anything at
         this task's end. total: the sum of what `lift` makes of what they sent then, by the plan that `closing` gives for these
