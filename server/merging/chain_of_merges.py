@@ -27,7 +27,7 @@ from server.merging.regmean import gram_request, require_in_unit
 
 BLOCK = re.compile(r"(.*\.\d+)\.")  # of a layer's name, up to its last number: adapter.layers.0
 UNSEEN = 1e-8  # of the mean energy: what a direction that no input has counts for where a rank is cut
-SINGULAR = 1e-4  # of the largest: below it the factors of a product do not say which ones they came from
+NOTHING = 1e-8  # of the largest: singular values below it are none
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Merging(contracts.ChainedMerging):
     Σ ‖(B A − ΔW_i) X̂_i‖² being minimal: B A = U Uᵀ ΔW⁺, U (O, r) the first eigenvectors of ΔW⁺ Ĝ ΔW⁺ᵀ, Ĝ = Σ Ĝ_i. Of the
     factors of this product those are taken whose A is the clients' mean A, projected on the product's rows: equal clients get
     their own factors back, and training goes on at their scale. Where the product has less than rank r, A is the mean and B the
-    best for it. Clients' pairs may have ranks of their own; A is then near the server's.
+    best for it. Clients' pairs may have ranks of their own; A is then near the server's. Nothing is cut where the base's pair has
+    rank 0, as in a merge of finished runs.
 
     A round costs one more look at the clients' data for each group, one after the other. In each a client is sent the group
     that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones (queries, keys
@@ -54,7 +55,8 @@ class Merging(contracts.ChainedMerging):
 
     decay: in [0, 1]. granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind
     the first in it still see i's own. rounds: every | last, only the last of a task, and the mean in the others (ours: the
-    dear looks once a task). The paper merges models of tasks that were trained from one network, and has a test set of data for
+    dear looks once a task). Tasks of a stream are not merged so, since their data are gone; finished runs are (`fedsim merge`).
+    The paper merges models of tasks that were trained from one network, and has a test set of data for
     each; that clients are merged so every round, LoRA products, the cut and blocks are ours. Its equations were had from
     summaries only: that W_i is the target, and not what i's own model gives (W_i X_i), is one reading of two.
     """
@@ -133,9 +135,13 @@ def fitted(members: Sequence[Member], base: Tensors, names: Sequence[str]) -> di
     map_OI = solve_gram(total["product"], total["gram"], total["map"] / total[WEIGHT], precision)
     if len(names) == 1:
         return {names[0]: map_OI.to(precision)}
-    alike = all(m.params[names[0]].shape == own[names[0]].shape for m in sent)
-    near_RI = averaged(sent, {names[0]: own[names[0]].double()})[names[0]] if alike else own[names[0]].double()
-    return {n: t.to(precision) for n, t in zip(names, low_rank(map_OI, total["gram"], near_RI), strict=True)}
+    if len(base[names[0]]):
+        alike = all(m.params[names[0]].shape == own[names[0]].shape for m in sent)
+        near_RI = averaged(sent, {names[0]: own[names[0]].double()})[names[0]] if alike else own[names[0]].double()
+        pair = low_rank(map_OI, total["gram"], near_RI)
+    else:
+        pair = exact(map_OI, [m.params[names[1]] for m in sent])
+    return {n: t.to(precision) for n, t in zip(names, pair, strict=True)}
 
 
 def _share(member: Member, names: Sequence[str], key: str) -> dict[str, Tensor]:
@@ -146,6 +152,12 @@ def _share(member: Member, names: Sequence[str], key: str) -> dict[str, Tensor]:
     return {"product": product, "gram": gram_II, "map": n * whole, WEIGHT: n}
 
 
+def exact(map_OI: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B of a map whose columns are combinations of those of these factors."""
+    left_OR, _ = torch.linalg.qr(torch.cat([t.double() for t in columns], dim=1))
+    return left_OR.T @ map_OI, left_OR
+
+
 def low_rank(map_OI: Tensor, gram_II: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) whose product differs least from a map on inputs of this Gram; of all such pairs, the one with the
     rows of the given A, as far as the product has them (see `Merging`)."""
@@ -153,9 +165,10 @@ def low_rank(map_OI: Tensor, gram_II: Tensor, a_RI: Tensor) -> tuple[Tensor, Ten
     eye_II = torch.eye(len(gram_II), dtype=torch.float64)
     weighed_II = gram_II / energy + UNSEEN * eye_II if energy > 0 else eye_II
     u_OR = torch.linalg.eigh(map_OI @ weighed_II @ map_OI.T).eigenvectors[:, -rank:]
-    turn, values_R, v_RI = torch.linalg.svd(u_OR.T @ map_OI, full_matrices=False)
-    seen_RR = a_RI @ v_RI.T
-    sizes_R = torch.linalg.svdvals(seen_RR)
-    if values_R[-1] > SINGULAR**2 * values_R[0] and sizes_R[-1] > SINGULAR * sizes_R[0]:
-        return seen_RR @ v_RI, torch.linalg.solve(seen_RR, (u_OR @ turn) * values_R, left=False)
-    return a_RI, solve_gram(map_OI @ weighed_II @ a_RI.T, a_RI @ weighed_II @ a_RI.T)
+    turn_RR, values_R, v_RI = torch.linalg.svd(u_OR.T @ map_OI, full_matrices=False)
+    if values_R[-1] <= NOTHING * values_R[0]:
+        return a_RI, solve_gram(map_OI @ weighed_II @ a_RI.T, a_RI @ weighed_II @ a_RI.T)
+    sizes_R = torch.linalg.svdvals(a_RI)
+    left_RR, shown_R, right_RR = torch.linalg.svd(a_RI @ v_RI.T)
+    kept_RR = (left_RR * shown_R.clamp(min=float(min(sizes_R[-1], sizes_R.mean() / 2)))) @ right_RR
+    return kept_RR @ v_RI, torch.linalg.solve(kept_RR, (u_OR @ turn_RR) * values_R, left=False)

@@ -139,6 +139,18 @@ def test_a_product_of_its_rank_keeps_its_factors() -> None:
         close(got_b, b, 1e-7)
 
 
+def test_factors_stay_at_the_scale_of_the_mean() -> None:
+    """Also where the mean A hardly sees the rows of the product: B must not blow up to make up for it."""
+    product = draw((6, 1), "b") @ draw((1, 7), "a") + draw((6, 1), "c") @ draw((1, 7), "d")
+    rows = torch.linalg.svd(product).Vh[:2]
+    away = draw((2, 7), "away")
+    away = away - away @ rows.T @ rows + 1e-3 * rows
+    a, b = low_rank(product, torch.eye(7, dtype=torch.float64), away)
+    close(b @ a, product)
+    sizes = torch.linalg.svdvals(away)
+    assert float(torch.linalg.svdvals(a)[-1]) >= 0.999 * min(float(sizes[-1]), float(sizes.mean()) / 2)
+
+
 def test_a_product_of_nothing_keeps_a() -> None:
     a = draw((2, 7), "a")
     got_a, got_b = low_rank(torch.zeros(6, 7, dtype=torch.float64), torch.eye(7, dtype=torch.float64), a)

@@ -14,7 +14,7 @@ from fedsim.core.errors import AggregationError
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.sums import summed
 
-TOLD = "use it as a rule of server.aggregator merged"
+TOLD = "use it as a rule of server.aggregator merged, or in fedsim merge"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AdditiveMerging(Merging):
 @dataclass(frozen=True)
 class ChainedMerging(Merging):
     """A rule that merges part after part, each from statistics that look through the parts before it as they were merged. It
-    needs the members' data several times, so that it merges the clients of a round."""
+    needs the members' data several times: of the clients of a round, or of finished runs, but not of the tasks of a stream."""
 
     @abstractmethod
     def further(self, members: Sequence[Member], base: Tensors, merged: Tensors | None, last: bool) -> Further:
