@@ -44,21 +44,22 @@ class Merging(contracts.ChainedMerging):
 
     A LoRA pair is the map ΔW_i = B_i A_i of its layer's inputs. ΔW⁺ as above is cut to the pair's rank r where it costs least,
     Σ ‖(B A − ΔW_i) X̂_i‖² being minimal: B A = U Uᵀ ΔW⁺, U (O, r) the first eigenvectors of ΔW⁺ Ĝ ΔW⁺ᵀ, Ĝ = Σ Ĝ_i. Of the
-    factors of this product those are taken whose A is the clients' mean A, projected on the product's rows: equal clients get
-    their own factors back, and training goes on at their scale. Where the product has less than rank r, A is the mean and B the
-    best for it. Clients' pairs may have ranks of their own; A is then near the server's. Nothing is cut where the base's pair has
-    rank 0, as in a merge of finished runs.
+    factors of this product those are taken whose A is the clients' mean A, projected on the product's rows, so that equal clients
+    get their own factors back; but no direction of A gets smaller than the mean A's smallest (or half its mean), or B would be so
+    much larger, and training jump. Where the product has less than rank r, A is the mean and B the best for it. Clients' pairs
+    may have ranks of their own; A is then near the server's.
 
     A round costs one more look at the clients' data for each group, one after the other. In each a client is sent the group
     that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones (queries, keys
     and values) one. A client that fails in a look is left out of that group.
 
     decay: in [0, 1]. granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind
-    the first in it still see i's own. rounds: every | last, only the last of a task, and the mean in the others (ours: the
-    dear looks once a task). Tasks of a stream are not merged so, since their data are gone; finished runs are (`fedsim merge`).
-    The paper merges models of tasks that were trained from one network, and has a test set of data for
-    each; that clients are merged so every round, LoRA products, the cut and blocks are ours. Its equations were had from
-    summaries only: that W_i is the target, and not what i's own model gives (W_i X_i), is one reading of two.
+    the first in it still see i's own. rounds: every | last, only the last of a task, and the mean in the others (ours: the dear
+    looks once a task).
+    The paper merges models of tasks that were trained from one network, whose data are at hand (so does `fedsim merge`; over the
+    tasks of a stream they are gone). That clients are merged so every round, LoRA products, the cut, and blocks are ours. Its
+    equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one reading
+    of two; it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
     """
 
     pairs: ClassVar[bool] = True
@@ -135,13 +136,9 @@ def fitted(members: Sequence[Member], base: Tensors, names: Sequence[str]) -> di
     map_OI = solve_gram(total["product"], total["gram"], total["map"] / total[WEIGHT], precision)
     if len(names) == 1:
         return {names[0]: map_OI.to(precision)}
-    if len(base[names[0]]):
-        alike = all(m.params[names[0]].shape == own[names[0]].shape for m in sent)
-        near_RI = averaged(sent, {names[0]: own[names[0]].double()})[names[0]] if alike else own[names[0]].double()
-        pair = low_rank(map_OI, total["gram"], near_RI)
-    else:
-        pair = exact(map_OI, [m.params[names[1]] for m in sent])
-    return {n: t.to(precision) for n, t in zip(names, pair, strict=True)}
+    alike = all(m.params[names[0]].shape == own[names[0]].shape for m in sent)
+    near_RI = averaged(sent, {names[0]: own[names[0]].double()})[names[0]] if alike else own[names[0]].double()
+    return {n: t.to(precision) for n, t in zip(names, low_rank(map_OI, total["gram"], near_RI), strict=True)}
 
 
 def _share(member: Member, names: Sequence[str], key: str) -> dict[str, Tensor]:
@@ -150,12 +147,6 @@ def _share(member: Member, names: Sequence[str], key: str) -> dict[str, Tensor]:
     gram_II, n = from_upper_triangle(member.statistics[key].double()), torch.tensor(member.weight, dtype=torch.float64)
     product, whole = (left[0] @ (last @ gram_II), left[0] @ last) if left else (last @ gram_II, last)
     return {"product": product, "gram": gram_II, "map": n * whole, WEIGHT: n}
-
-
-def exact(map_OI: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A and B of a map whose columns are combinations of those of these factors."""
-    left_OR, _ = torch.linalg.qr(torch.cat([t.double() for t in columns], dim=1))
-    return left_OR.T @ map_OI, left_OR
 
 
 def low_rank(map_OI: Tensor, gram_II: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
