@@ -53,9 +53,10 @@ class Merging(contracts.ChainedMerging):
     that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones (queries, keys
     and values) one. A client that fails in a look is left out of that group.
 
-    decay: in [0, 1]. granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind
-    the first in it still see i's own. rounds: every | last, only the last of a task, and the mean in the others (ours: the dear
-    looks once a task).
+    decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact, and where inputs hardly vary in some direction W⁺ is far
+    larger in it than any W_i, the more so with every round (on Fashion-MNIST LoRA products grow to 10⁶ in three). granularity:
+    layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it still see i's own.
+    rounds: every | last, only the last of a task, and the mean in the others (ours: the dear looks once a task).
     The paper merges models of tasks that were trained from one network, whose data are at hand (so does `fedsim merge`; over the
     tasks of a stream they are gone). That clients are merged so every round, LoRA products, the cut, and blocks are ours. Its
     equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one reading
@@ -63,8 +64,8 @@ class Merging(contracts.ChainedMerging):
     """
 
     pairs: ClassVar[bool] = True
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"granularity": "layer", "decay": 0.5})
-    decay: float = 1.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"granularity": "layer", "decay": 1.0})
+    decay: float = 0.9
     granularity: str = "block"
     rounds: str = "every"
 

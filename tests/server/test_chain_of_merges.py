@@ -66,7 +66,7 @@ def test_each_layer_is_least_squares_on_what_the_merged_ones_before_it_give() ->
     """And the first one is RegMean's, the second is not: its inputs are others. The bias is the mean by samples."""
     networks, inputs = [network(k) for k in range(3)], [data(k) for k in range(3)]
     members = [Member(f"client {k}", w, float(k + 1)) for k, w in enumerate(networks)]
-    out = chained(Merging(), members, inputs, networks[0])
+    out = chained(Merging(decay=1.0), members, inputs, networks[0])
     first = torch.linalg.lstsq(torch.cat(inputs), torch.cat([x @ w[FIRST].T for x, w in zip(inputs, networks, strict=True)]))
     close(out[FIRST], first.solution.T)
     seen = [x @ out[FIRST].T for x in inputs]
@@ -95,7 +95,7 @@ def test_one_member_and_equal_members_are_the_result(samples: int) -> None:
 def test_who_fails_in_a_look_is_left_out_of_that_group() -> None:
     networks, inputs = [network(k) for k in range(3)], [data(k) for k in range(3)]
     members = [Member(f"client {k}", w) for k, w in enumerate(networks)]
-    rule, base = Merging(), networks[0]
+    rule, base = Merging(decay=1.0), networks[0]
     look = rule.further(members, base, None, True)
     told = [replace(m, statistics=grams(look, m.params, x)) for m, x in zip(members[:2], inputs[:2], strict=True)]
     without = rule.further([*told, members[2]], base, look.merged, True)
