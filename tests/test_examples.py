@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples import fedavg_plain, median, private, replay, scaffold
+from examples import breadcrumbs, fedavg_plain, median, private, replay, scaffold
 from fedsim import laws, simulation
 from fedsim.core import plugins
+from fedsim.core.contracts import Member
 from fedsim.simulation import run
 from tests.tiny import final_state, kept, same_bits, tiny
 
@@ -70,7 +71,20 @@ def test_the_median_stands_what_fedavg_does_not(capsys: pytest.CaptureFixture[st
     assert attacked["fedavg"] < 45 < honest["median"] - 5 < attacked["median"]
 
 
-@pytest.mark.parametrize(("example", "kinds"), [(median, ["aggregators", "channels"]), (replay, ["learners"])])
+def test_a_merging_rule_of_ones_own_keeps_neither_the_largest_nor_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand; and in a stream whose three tasks it merges."""
+    rule, base = breadcrumbs.Merging(small=0.25, large=0.25, scale=0.5), {"x": torch.ones(4)}
+    vectors = ([4.0, -3.0, 2.0, 1.0], [0.5, 6.0, 7.0, -8.0])
+    members = [Member(str(k), {"x": 1 + torch.tensor(v)}) for k, v in enumerate(vectors)]
+    assert rule.merge(members, base, torch.Generator())["x"].tolist() == [1.0, 2.5, 5.5, 1.0]
+    breadcrumbs.main()
+    rows = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
+    assert list(rows) == ["mean", "task_arithmetic", "breadcrumbs"] and all(10 < value < 100 for value in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("example", "kinds"), [(median, ["aggregators", "channels"]), (replay, ["learners"]), (breadcrumbs, ["merging"])]
+)
 def test_plugins_of_examples_keep_the_laws_of_their_kinds(example: ModuleType, kinds: list[str]) -> None:
     path = str(example.__file__)
     assert plugins.kinds_of(path) == kinds

@@ -44,6 +44,7 @@ class Statistic(contracts.WorkStatistic):
     """
 
     additive: ClassVar[bool] = True
+    of_trained: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"form": form} for form in FORMS)
     form: str = "likelihood"
     classes: str = "seen"

@@ -17,7 +17,7 @@ from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import LORA_A
 from fedsim.laws import aggregators
-from fedsim.laws.comparing import copied, expect_bits, expect_close, expect_finite, layout_difference
+from fedsim.laws.comparing import copied, expect_bits, expect_close, expect_finite, expect_unchanged, layout_difference
 from fedsim.laws.frame import Law, LawBroken, once
 from fedsim.laws.made_up import RANK, make_client, make_params, stepped, synthesise
 from server.aggregators.merged import Aggregator
@@ -50,6 +50,10 @@ def _products_of_pairs(rule: Merging) -> None:
     if {name: t.shape for name, t in out.items()} != shapes:
         raise LawBroken(f"{tasks} tasks: {layout_difference(out, _products.Products(start))}")
     expect_finite(out, f"{tasks} tasks")
+    given = {"members": [(m.params, m.statistics) for m in members], "base": base}
+    before = copied(given)
+    _products.merged(rule, members, base, torch_stream(0, "merge"))
+    expect_unchanged(given, before, f"{tasks} tasks")
     expect_bits(again, out, f"{tasks} tasks, merged twice")
     if "order" not in rule.exempt:
         expect_close(turned, out, f"{tasks} tasks, in reversed order")
@@ -74,6 +78,25 @@ def _with_rank(module: Tensors, rank: int) -> dict[str, Tensor]:
 def _merged(rule: Merging, members: Sequence[Member], base: Tensors) -> dict[str, Tensor]:
     """Of modules of pairs, as products."""
     return dict(_products.Products(_products.merged(rule, copied(members), base, torch_stream(0, "merge"))))
+
+
+def _affine(rule: Merging) -> None:
+    if isinstance(rule, ChainedMerging):
+        return  # it merges nothing at once
+    start = {n: t for n, t in make_params().items() if not (rule.pairs and n.startswith("adapter."))}
+    members = []
+    for k in range(max(TASKS, rule.least)):
+        client, own = make_client(k), stepped(start, ("*",), "affine", k)
+        found = {n: t for request in rule.asks() for n, t in synthesise(request, client, own).items()}
+        members.append(Member(f"client {k}", own, float(len(client)), found))
+    shifts = {n: torch.randn(t.shape, dtype=t.dtype, generator=torch_stream(0, "shift", n)) for n, t in start.items()}
+
+    def moved(tensors: Tensors) -> dict[str, Tensor]:
+        return {n: 3 * t + shifts[n] for n, t in tensors.items()}
+
+    several = [replace(m, params=moved(m.params)) for m in members]
+    got, want = (rule.merge(some, base, torch_stream(0, "merge")) for some, base in ((several, moved(start)), (members, start)))
+    expect_close(got, moved(want), "models and base three times as large and moved by the same, against the merge moved so")
 
 
 def _linear(rule: Merging) -> None:
@@ -114,5 +137,6 @@ LAWS: tuple[Law[Merging], ...] = (
         "products of tasks' LoRA pairs, of any ranks, come out with their names and shapes, finite, in any order",
         _products_of_pairs,
     ),
+    Law("affine", "where members and base are scaled and moved by the same, so is the result", _affine),
     Law("linear", "a rule that says that it is linear may merge before or after a linear map of the models", _linear),
 )

@@ -18,7 +18,7 @@ from fedsim.core.contracts import Member, Merging
 from fedsim.core.errors import AggregationError, ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.simulation import run
+from fedsim.simulation import prepare, run
 from server.aggregators.fairavg import Aggregator as FairAvg
 from server.aggregators.fedavg import Aggregator as FedAvg
 from server.aggregators.merged import Aggregator as Merged
@@ -376,7 +376,7 @@ def test_the_space_of_tasks_does_not_hang_on_their_order() -> None:
 
 
 def test_a_file_of_the_users_inside_another_rule_is_part_of_the_run(tmp_path: Path) -> None:
-    """And Fisher over tasks: the pass at a task's end sends m·d numbers for every layer, once, beside the head's."""
+    """However deep it lies."""
     path = tmp_path / "own.py"
     path.write_text(OWN)
     rule = {"name": "dare", "p": 0.5, "then": {"name": "dare", "then": str(path)}}
@@ -404,7 +404,11 @@ class Merging(contracts.Merging):
 
 
 def test_fisher_over_tasks_weighs_products_and_sends_as_many_numbers(tmp_path: Path) -> None:
-    sections = {"server": {"rounds": 1, "aggregator": "fedavg", "consolidator": {"name": "merged", "rule": "fisher"}}}
+    """In a round as many numbers again as are trained; at a task's end m·d for every layer, once. Every client takes two steps:
+    after one, B is zero still, nothing hangs on A, and equal zeros travel once."""
+    rule = {"name": "merged", "rule": "fisher"}
+    server = {"rounds": 1, "aggregator": rule, "consolidator": rule}
+    sections = {"server": server, "client": {"epochs": 1, "batch_size": 4, "lr": 1e-2}}
     config = tiny(output=tmp_path, **sections)
     results = run(config)
     state = final_state(results.path, config)
@@ -412,7 +416,8 @@ def test_fisher_over_tasks_weighs_products_and_sends_as_many_numbers(tmp_path: P
     layers = [n.removesuffix(".lora_A") for n in past[0] if n.endswith(".lora_A")]
     sizes = {p: (len(past[0][f"{p}.lora_B"]), past[0][f"{p}.lora_A"].shape[1]) for p in layers}
     assert {k: t.shape for k, t in told_[0].items()} == {f"fisher.likelihood/{p}.lora_A": s for p, s in sizes.items()}
-    assert results.costs["bytes"]["up"]["statistics"] == 2 * 3 * 4 * sum(m * d for m, d in sizes.values())
+    trained = sum(t.numel() for t in state.params.values())
+    assert results.costs["bytes"]["up"]["statistics"] == 2 * 3 * 4 * (trained + sum(m * d for m, d in sizes.values()))
     out = Consolidator("fisher").deployed(state.consolidator, state.params, finished=True)
     for p in layers:
         deltas = np.stack([(m[f"{p}.lora_B"].double() @ m[f"{p}.lora_A"].double()).numpy() for m in past])
@@ -424,3 +429,9 @@ def test_fisher_over_tasks_weighs_products_and_sends_as_many_numbers(tmp_path: P
 def test_every_option_of_a_rule_within_a_rule_is_written_out() -> None:
     rule = build("merging", expand("merging", {"name": "core_space", "then": {"name": "dare", "then": "ties"}}, "rule"))
     assert rule.then["then"]["density"] == 0.2 and rule.then["p"] == 0.3
+
+
+def test_fisher_of_frozen_tensors_is_refused_before_training() -> None:
+    told = "asks for the statistic fisher of 'adapter.*lora_A', which consolidator dolfin freezes: nobody trains it"
+    with pytest.raises(ConfigError, match=told):
+        prepare(tiny(server={"rounds": 1, "aggregator": {"name": "merged", "rule": "fisher"}, "consolidator": "dolfin"}))

@@ -336,9 +336,11 @@ class Statistic(Plugin, ABC):
 
     additive: what the samples of two clients give, with the same parameters, is the sum of what each gives. Statistics that are
     summed as they are, where clients run, must be.
+    of_trained: it says something of tensors that are trained. A rule that asks for it of frozen ones is refused.
     """
 
     additive: ClassVar[bool] = False
+    of_trained: ClassVar[bool] = False
 
     @abstractmethod
     def collect(self, model: ModelLike, params: Tensors, subjects: Sequence[str]) -> AbstractContextManager[Accumulator]:
