@@ -328,7 +328,7 @@ def on_the_wire(
     calibrator = None if server.calibrator is None else configs.build("calibrators", server.calibrator)
     methods = configs.build_learners(config.client.learners)
     statistics = planning.asked(rule, consolidator, calibrator, methods, params, server.rounds, manifest.task_classes[:1])
-    return chain.suits(trained, statistics, server.rounds * manifest.num_tasks, rule.additive)
+    return chain.suits(trained, statistics, server.rounds * manifest.num_tasks, manifest.num_clients, rule.additive)
 
 
 def check_statistics(requests: Sequence[StatisticRequest]) -> None:

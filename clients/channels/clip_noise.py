@@ -119,7 +119,7 @@ class Channel(contracts.Channel):
         several = "adds noise to one sum over all tensors, which a list of rules does not make: use one rule, or noise: 0"
         return Traits(needs={"uniform sum": weighed}, refuses={"several rules": several})
 
-    def suits(self, trained: Sequence[str], rounds: int) -> tuple[str, ...]:
+    def suits(self, trained: Sequence[str], rounds: int, clients: int) -> tuple[str, ...]:
         self._members(trained)
         if not self.noise:
             return ()

@@ -93,11 +93,13 @@ class Chain:
         """Whether a channel does anything on the server's side."""
         return any(channel.receives for channel in self.channels.values())
 
-    def suits(self, trained: Sequence[str], statistics: Sequence[str], rounds: int, additive: bool) -> tuple[str, ...]:
+    def suits(
+        self, trained: Sequence[str], statistics: Sequence[str], rounds: int, clients: int, additive: bool
+    ) -> tuple[str, ...]:
         """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
 
         trained: names of tensors; statistics: names of those that clients send, as far as that is known; rounds: of the run;
-        additive: whether the rule merges from a sum."""
+        clients: how many there are; additive: whether the rule merges from a sum."""
         notes: list[str] = []
         for name, channel in self.channels.items():
             require_covered(name, channel, statistics)
@@ -106,7 +108,7 @@ class Chain:
                     f"server.channel: {name} changes the sum over clients, but the rule merges from their updates one by one: "
                     "use a rule that merges from a sum, such as fedavg or fairavg"
                 )
-            notes += channel.suits(trained, rounds)
+            notes += channel.suits(trained, rounds, clients)
         return tuple(notes)
 
     def received(

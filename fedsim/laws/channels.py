@@ -220,7 +220,7 @@ def _covers(channel: Channel) -> None:
 
 
 def _suits(channel: Channel) -> None:
-    for note in channel.suits(list(start()), 3):
+    for note in channel.suits(list(start()), 3, 10):
         if "\n" in note or not note.strip():
             raise LawBroken(f"its note is not one line: {note!r}")
 

@@ -422,3 +422,61 @@ def test_what_a_learner_sends_has_to_be_covered_too(tmp_path: Path) -> None:
         prepare(tiny(*FAIRAVG, NOISY % "", learner))
     assert prepare(tiny(*FAIRAVG, NOISY % ", public: [counting]", learner)).notes
     prepare(tiny(*FAIRAVG, "server.channel=[topk]", learner))
+
+
+# ---------------------------------------------------------------- byzantine
+
+
+def test_byzantine_clients_send_what_they_are_told_and_others_what_they_learned() -> None:
+    delta = {"a": normal(40, 50), "b": normal(7, seed=1)}
+    given, honest = parcel(**delta), Parcel(1, 0, 0, delta)
+    for attack, times in (("sign_flip", -3.0), ("scale", 3.0)):
+        one = channel("byzantine", clients=[0, 5], attack=attack, factor=3.0)
+        assert all(torch.equal(t, times * delta[n]) for n, t in sent(one, given).delta.items())
+        assert sent(one, honest) is honest
+    assert sent(channel("byzantine"), given) is given
+
+
+def test_byzantine_noise_is_so_many_times_as_long_as_the_change_and_has_nothing_of_it() -> None:
+    delta = {"a": 0.01 * normal(40, 50), "b": 5 * normal(7, 300, seed=1)}
+    one = channel("byzantine", clients=[0], attack="gaussian", factor=2.0)
+    first, again, other = (sent(one, parcel(**delta), number).delta for number in (0, 0, 1))
+    assert all(torch.equal(t, again[n]) for n, t in first.items()) and not torch.equal(first["a"], other["a"])
+    want = 2 * math.sqrt(sum(float(t.square().sum()) for t in delta.values()) / 4100)
+    for name, tensor in first.items():
+        assert float(tensor.std()) == pytest.approx(want, rel=0.05) and abs(float(tensor.mean())) < 0.1 * want
+        assert abs(float((tensor * delta[name]).sum() / tensor.norm() / delta[name].norm())) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("clients: [3]", r"byzantine names client 3, but there are clients 0 to 2"),
+        ("clients: [-1]", r"clients must be numbers of clients, from 0, each once, got \[-1\]"),
+        ("clients: [1, 1]", r"each once, got \[1, 1\]"),
+        ("clients: [1], factor: 0.0", "factor must be above 0"),
+        ("clients: [1], attack: flip", "attack 'flip' is unknown"),
+    ],
+)
+def test_byzantine_clients_that_there_are_not(options: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(FedsimError, match=says):
+        prepare(tiny(*FAIRAVG, f"server.channel=[{{name: byzantine, {options}}}]", output=tmp_path))
+
+
+def test_the_median_is_the_honest_one_and_the_bytes_are_the_same(tmp_path: Path) -> None:
+    """Three clients, of which one sends a million times its change the other way: the others' numbers bound the median, the mean
+    is far away. What was sent is as many bytes, and the run says who was byzantine."""
+    found = {}
+    for rule in ("fairavg", "{name: merged, rule: median}"):
+        for factor in (0, 1e6):
+            channels = f"server.channel=[{{name: byzantine, clients: [1], factor: {factor}}}]" if factor else "server.channel=[]"
+            config = tiny(*FAIRAVG, channels, f"server.aggregator={rule}", "server.drift=false", output=tmp_path)
+            results = run(config)
+            found[rule, factor] = final_state(results.path, config)  # type: ignore[arg-type]
+            assert any("of 3 clients 1 (1) send sign_flip" in note for note in results.notes) is bool(factor)
+    away = {
+        rule: max(float((found[rule, 1e6].params[n] - t).abs().max()) for n, t in found[rule, 0].params.items())
+        for rule, _ in found
+    }
+    assert away["fairavg"] > 1e3 and away["{name: merged, rule: median}"] < 1
+    assert len({str(state.bytes) for state in found.values()}) == 1

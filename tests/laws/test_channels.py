@@ -63,7 +63,7 @@ class Changed(contracts.Channel):
         step = 0.1 if self.what == "proud" else 0.2501
         return float(step * sum(t.numel() for t in delta.values()) ** 0.5)
 
-    def suits(self, trained: Sequence[str], rounds: int) -> tuple[str, ...]:
+    def suits(self, trained: Sequence[str], rounds: int, clients: int) -> tuple[str, ...]:
         return ("two\nlines",) if self.what == "wordy" else ()
 
 

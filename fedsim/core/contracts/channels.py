@@ -108,11 +108,11 @@ class Channel(Part, ABC):
         """The most that ‖sent − delta‖₂ over all tensors can be, with no memory; infinity where nothing is promised."""
         return math.inf
 
-    def suits(self, trained: Sequence[str], rounds: int) -> tuple[str, ...]:
+    def suits(self, trained: Sequence[str], rounds: int, clients: int) -> tuple[str, ...]:
         """Before any training: raise ConfigError for what cannot work; lines that whoever reads the numbers has to know.
 
         trained: names of the tensors that clients train in any round; rounds: of the whole run, in each of which every client may
-        send."""
+        send; clients: how many there are, numbered from 0."""
         return ()
 
 
