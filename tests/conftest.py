@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 for name in (
     "OMP_NUM_THREADS",
@@ -21,7 +24,18 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-os.fsync = lambda handle: None  # nothing here has to outlive a power cut, and every round of a run would wait for the disk
+
+
+class Unsynced(sqlite3.Connection):
+    """Never waits for the disk."""
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        return super().execute("PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *values)
+
+
+# nothing here has to outlive a power cut, and every round of a run would wait for the disk
+os.fsync = lambda handle: None
+sqlite3.connect = partial(sqlite3.connect, factory=Unsynced)
 
 ROOT = Path(__file__).resolve().parents[1]
 
