@@ -228,9 +228,10 @@ def test_a_round_writes_rows_of_its_clients_only_however_many_are_registered(tmp
 def test_a_checkpoint_does_not_grow_with_the_clients_that_took_part() -> None:
     sizes, state = [], ServerState(0, 0, {"adapter.a": torch.zeros(3)}, None)
     with ClientStore(10_000) as kept_by:
+        sim: Any = SimpleNamespace(store=kept_by, config=tiny())
         for round in range(3):
             jobs = [ClientJob(c, 0, round, state.params, RoundPlan()) for c in range(round * 1000, (round + 1) * 1000)]
-            state = charged(SimpleNamespace(store=kept_by), state, jobs, [])  # type: ignore[arg-type]
+            state = charged(sim, state, jobs, [])
             buffer = io.BytesIO()
             torch.save(state.to_plain(), buffer)
             sizes.append(len(buffer.getvalue()))
