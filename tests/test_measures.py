@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix
 
 from clients.worker import Worker, class_counts
 from fedsim import simulation
+from fedsim.cli.run import metrics_table
 from fedsim.core.config import SimConfig
 from fedsim.runs.results import Results
 from fedsim.simulation import run
@@ -112,6 +113,11 @@ def test_drift_is_measured_in_every_round_on_what_was_trained(tmp_path: Path) ->
     assert all(d.product_error is not None for d in results.drifts if d.group == "adapter")
     by_turns = run(tiny(output=tmp_path))  # LoRM trains A and B in turn
     assert {d.product_error for d in by_turns.drifts} == {None}
+    errors = [d.product_error for d in results.drifts if d.product_error is not None]
+    assert results.metrics["product_error"] == pytest.approx(100 * np.mean(errors)) and by_turns.metrics["product_error"] is None
+    for found, is_there in ((results, True), (by_turns, False)):
+        table = metrics_table(found.metrics, "class_incremental")
+        assert ("product error of averaging lora's factors" in list(table.columns[0].cells)) == is_there
     assert {"drift_cosine_adapter", "drift_cosine_head"} <= set(by_turns.metrics)
 
 

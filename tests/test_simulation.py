@@ -86,6 +86,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "server": {"aggregator": {"name": "merged", "rule": "chain_of_merges"}, "consolidator": "mean", "rounds": 1},
         "client": {"learners": ["tak"]},
     },
+    "pairs": {  # a stack beneath one block's pairs, B of the other with its client, ranks that differ, one module that goes on
+        "server": {
+            "aggregator": [
+                {"match": "*.layers.0.*", "name": "flora"},
+                {"match": "adapter.*", "name": "fedsa"},
+                {"match": "*", "name": "fedavg"},
+            ],
+            "consolidator": "none",
+            "participation": 0.67,
+        },
+        "client": {"ranks": {"law": "turns", "of": [2, 1]}, "weight_decay": 0.1, "learners": ["lwf"]},
+    },
     "composed": {
         "server": {"aggregator": "collect", "consolidator": "compose", "rounds": 1},
         "adapter": {"name": "apt", "memory": 1},
@@ -245,7 +257,7 @@ def test_drift_can_be_left_out_and_moves_no_bit(tmp_path: Path) -> None:
     assert same_bits(*states)
 
 
-@pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels", "learners"])
+@pytest.mark.parametrize("method", ["lorm", "groups", "every hook", "channels", "learners", "pairs"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:

@@ -128,6 +128,8 @@ def metrics_table(values: Mapping[str, float | None], stream: str) -> Table:
         table.add_column(name.replace("_", "-\n"), justify="right")
     for metric in metrics.shown("run"):
         cells = [values.get(metric.name + suffix) for suffix in suffixes]
+        if metric.needs == "nothing" and cells == [None] * len(cells):
+            continue  # it is of other runs
         label = metric.title.lower() if metric.unit == "%" else metric.axis.lower()
         table.add_row(label, *("–" if v is None else f"{v:.2f}" for v in cells))
     return table

@@ -185,6 +185,13 @@ def newest_share(predicted: Sequence[tuple[int, bool]]) -> float | None:
     return 100.0 * sum(count for count, new in predicted if new) / total if total else None
 
 
+def product_error(counts: Counts) -> float | None:
+    """100 · ‖(Σ p_k B_k)(Σ p_k A_k) − Σ p_k B_k A_k‖ / ‖Σ p_k B_k A_k‖, the mean over the rounds of a LoRA run in which both
+    factors are trained: what averaging the factors loses, or would lose where the rule does something else (`server.drift`)."""
+    of_rounds = counts.drifts.get("product_error", {}).get("adapter", ())
+    return 100.0 * float(np.mean(of_rounds)) if len(of_rounds) else None
+
+
 def client_accuracy(held_H3: ArrayLike, clients: int, correct_C: ArrayLike, total_C: ArrayLike) -> FloatArray:
     """acc_k = Σ_c h_kc · (correct_c / total_c) / Σ_c h_kc in percent, (K,): the expected accuracy on test samples that are
     distributed over classes as the client's own training samples h_k are. NaN for a client without a tested class.
@@ -331,13 +338,16 @@ METRICS: dict[str, Metric] = {
             shown=("report",),
         ),
         *_OF_CLIENTS,
+        Metric(
+            "product_error", "Product error of averaging LoRA's factors", product_error, most=math.inf, shown=("run", "report"),
+        ),
         _drift("relative_norm", "Length of a client's change / length of the weights"),
         _drift("cosine", "Mean cosine between two clients' changes"),
         _drift("cosine_min", "Least cosine between two clients' changes"),
         _drift("cosine_to_mean", "Mean cosine of a client's change to the mean change"),
         _drift("diversity", "Gradient diversity"),
         _drift("effective_rank", "Effective rank of the clients' changes"),
-        _drift("product_error", "Relative error of averaging LoRA's factors"),
+        _drift("product_error", "Product error of averaging LoRA's factors, as a share"),
         Metric(GAP, "Gap to joint", None, "lower", "a joint run", alias="gap", least=-100.0, shown=("results",)),
         Metric(INTRANSIGENCE, "Intransigence", None, "lower", "a joint run", least=-100.0, shown=("results",)),
         *_OF_COSTS,

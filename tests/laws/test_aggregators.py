@@ -371,3 +371,46 @@ class Looking(Rule):
 def test_rules_that_look_further(merged: Sequence[int], says: str) -> None:
     found = broken(Looking(merged=merged))
     assert re.search(says, found["further"]) if says else not found
+
+
+@dataclass(frozen=True)
+class Leaving(FedAvg):
+    """FedAvg that leaves something beneath."""
+
+    left: Any = None
+
+    def beneath(self, state: State) -> Tensors:
+        return dict(self.left)
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"adapter.block.0.lora_A": torch.ones(2, 6), "adapter.block.0.lora_B": torch.ones(3, 2)}, "does not say so"),
+        ({"head.weight": torch.ones(5, 4)}, "does not say so"),
+    ],
+)
+def test_what_is_left_beneath_must_be_said(left: Tensors, told: str) -> None:
+    assert told in against(KIND, Leaving(left), "beneath")
+
+
+@dataclass(frozen=True)
+class Saying(Leaving):
+    """The same, and says so."""
+
+    products: ClassVar[bool] = True
+
+    @property
+    def traits(self) -> contracts.Traits:
+        return contracts.Traits(gives={contracts.BENEATH})
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"head.weight": torch.ones(5, 4)}, "'head.weight', left beneath, is no factor"),
+        ({"adapter.block.0.lora_A": torch.ones(2, 6), "adapter.block.0.lora_B": torch.ones(3, 1)}, "beneath is (3, 1) by (2, 6)"),
+    ],
+)
+def test_what_is_left_beneath_are_pairs_of_the_adapter(left: Tensors, told: str) -> None:
+    assert told in against(KIND, Saying(left), "beneath")
