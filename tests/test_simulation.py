@@ -144,7 +144,7 @@ def test_bytes_of_fedavg_are_what_the_formula_says(tmp_path: Path) -> None:
     assert sum(results.costs["bytes"]["up"].values()) == one_way
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SimConfig, Results]]:
     """A method's run in the serial pool, made once."""
     folder = tmp_path_factory.mktemp("serial")
