@@ -41,10 +41,8 @@ class Merging(_rule.Around):
 
     pairs: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {},
         {"then": {"name": "ties", "density": 0.5}},
         {"then": {"name": "dare"}},
-        {"then": "tsv"},
         {"isotropic": True, "scale": 0.4},
     )
     scale: float = 1.0

@@ -31,7 +31,6 @@ class Merging(_rule.Around):
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
-        {"p": 0.0},
         {"then": {"name": "ties", "density": 0.5}, "p": 0.7},
         {"strategy": "magnitude", "then": {"name": "task_arithmetic", "scale": 0.3}},
     )

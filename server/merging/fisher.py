@@ -32,7 +32,7 @@ class Merging(contracts.AdditiveMerging):
     normalise: F_i / ‖F_i‖ over all numbers together, so that all members count alike (an option of MergeLM).
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"form": "expected"}, {"normalise": True, "form": "empirical"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"normalise": True, "form": "empirical"})
     form: str = "likelihood"
     classes: str = "task"
     epsilon: float = 1e-12
