@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedsim.core.contracts import Slots
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.models.model import Model
 
 MOST_TOGETHER, MOST_NUMBERS = 32, 2**24  # samples of a chunk, and numbers of all their gradients together
@@ -79,3 +80,24 @@ def layer_gradients(
     ]
     gradients = {layer: [of[k].detach() for of in found] for k, layer in enumerate(seen)}
     return {s: (seen[layer][0].detach(), gradients[layer]) for s, layer in layers.items()}
+
+
+def layer_outputs(model: Model, inputs: Tensors, subjects: Sequence[str], params: Tensors) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Of a raw batch, through what is applied to the model: what goes into the linear layers that tensors belong to, (…, I), and
+    what comes out without the bias, (…, O); of `head.weight` what its map is given, and the logits without theirs."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def watch(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        bias = layer.bias
+        seen[layer] = args[0], out - bias if isinstance(bias, Tensor) else out
+
+    layers = {s: model.layer(s) for s in subjects if s != HEAD_WEIGHT}
+    with ExitStack() as hooks:
+        for layer in dict.fromkeys(layers.values()):
+            hooks.callback(layer.register_forward_hook(watch).remove)
+        features_bD = model.features(inputs)
+    found = {s: seen[layer] for s, layer in layers.items()}
+    if HEAD_WEIGHT in subjects:
+        logits_bC = model.logits(features_bD, params)
+        found[HEAD_WEIGHT] = model.head_inputs(features_bD, params), logits_bC - params.get(HEAD_BIAS, 0.0)
+    return found

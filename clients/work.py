@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, layer_gradients, sample_gradients
+from clients.gradients import MOST_NUMBERS, MOST_TOGETHER, layer_gradients, layer_outputs, sample_gradients
 from clients.lower_states import Kept, queries_of
 from clients.samples import Samples
 from fedsim.core import ranks, rng
@@ -22,6 +22,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, RoundPlan, Tensors
+from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import matching, with_prefix, without_prefix
 from fedsim.models.model import Model
 
@@ -88,6 +89,16 @@ class Work:
     @property
     def client_id(self) -> int:
         return self.job.client_id
+
+    @cached_property
+    def own(self) -> Tensors:
+        """In a further look: all tensors as this client has trained them in the round."""
+        return {**self.received.params, **moved(self.job.memory, self.model.device)}
+
+    @property
+    def scale(self) -> float:
+        """What the product of a LoRA pair counts for in the model."""
+        return float(getattr(self.model.adapter, "scale", 1.0))
 
     @property
     def task(self) -> int:
@@ -209,8 +220,22 @@ class Work:
         for some in batches(positions, self.config.client.batch_size):
             yield layer_gradients(self.model, self.samples.batch(some)[0], subjects, directions)
 
+    @torch.no_grad()
+    def passing(
+        self, positions: IntArray, subjects: Sequence[str], params: Tensors
+    ) -> Iterator[Mapping[str, tuple[Tensor, Tensor]]]:
+        """Batch by batch, through these tensors: what goes into the subjects' layers, and what comes out."""
+        for some in batches(positions, self.config.runtime.eval_batch):
+            inputs = self.samples.batch(some)[0]
+            with self.beneath(params), self.model.merged(params):
+                found = layer_outputs(self.model, inputs, subjects, params)
+            yield found  # with nothing in the model: two of these may go side by side
+
     def layer_shape(self, subject: str) -> tuple[int, int]:
         """Outputs and inputs of the linear layer that a tensor belongs to."""
+        if subject == HEAD_WEIGHT:
+            outputs, inputs = self.params[subject].shape
+            return outputs, inputs
         layer = self.model.layer(subject)
         if not isinstance(layer, nn.Linear):
             raise ConfigError(f"'{subject}' belongs to no linear layer, but to a {type(layer).__name__}")

@@ -77,8 +77,22 @@ class HeadOnly:
         features = self.features_ND[torch.from_numpy(positions)]
         return Outputs(features, features @ params[HEAD_WEIGHT].to(features).T + params[HEAD_BIAS].to(features))
 
+    scale: float = 1.0
+
+    @property
+    def own(self) -> Tensors:
+        """Nothing was trained."""
+        return {HEAD_WEIGHT: torch.zeros(0)}
+
+    def passing(
+        self, positions: IntArray, subjects: Sequence[str], params: Tensors
+    ) -> Iterator[Mapping[str, tuple[Tensor, Tensor]]]:
+        for n in positions:
+            seen = self.features_ND[n : n + 1]
+            yield dict.fromkeys(subjects, (seen, torch.zeros(1, CLASSES)))
+
     def layer_shape(self, subject: str) -> tuple[int, int]:
-        return LAYERS[subject.rpartition(".")[0]]
+        return (CLASSES, self.features_ND.shape[1]) if subject == HEAD_WEIGHT else LAYERS[subject.rpartition(".")[0]]
 
     def traced(
         self, positions: IntArray, subjects: Sequence[str], directions: Callable[[Tensor], Tensor]

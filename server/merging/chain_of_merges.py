@@ -53,6 +53,8 @@ class Merging(contracts.ChainedMerging):
     that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones (queries, keys
     and values) one. A client that fails in a look is left out of that group.
 
+    target: merged, as above | own, Σ ‖W X̂_i − W_i X_i‖² with X_i through i's own model: W⁺ = (Σ W_i Ĝ_i + D_i)(Σ Ĝ_i)⁺, where
+    D_i = Σ (y_i − ŷ_i) x̂ᵀ is how far the merged groups move what the map gives (m·d more numbers, statistic `response_gap`).
     decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact, and where inputs hardly vary in some direction W⁺ is far
     larger in it than any W_i, the more so with every round (on Fashion-MNIST LoRA products grow to 10⁶ in three). granularity:
     layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it still see i's own.
@@ -60,19 +62,21 @@ class Merging(contracts.ChainedMerging):
     The paper merges models of tasks that were trained from one network, whose data are at hand (so does `fedsim merge`; over the
     tasks of a stream they are gone). That clients are merged so every round, LoRA products, the cut, and blocks are ours. Its
     equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one reading
-    of two; it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
+    of two (`target`); it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
     """
 
     pairs: ClassVar[bool] = True
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"granularity": "layer", "decay": 1.0})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"granularity": "layer", "decay": 1.0, "target": "own"})
     decay: float = 0.9
     granularity: str = "block"
     rounds: str = "every"
+    target: str = "merged"
 
     def __post_init__(self) -> None:
         require_in_unit("decay", self.decay)
         require_choice("granularity", self.granularity, ("layer", "block"))
         require_choice("rounds", self.rounds, ("every", "last"))
+        require_choice("target", self.target, ("merged", "own"))
 
     @property
     def traits(self) -> Traits:
@@ -112,8 +116,10 @@ class Merging(contracts.ChainedMerging):
         return list(found.values())
 
     def _requests(self, subjects: Sequence[str]) -> tuple[StatisticRequest, ...]:
-        """The head's features are those that will be deployed (blended)."""
-        return (gram_request(tuple(subjects), "full", self.decay, blended=HEAD_WEIGHT in subjects),)
+        """The head's features are those that will be deployed (blended), or those of the module alone, as i's own are."""
+        own = self.target == "own"
+        grams = gram_request(tuple(subjects), "full", self.decay, blended=HEAD_WEIGHT in subjects and not own)
+        return (grams, StatisticRequest("response_gap", tuple(subjects))) if own else (grams,)
 
 
 def averaged(members: Sequence[Member], base: Tensors) -> dict[str, Tensor]:
@@ -143,11 +149,12 @@ def fitted(members: Sequence[Member], base: Tensors, names: Sequence[str]) -> di
 
 
 def _share(member: Member, names: Sequence[str], key: str) -> dict[str, Tensor]:
-    """One member's part of the sums over its map W_i: `product` W_i Ĝ_i, `gram` Ĝ_i, `map` n_i W_i, `weight` n_i, float64."""
+    """One member's part of the sums of its map W_i, float64: `product` W_i Ĝ_i + D_i, `gram` Ĝ_i, `map` n_i W_i, `weight` n_i."""
     *left, last = [member.params[n].double() for n in reversed(names)]  # a pair is B A, with A as its first name
     gram_II, n = from_upper_triangle(member.statistics[key].double()), torch.tensor(member.weight, dtype=torch.float64)
+    gap = member.statistics.get(f"response_gap.map/{names[0]}", torch.zeros((), dtype=torch.float64))
     product, whole = (left[0] @ (last @ gram_II), left[0] @ last) if left else (last @ gram_II, last)
-    return {"product": product, "gram": gram_II, "map": n * whole, WEIGHT: n}
+    return {"product": product + gap.double(), "gram": gram_II, "map": n * whole, WEIGHT: n}
 
 
 def low_rank(map_OI: Tensor, gram_II: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,30 @@ def test_one_member_and_equal_members_are_the_result(samples: int) -> None:
             close(out[name], tensor)
 
 
+def test_the_target_of_ones_own_outputs_is_joint_least_squares_given_the_merged_first_layer() -> None:
+    """Of the second layer: what each client's own network gave, from what the merged first layer gives."""
+    networks, inputs = [network(k) for k in range(3)], [data(k) for k in range(3)]
+    members, rule, base = (
+        [Member(f"client {k}", w) for k, w in enumerate(networks)],
+        Merging(decay=1.0, target="own"),
+        networks[0],
+    )
+    look, told = rule.further(members, base, None, True), members
+    while look.statistics:
+        assert [r.name for r in look.statistics] == ["gram", "response_gap"]
+        told = []
+        for m, x in zip(members, inputs, strict=True):
+            through = {**m.params, **look.merged}
+            own, seen = {FIRST: x, SECOND: x @ m.params[FIRST].T}, {FIRST: x, SECOND: x @ through[FIRST].T}
+            (name,) = look.statistics[0].match
+            gap = ((own[name] - seen[name]) @ m.params[name].T).T @ seen[name]
+            told.append(replace(m, statistics={**grams(look, m.params, x), f"response_gap.map/{name}": gap}))
+        look = rule.further(told, base, look.merged, True)
+    seen_by_all = torch.cat([x @ look.merged[FIRST].T for x in inputs])
+    given = torch.cat([x @ w[FIRST].T @ w[SECOND].T for x, w in zip(inputs, networks, strict=True)])
+    close(look.merged[SECOND], torch.linalg.lstsq(seen_by_all, given).solution.T)
+
+
 def test_who_fails_in_a_look_is_left_out_of_that_group() -> None:
     networks, inputs = [network(k) for k in range(3)], [data(k) for k in range(3)]
     members = [Member(f"client {k}", w) for k, w in enumerate(networks)]
@@ -209,6 +233,38 @@ def test_bytes_of_a_round_and_its_looks(tmp_path: Path) -> None:
     assert state.client_rounds == 4 * clients
 
 
+def test_the_gap_is_what_the_merged_part_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run with s = 2: (W + s B_i A_i)(x_i − x̂_i) against the hooks of two passes, by the products with x̂; none in the first
+    block's queries, whose inputs nobody trains."""
+    from clients.statistics.response_gap import Statistic
+
+    found: list[tuple[str, float, float]] = []
+    real = Statistic.measured
+
+    def measured(self, work, params, subjects):  # type: ignore[no-untyped-def]
+        sent = real(self, work, params, subjects)
+        for s in subjects:
+            name, layer = s.removesuffix(LORA_A), None if s == "head.weight" else work.model.layer(s)
+            merged, own = ([b[s][0] for b in work.passing(work.shard, [s], p)] for p in (params, work.own))
+            x, x_own = (torch.cat(parts).flatten(0, -2).double() for parts in (merged, own))
+            w = (
+                work.own[s].double()
+                if layer is None
+                else layer.weight.double() + 2 * (work.own[name + LORA_B] @ work.own[s]).double()
+            )
+            want = ((x_own - x) @ w.T).T @ x / (1 if layer is None else 2)
+            found.append((s, float((sent[f"map/{s}"] - want).abs().max() / (1 + want.abs().max())), float(want.abs().max())))
+        return sent
+
+    monkeypatch.setattr(Statistic, "measured", measured)
+    rule = {**RULE, "aggregator": {"name": "merged", "rule": {"name": "chain_of_merges", "target": "own"}}}
+    adapter = {"name": "lora", "rank": 2, "targets": "all-linear", "alpha": 4.0}
+    run(tiny("stream.tasks=1", "server.rounds=1", output=tmp_path, server=rule, adapter=adapter, model=plain_vit()))
+    assert len(found) == 3 * 13 and max(off for _, off, _ in found) < 1e-3
+    sizes = {s: size for s, _, size in found}
+    assert sizes["adapter.layers.0.attention.q_proj.lora_A"] == 0 and sizes["adapter.layers.1.mlp.fc2.lora_A"] > 1e-3
+
+
 def test_looks_only_in_a_tasks_last_round(tmp_path: Path) -> None:
     rule = {**RULE, "aggregator": {"name": "merged", "rule": {"name": "chain_of_merges", "rounds": "last"}}}
     config = tiny("stream.tasks=1", "server.rounds=3", output=tmp_path, model=plain_vit(), server=rule)
@@ -266,7 +322,7 @@ def test_bad_input_in_one_line(tmp_path: Path, overrides: tuple[str, ...], line:
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("options", [{"decay": 2.0}, {"granularity": "head"}, {"rounds": "first"}])
+@pytest.mark.parametrize("options", [{"decay": 2.0}, {"granularity": "head"}, {"rounds": "first"}, {"target": "both"}])
 def test_options_are_checked(options: Any) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Merging(**options)

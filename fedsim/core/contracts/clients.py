@@ -127,6 +127,23 @@ class ClientWork(Protocol):
         """Outputs and inputs of the linear layer that a tensor belongs to. Raises ConfigError where there is none."""
         ...
 
+    @property
+    def own(self) -> Tensors:
+        """In a further look: all tensors as this client has trained them in the round."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """What the product of a LoRA pair counts for in the model."""
+        ...
+
+    def passing(
+        self, positions: IntArray, subjects: Sequence[str], params: Tensors
+    ) -> Iterator[Mapping[str, tuple[Tensor, Tensor]]]:
+        """Batch by batch, in evaluation through these tensors: what goes into the linear layers that the subjects belong to,
+        (…, I), and what comes out without the bias, (…, O); of `head.weight` what its map is given, and the logits."""
+        ...
+
     def changes(self, params: Tensors) -> Mapping[str, Sequence[Tensor]]:
         """What the adapter's tensors add to weights, see `Adapter.changes`, by `adapter.<layer>`."""
         ...
