@@ -140,7 +140,7 @@ def test_a_good_one_keeps_all() -> None:
     [
         (Greedy(), "subjects", "collect takes 'adapter.block.0.lora_A', synthetic does not"),
         (Sums(Largest), "synthetic", r"client 0, collect against synthetic: 'sum/head.weight'.* should be"),
-        (Sums(Wide), "wire", "is torch.float64 on cpu: float32 on the CPU travels"),
+        (Sums(Wide), "wire", "is torch.float64 on cpu: float32 or bfloat16 on the CPU travels"),
         (Sums(Unnamed), "wire", "'sum' is not named '<form>/<subject>'"),
         (Sums(ByBatch), "batches", "in batches of 1 against all at once"),
         (Sums(Silent), "nobody", "without samples it sends nothing, with some sum"),
