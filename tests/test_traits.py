@@ -38,6 +38,7 @@ RUN_WORDS = [  # an override, and the word that it makes the run give
     ("stream.online=true", "online", "stream.online: true"),
     ("stream.keep=false", "without the buffer", "stream.keep: false"),
     ("transform.augment=flip", "augmentation", "transform.augment: flip"),
+    ("client.ranks=[1, 2, 2]", "unequal ranks", "client.ranks: a list"),
     ("client.clip_norm=1.0", "clipped gradients", "client.clip_norm: 1.0"),
     ("client.optimizer=SGD", "optimizer sgd", "client.optimizer: SGD"),
     ("runtime.precision=bf16", "half precision", "runtime.precision: bf16"),

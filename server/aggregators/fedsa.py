@@ -21,11 +21,11 @@ class Aggregator(contracts.AdditiveAggregator):
     """Clients train A (r, d) and B (m, r), and send A alone: A⁺ = Σ p_i A_i, p_i = n_i / Σ n. Client i has the model B_i A⁺, and
     B_i stays with it from round to round: what is common goes into A, what is its own into B.
 
-    Up go r·d numbers a layer and the head in every round, and B in a task's last one alone. There clients hand their B_i in, and
-    what is evaluated, and merged over tasks, is B = Σ p_i B_i: B A⁺ is the mean of the clients' own models, exactly [ours: the
-    paper evaluates each client's own model on its own data, and knows no tasks. One model for all classes is what this simulator
-    measures, and a client's own knows its own classes only]. Before that the server has the B that the task began with, so that
-    accuracies within a task say little. The head by FedAvg [ours].
+    Up go r·d numbers a layer and the head in every round, and B in a task's last one alone. The clients of that round hand their
+    B_i in, and what is evaluated, and merged over tasks, is B = Σ p_i B_i: B A⁺ is the mean of their own models, exactly [ours:
+    the paper evaluates each client's own model on its own data, and knows no tasks. One model for all classes is what this
+    simulator measures, and a client's own knows its own classes only]. Before that the server has the B that the task began
+    with, so that accuracies within a task say little. The head by FedAvg [ours].
 
     A client that has not trained this module yet begins with the server's B. With a fresh module per task B begins anew; where
     one module goes on, so does every client's B. A client keeps r·m numbers a layer in memory, which devices must store.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fedsim.core import config as configs
 from fedsim.core.contracts import Aggregator
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
+from fedsim.core.ranks import cut
 from fedsim.core.tensors import LORA_A, LORA_B, folded, lora_layers, stack_modules
 from server import loop
 from server.beneath import Beneath
@@ -119,6 +121,31 @@ def test_lora_fair_solves_its_least_squares(penalty: float) -> None:
         torch.testing.assert_close(out[p + LORA_B], mean_b + torch.linalg.lstsq(left, right).solution.T)
         assert torch.equal(out[p + LORA_A], mean_a)
         assert (product(out, p) - mean_b @ mean_a - lost).norm() < lost.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_first_ranks_of_flexlora_are_the_best_that_so_many_can_hold(rank: int) -> None:
+    """Against singular values of the dense mean: a client of rank r_i, which is sent the first r_i, loses Σ_{k > r_i} σ_k²."""
+    params, updates = drawn(0), sent()
+    updates[0] = replace(updates[0], params={**updates[0].params, **cut(updates[0].params, 1)})  # a client of rank 1
+    out, _ = merged("merged", updates, params, rule="mean", pairs="products")
+    for p in SHAPES:
+        dense = mean_product(updates, p, params)
+        lost = (out[p + LORA_B][:, :rank] @ out[p + LORA_A][:rank] - dense).square().sum()
+        torch.testing.assert_close(lost, torch.linalg.svdvals(dense)[rank:].square().sum())
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+@pytest.mark.parametrize("rule", EXACT)
+def test_ranks_that_a_client_does_not_have_take_no_place(rule: str, clients: int) -> None:
+    params, updates = drawn(0), sent(clients)
+    updates[0] = replace(updates[0], params={**updates[0].params, **cut(updates[0].params, 1)})
+    _, model = merged(rule, updates, params)
+    for p in SHAPES:
+        torch.testing.assert_close(product(model, p), mean_product(updates, p, params))
+    if rule == "flora":
+        state, _ = configs.build("aggregators", {"name": rule}).combine({}, params, updates, torch.Generator())
+        assert len(state["stack"]["adapter.0.q" + LORA_A]) == 2 * clients - 1
 
 
 @pytest.mark.parametrize("rule", RULES)
