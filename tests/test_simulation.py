@@ -38,7 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "server": {
             "aggregator": [{"match": "head.*", "name": "variance_weighted"}, {"match": "*", "name": "fedavg"}],
             "consolidator": {"name": "merged", "rule": {"name": "dare", "then": "fisher"}},  # draws, and statistics of products
-            "calibrator": "ccvr",  # a pass over all clients through the merged model, summed where they run
+            # a pass over all clients through the merged model, summed where they run; bfloat16 and shapes of their own travel
+            "calibrator": {"name": "lda", "precision": "bfloat16", "rank": 2},
             "participation": 0.67,
         },
         "adapter": {"name": "lora", "rank": 2, "targets": "all-linear", "dropout": 0.2},

@@ -51,8 +51,12 @@ class Calibrator(ScatterCalibrator):
 
     Asks for `class_moments` (count and mean) and `gram` (upper triangle, T numbers a client) in a pass at the task's end, both
     seen in one go. The solution is Cholesky's in float64, the pseudo-inverse's where G + λI is singular up to the float32 in
-    which Grams travel. State: `count` (C,), `sum` Q (C, M), `gram` (T,), `squares` (L,), float64; T is 16 MB for M = 2000. Raises
-    AggregationError when several penalties are given and no client could hold out a sample yet.
+    which Grams travel: a factorisation anew after every task. To update the last one by the k samples of a task takes longer (one
+    core, M = 1 000, 2 000: Cholesky 0.02 s, 0.12 s; update by 50 samples 0.07 s, 0.47 s, by 800 0.13 s, 0.71 s; an
+    eigendecomposition, which would do for all λ, 0.28 s, 2.4 s), and does not know of another λ.
+
+    State: `count` (C,), `sum` Q (C, M), `gram` (T,), `squares` (L,), float64; T is 16 MB for M = 2000. Raises AggregationError
+    when several penalties are given and no client could hold out a sample yet.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
