@@ -4,6 +4,11 @@ The real loop with the Ray pool (two workers) and clients that make up their ten
 most memory that the server's process holds beyond what it held before the first round (anonymous memory, sampled every 10 ms),
 and the most that lies in Ray's object store at once (every 100 ms: the parameters, and updates or sums on their way), per rule.
 FedAvg: one round; LoRM: a B-round, an A-round and the statistics pass of RegMean over tasks.
+
+    python -m experiments.benchmarks.server_memory merging
+
+Instead: what one merge of 100 clients' 0.3 million numbers takes by rules that are no plain sum, beside FedAvg's, in one process
+each (`server_merging.json`): seconds of one core's time, best of three, and the most memory beyond that of the updates.
 """
 
 from __future__ import annotations
@@ -131,6 +136,60 @@ def play(rule: str, sampled: int) -> dict[str, float]:
     }
 
 
+CLIENTS, TENSORS, SHAPE = 100, 48, (16, 384)
+RULES: dict[str, Any] = {
+    "fedavg": "fedavg",
+    "fedadam": "fedadam",
+    "median": {"name": "merged", "rule": "median"},
+    "trimmed mean, a fifth": {"name": "merged", "rule": "trimmed_mean"},
+    "krum, 20 byzantine": {"name": "merged", "rule": {"name": "krum", "byzantine": 20}},
+    "multi-krum, 20 byzantine, 50 kept": {"name": "merged", "rule": {"name": "krum", "byzantine": 20, "keep": 50}},
+    "bulyan, 20 byzantine": {"name": "merged", "rule": {"name": "bulyan", "byzantine": 20}},
+    "ties": {"name": "merged", "rule": "ties"},
+}
+
+
+def merge(name: str) -> dict[str, float]:
+    """Seconds and memory of one merge."""
+    torch.set_num_threads(1)
+    rule = configs.build_aggregator(configs.expand("aggregators", RULES[name], "rule"))
+    params = {f"adapter.{n}": torch.randn(SHAPE) for n in range(TENSORS)}
+    updates = [ClientUpdate(k, 1 + k, {n: t + torch.randn(SHAPE) for n, t in params.items()}) for k in range(CLIENTS)]
+    rule.combine(rule.init(params), params, updates, torch.Generator())
+    before, most, done, seconds = held(), 0, threading.Event(), []
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            most = max(most, held())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        clock = time.thread_time()
+        rule.combine(rule.init(params), params, updates, torch.Generator())
+        seconds.append(time.thread_time() - clock)
+    done.set()
+    watcher.join()
+    return {"seconds": min(seconds), "held_mb": (most - before) / 2**20}
+
+
+def merging() -> None:
+    """Every rule in a process of its own."""
+    rows: dict[str, Any] = {}
+    for name in RULES:
+        command = [sys.executable, "-m", "experiments.benchmarks.server_memory", "merge", name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=600)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        rows[name] = json.loads(done.stdout)
+        rows[name]["over_fedavg"] = rows[name]["seconds"] / rows["fedavg"]["seconds"]
+        print(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in rows[name].items())}", flush=True)
+    updates = CLIENTS * TENSORS * SHAPE[0] * SHAPE[1] * 4 / 2**20
+    machine.write("server_merging", {"clients": CLIENTS, "updates_mb": updates, "rules": rows})
+
+
 def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +209,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["merging"]:
+        merging()
+    elif sys.argv[1:2] == ["merge"]:
+        print(json.dumps(merge(sys.argv[2])))
+    elif len(sys.argv) > 1:
         Path(sys.argv[3]).write_text(json.dumps(play(sys.argv[1], int(sys.argv[2]))), encoding="utf-8")
     else:
         main()

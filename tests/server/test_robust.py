@@ -228,6 +228,26 @@ def test_tensors_are_cut_into_columns_without_a_trace(name: str, monkeypatch: py
     assert name == "krum" or all(t.dtype == torch.float64 for n, t in got.items() if t.numel() and name != "multi_krum")
 
 
+def test_over_products_it_is_products_that_lie_close_to_each_other() -> None:
+    """Of pairs (B / g, g A) the product knows no g; factors are torn apart by it. Products 0, 1, 2, 3, 10: Krum takes 1, the
+    median is 2."""
+    start = {
+        "adapter.x.lora_A": torch.ones(1, 2, dtype=torch.float64),
+        "adapter.x.lora_B": torch.zeros(3, 1, dtype=torch.float64),
+    }
+    scales = (1.0, 50.0, 1.0, -1.0, 1.0)
+    updates = []
+    for k, (v, g) in enumerate(zip((0.0, 1.0, 2.0, 3.0, 10.0), scales, strict=True)):
+        own = {"adapter.x.lora_A": g * start["adapter.x.lora_A"], "adapter.x.lora_B": torch.full((3, 1), v / g).double()}
+        updates.append(ClientUpdate(k, 1, own))
+    for name, want in (("krum", 1.0), ("median", 2.0), ("trimmed_mean", 2.0)):
+        made = Merged(rule(name), pairs="products")
+        _, out = made.combine(made.init(start), start, updates, torch.Generator())
+        torch.testing.assert_close(out["adapter.x.lora_B"] @ out["adapter.x.lora_A"], torch.full((3, 2), want).double())
+    _, factors = Merged(rule("krum"), pairs="factors").combine({}, start, updates, torch.Generator())
+    assert not torch.allclose(factors["adapter.x.lora_B"] @ factors["adapter.x.lora_A"], torch.ones(3, 2).double())
+
+
 # ---------------------------------------------------------------- too few
 
 
