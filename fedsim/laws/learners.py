@@ -43,6 +43,7 @@ from fedsim.laws.comparing import (
     through_file,
 )
 from fedsim.laws.frame import Law, LawBroken, once
+from fedsim.models import backbone, pretrained, vit
 from fedsim.models import model as models
 from fedsim.models.model import Model
 
@@ -100,8 +101,14 @@ def _run() -> tuple[SimConfig, ArraySplit]:
 
 @cache
 def _model() -> Model:
-    """As it is built, for copies."""
-    return models.build(_run()[0], sum(map(len, TASKS)))
+    """As it is built, for copies. On our own ViT: transformers' takes longer to load, to run and to copy."""
+    config, draw = _run()[0], torch_stream(0, "backbone")
+    with pretrained.unseeded():
+        encoder = vit.ViT(vit.Layout(**{key: (config.model.config or {})[key] for key in vit.REQUIRED}))
+    for name, parameter in encoder.named_parameters():
+        scale = "norm" in name and name.endswith("weight")
+        parameter.data = torch.ones_like(parameter) if scale else torch.randn(parameter.shape, generator=draw) * 0.1
+    return models.build(config, sum(map(len, TASKS)), backbone=backbone.made_of(encoder, config.model, {}))
 
 
 def shard(split: ArraySplit, task: int, client: int) -> IntArray:

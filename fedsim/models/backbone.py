@@ -133,6 +133,11 @@ def load(config: ModelConfig) -> Backbone:
     if config.image_size is not None:
         with pretrained.unseeded():
             encoder = resolution.changed(encoder, config.image_size)
+    return made_of(encoder, config, preprocessor)
+
+
+def made_of(encoder: nn.Module, config: ModelConfig, preprocessor: Mapping[str, Any]) -> Backbone:
+    """This encoder as a frozen backbone, pooled as the config says."""
     layers.as_linear(encoder)
     encoder.eval().requires_grad_(False)
     return _described(encoder, config, preprocessor)

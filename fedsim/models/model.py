@@ -289,10 +289,13 @@ class Model:
         return inject.submodule(self.backbone.encoder, name)
 
 
-def build(config: SimConfig, num_classes: int, device: torch.device | str = "cpu") -> Model:
-    """The model of a run on a device. Raises ModelError for weights that are missing, damaged or do not fit."""
+def build(
+    config: SimConfig, num_classes: int, device: torch.device | str = "cpu", backbone: backbones.Backbone | None = None
+) -> Model:
+    """The model of a run on a device, on a backbone that is there already if one is given. Raises ModelError for weights that are
+    missing, damaged or do not fit."""
     device = torch.device(device)
-    backbone = backbones.prepared(backbones.load(config.model), config.runtime, device)
+    backbone = backbones.prepared(backbone or backbones.load(config.model), config.runtime, device)
     adapter: contracts.Adapter = configs.build("adapters", config.adapter)
     head: contracts.Head = configs.build("heads", config.head)
     images = None
