@@ -22,6 +22,7 @@ import pytest
 from fedsim import matrix, simulation, suitable
 from fedsim.core import config as configs
 from fedsim.core import contracts, plugins
+from fedsim.core import presets as by_name
 from fedsim.core.errors import ConfigError, FedsimError, ModelError
 from fedsim.matrix import NONE, Mix
 from fedsim.suitable import Chosen
@@ -71,8 +72,8 @@ def backbone_in_a_folder() -> Iterator[None]:
 def presets() -> list[Choice]:
     """The parts of every method that is one of the mixes."""
     found = list[Choice]()
-    for path in sorted((matrix.PRESETS / "methods").glob("*.yaml")):
-        config = configs.load([matrix.PRESETS / "streams" / "omniglot.yaml", path])
+    for name in by_name.names(by_name.METHODS):
+        config = configs.load(["omniglot", name])
         places: dict[str, list[Any]] = {place: [] for place in PLACES}
         for one in config.client.learners:
             places[PLACE[one["name"]]].append(one)
