@@ -56,6 +56,8 @@ def test_nothing_is_lost_in_core_space() -> None:
         space = Space.of(modules, layer)
         assert space.left_Op.shape == (outputs, min(10, outputs)) and space.right_qI.shape == (min(10, inputs), inputs)
         torch.testing.assert_close(space.left_Op.T @ space.left_Op, torch.eye(min(10, outputs), dtype=torch.float64))
+        for rows in (space.right_qI, space.left_Op.T):
+            assert bool((rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()), "signs are not the library's"
         for one in modules:
             a_RI, b_OR = space.pair(space.core(one, layer))
             assert len(a_RI) == min(10, outputs, inputs)
