@@ -68,7 +68,8 @@ class Aggregator(contracts.Aggregator):
     options: arguments of its constructor, e.g. {eta: 0.01}.
 
     The strategy computes in float64 whatever travels, and the result is cast back to the type of the parameters.
-    Its memory (momenta) starts afresh with every task, and should the set of trained tensors change.
+    Its memory (momenta) starts afresh with every task, and should the set of trained tensors change. Clients without samples are
+    left out.
     Raises AggregationError when nobody sent an update or holds samples, and when the strategy gives no result (Bulyan with
     fewer than 4 f + 3 clients, f = num_malicious_nodes; where that can be known it is refused before any training).
 
@@ -106,6 +107,7 @@ class Aggregator(contracts.Aggregator):
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         require_updates(updates)
+        updates = [u for u in updates if u.num_samples > 0]  # strategies that weigh nobody would count the others
         names = [name for name in params if name in updates[0].params]
         if state.get("tensors") != names:
             state = {"tensors": names, "round": 0, "memory": {}}

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,6 +165,13 @@ def test_memory_starts_afresh_when_other_tensors_are_trained() -> None:
     fresh, expected = rule.combine({}, params, weight, torch.Generator())
     assert new["round"] == fresh["round"] == 1
     assert torch.equal(out["head.weight"], expected["head.weight"])
+
+
+def test_clients_without_samples_have_no_vote() -> None:
+    """They send what they were sent, and a median would count it."""
+    held = clients([1.0, 2.0, 9.0])
+    nobody = [replace(u, num_samples=0) for u in clients([0.0, 0.0, 0.0])]
+    assert merge(Aggregator("FedMedian"), 0.0, [*held, *nobody])[1] == 2.0
 
 
 @pytest.mark.parametrize("name", sorted(set(flower.strategies()) - {e["strategy"] for e in Aggregator.examples}))
