@@ -33,7 +33,8 @@ class Aggregator(BaseAggregator):
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         require_updates(updates)
-        median = {n: torch.stack([u.params[n] for u in updates]).quantile(0.5, dim=0) for n in updates[0].params}
+        held = [u for u in updates if u.num_samples]  # a client without samples sends what it was sent
+        median = {n: torch.stack([u.params[n] for u in held]).quantile(0.5, dim=0) for n in held[0].params}
         return state, {**params, **median}
 
 

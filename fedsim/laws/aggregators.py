@@ -235,6 +235,18 @@ def _enough(rule: Aggregator) -> None:
             )
 
 
+def _without_samples(rule: Aggregator) -> None:
+    for scene in scenes(rule):
+        empty = scene.clients[0].of(())
+        update = scene.update(empty, {n: scene.params[n] for n in matching(scene.params, scene.plan.train)})
+        nobody = replace(update, client_id=CLIENTS)
+        after, out = scene.merge([*scene.updates, nobody])
+        alone, expected = scene.merge(scene.updates)
+        expect_close(
+            scene.seen(out, after), scene.seen(expected, alone), f"round {scene.round}, one more client, without samples"
+        )
+
+
 def _one_client(rule: Aggregator) -> None:
     for scene in scenes(rule) if rule.least == 1 else ():
         update = scene.update(scene.clients[0])
@@ -394,6 +406,7 @@ LAWS: tuple[Law[Aggregator], ...] = (
         _fixed_point,
     ),
     Law("enough", "as many clients as the rule says that it needs are enough, and fewer are refused", _enough),
+    Law("without_samples", "a client without samples, which sends what it was sent, changes nothing", _without_samples),
     Law("one_client", "a client that is alone gets its own tensors back", _one_client),
     Law("order", "the order of the updates does not matter, rounding apart", _order),
     Law("no_mutation", "state, parameters and updates that go in are not changed", _no_mutation),

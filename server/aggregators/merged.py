@@ -94,7 +94,8 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def lift(self, update: ClientUpdate) -> Tensors:
         assert isinstance(self.merging, AdditiveMerging)
-        return self.merging.lift(Member.client(update))
+        lifted = self.merging.lift(Member.client(update))
+        return lifted if update.num_samples else {n: torch.zeros_like(t) for n, t in lifted.items()}  # not all rules weigh
 
     def finish(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> tuple[State, Tensors]:
         assert isinstance(self.merging, AdditiveMerging)
