@@ -57,7 +57,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("consolidators", "merged"): {"rule": "ties"},
 }
 BESIDE: Mapping[str, Sequence[str]] = {"lider": ["er"]}  # learners that one needs beside it
-HEADS: Mapping[str, str] = {"composes heads": "mixture", CENTRES: "centres"}  # for those that need the word
+HEADS: Mapping[str, str] = {"composes heads": "mixture", CENTRES: "centres", "a quadratic head": "quadratic"}  # by needed word
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ class Mix:
         named = [name for name in (self.learner, *self.beside) if name != NONE]
         lacking = [other for name in named for other in BESIDE.get(name, ())] if len(named) == 1 else []
         learners = [section("learners", name) for name in (*lacking, *named)]
-        needed = {word for part in (rule, *configs.build_learners(learners).values()) for word in part.traits.needs}
+        parts: list[Part] = [rule, *configs.build_learners(learners).values()]
+        if self.calibrator != NONE:
+            parts.append(configs.build("calibrators", section("calibrators", self.calibrator)))
+        needed = {word for part in parts for word in part.traits.needs}
         suits = next((head for word, head in HEADS.items() if word in needed), "linear")
         layer = {
             "adapter": section("adapters", self.adapter),

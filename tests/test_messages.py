@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clients import optim
 from clients.pools.serial import Pool
-from fedsim.core.config import ClientConfig, ParameterGroup, build_aggregator
+from fedsim.core.config import ClientConfig, ParameterGroup, SimConfig, build_aggregator
 from fedsim.core.contracts import Past, TaskStart
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, ClientUpdate, RoundPlan, StatisticRequest, Tensors, bytes_up
@@ -73,7 +73,7 @@ def sim() -> Iterator[Any]:
 def parts() -> Iterator[Any]:
     """What the ledger looks at."""
     with ClientStore(10**6 + 1) as store:
-        yield SimpleNamespace(store=store)
+        yield SimpleNamespace(store=store, config=SimConfig())
 
 
 def charge(

@@ -38,6 +38,7 @@ from fedsim.core.messages import (
 )
 from fedsim.core.work import WorkSpec
 
+BFLOAT16 = np.dtype([("bfloat16", np.int16)])  # what numpy has not, as its 16 bits
 IN_FLIGHT = 2  # messages handed to a worker ahead: the next one waits there while a result travels
 START_S = 60.0  # that Ray is given to find a place for a worker, and that loading is waited for before the first round
 PATIENCE = 10  # times as long, where there is room for all: then it is the processes that are slow to start
@@ -345,12 +346,17 @@ def to_tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Views of arrays in shared memory, which are read-only: nobody trains in place on what was received."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return {n: torch.from_numpy(a) for n, a in arrays.items()}
+        return {n: _tensor(a) for n, a in arrays.items()}
 
 
 def to_numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
-    """Views of tensors, which Ray moves as they lie, where it would take a tensor apart."""
-    return {n: t.numpy() for n, t in tensors.items()}
+    """Views of tensors, which Ray moves as they lie, where it would take a tensor apart; bfloat16, which numpy has not, as a
+    field of that name."""
+    return {n: t.numpy() if t.dtype != torch.bfloat16 else t.view(torch.int16).numpy().view(BFLOAT16) for n, t in tensors.items()}
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(array) if array.dtype != BFLOAT16 else torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[Any], Any] | None = None) -> Bundle:
@@ -370,7 +376,7 @@ def with_tensors(bundle: Bundle, form: Callable[[Any], Any], lasting: Callable[[
 
 def copied(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Copies: a view would hold all of a message in Ray's store."""
-    return {n: torch.from_numpy(a.copy()) for n, a in arrays.items()}
+    return {n: _tensor(a.copy()) for n, a in arrays.items()}
 
 
 def _describe(jobs: Sequence[ClientJob]) -> str:

@@ -126,7 +126,8 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         if not (isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape):
             return False
-        return a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        flat = [t.clone(memory_format=torch.contiguous_format).reshape(-1) for t in (a, b)]
+        return torch.equal(*(t.view(torch.uint8) for t in flat))
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):

@@ -102,6 +102,11 @@ def by_definition(name: str, f: list[float], params: dict[str, Tensor]) -> list[
         return [16 * dot(f, w) / math.sqrt(dot(f, f)) / math.sqrt(dot(w, w)) for w in weight]
     if name == "centres":
         return [-sum((x - y) ** 2 for x, y in zip(f, w, strict=True)) / len(f) for w in weight]
+    if name == "quadratic":
+        offsets, precisions = params["head.offset"].tolist(), params["head.precision"].tolist()
+        away = [[x - y for x, y in zip(f, w, strict=True)] for w in weight]
+        sides = [[dot(row, d) for row in p] for p, d in zip(precisions, away, strict=True)]
+        return [b - 0.5 * dot(d, side) for b, d, side in zip(offsets, away, sides, strict=True)]
     if name == "random_features":
         f = [max(0.0, dot(f, column)) for column in params["head.projection"].T.tolist()]
     return [b + dot(f, w) for w, b in zip(weight, params["head.bias"].tolist(), strict=True)]
