@@ -242,9 +242,7 @@ def _without_samples(rule: Aggregator) -> None:
         nobody = replace(update, client_id=CLIENTS)
         after, out = scene.merge([*scene.updates, nobody])
         alone, expected = scene.merge(scene.updates)
-        expect_close(
-            scene.seen(out, after), scene.seen(expected, alone), f"round {scene.round}, one more client, without samples"
-        )
+        expect_close(scene.seen(out, after), scene.seen(expected, alone), f"round {scene.round}, one more client without samples")
 
 
 def _one_client(rule: Aggregator) -> None:
