@@ -26,12 +26,14 @@ def folder() -> Path:
     """Where they lie: beside the packages in a checkout, else where pip put them."""
     if (Path(ROOT) / "setup.cfg").is_file():  # another package may be named configs
         return Path(ROOT) / "configs"
-    marker = f"share/fedsim/configs/quickstart{SUFFIX}"
+    inside = Path("share", "fedsim", "configs")
     try:
-        found = [str(f.locate()) for f in metadata.files("fedsim") or () if str(f).replace("\\", "/").endswith(marker)]
+        shipped = [f for f in metadata.files("fedsim") or () if f.parts[-4:] == (*inside.parts, f"quickstart{SUFFIX}")]
     except metadata.PackageNotFoundError:
-        found = []
-    return Path(found[0]).resolve().parent if found else Path(sysconfig.get_path("data")) / "share" / "fedsim" / "configs"
+        shipped = []
+    told = [Path(str(f.locate())).resolve().parent for f in shipped]
+    places = [*told, Path(ROOT) / inside, Path(sysconfig.get_path("data")) / inside]  # the second: pip install --target
+    return next((place for place in places if place.is_dir()), places[-1])
 
 
 def names(part: str) -> list[str]:
