@@ -27,7 +27,7 @@ from fedsim.simulation import run
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
-STREAMS = {"fashion": [], "omniglot": [], "clinc150_minilm": ["data.test_per_class=10"], "cifar100_deit": []}
+STREAMS = {"fashion": [], "omniglot": [], "clinc150_minilm": [], "cifar100_deit": []}
 METHODS = ("ncm", "simplecil", "lda", "qda", "ridge", "ranpac", "fedran", "stsa")
 KEY = ["stream", "alpha", "method"]
 
