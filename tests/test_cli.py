@@ -377,7 +377,8 @@ class Aggregator(contracts.Aggregator):
 
     def combine(self, state, params, updates, draw):
         contracts.require_updates(updates)
-        mean = {n: torch.stack([u.params[n] for u in updates]).mean(dim=0) + self.tilt for n in updates[0].params}
+        held = [u for u in updates if u.num_samples]
+        mean = {n: torch.stack([u.params[n] for u in held]).mean(dim=0) + self.tilt for n in held[0].params}
         return state, {**params, **mean}
 """
 

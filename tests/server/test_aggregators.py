@@ -45,7 +45,8 @@ class Aggregator(contracts.Aggregator):
 
     def combine(self, state, params, updates, draw):
         contracts.require_updates(updates)
-        merged = {n: torch.stack([u.params[n] for u in updates]).quantile(0.5, dim=0) for n in updates[0].params}
+        held = [u for u in updates if u.num_samples]
+        merged = {n: torch.stack([u.params[n] for u in held]).quantile(0.5, dim=0) for n in held[0].params}
         return state, {**params, **merged}
 '''
 
