@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from fedsim.cli.printing import console, human_bytes, line_printer
 from fedsim.core.home import ROOT
+from fedsim.runs.environment import environment, version
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """fedsim doctor: line by line; exit code 1 if a package is missing that every run needs."""
     print_line = line_printer(console())
     wanted = requirements()
-    missing = [name for name in wanted.get("", ()) if _version(name) is None]
+    missing = [name for name in wanted.get("", ()) if version(name) is None]
     for head, text in (*_machine(), *_packages(wanted)):
         print_line(f"{head:<13}{text}")
     if missing:
@@ -31,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
 def _machine() -> Iterator[tuple[str, str]]:
     """Where fedsim lies and what runs it."""
     from fedsim.core import hardware, presets
-    from fedsim.runs.environment import environment
 
     told = environment()
     git = told["git"]
@@ -66,9 +66,9 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _packages(wanted: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     """Versions, of the packages of every run and of each extra; what is missing, and how to get it."""
     for extra, names in wanted.items():
-        found = {name: _version(name) for name in names}
-        there = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
-        lacking = [name for name, version in found.items() if version is None]
+        found = {name: version(name) for name in names}
+        there = ", ".join(f"{name} {number}" for name, number in found.items() if number is not None)
+        lacking = [name for name, number in found.items() if number is None]
         hint = f"{', '.join(lacking)} not installed: pip install 'fedsim[{extra}]'" if lacking and extra else ""
         yield extra or "packages", "; ".join(part for part in (there, hint) if part)
 
@@ -86,13 +86,6 @@ def requirements() -> dict[str, list[str]]:
         if name and (extra is None or extra[1] not in ("test", "dev")):
             found.setdefault("" if extra is None else extra[1], []).append(name[0])
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _folder(folder: str) -> str:

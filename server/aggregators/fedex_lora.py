@@ -50,7 +50,7 @@ class Aggregator(contracts.Aggregator):
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
-        members = [Member.client(u) for u in updates if u.num_samples > 0]
+        members = Member.clients(updates)
         residual = dict[str, torch.Tensor]()
         for layer in trained_pairs(members, params):
             rows_QI, columns_OQ = Factors.of(members, params, layer).residual()

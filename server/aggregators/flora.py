@@ -54,7 +54,7 @@ class Aggregator(contracts.Aggregator):
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
-        members = [Member.client(u) for u in updates if u.num_samples > 0]
+        members = Member.clients(updates)
         merged, stack = dict(Mean().merge(members, params, draw)), dict[str, Tensor]()
         for layer in trained_pairs(members, params):
             a, b = layer + LORA_A, layer + LORA_B

@@ -56,7 +56,7 @@ class Aggregator(contracts.Aggregator):
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
         contracts.require_updates(updates)
-        members = [Member.client(u) for u in updates if u.num_samples > 0]
+        members = Member.clients(updates)
         merged = dict(Mean().merge(members, params, draw))
         for layer in trained_pairs(members, params):
             factors = Factors.of(members, params, layer)

@@ -86,7 +86,7 @@ class Aggregator(contracts.AdditiveAggregator):
         return RoundPlan(statistics=asked)
 
     def further(self, state: State, params: Tensors, updates: Sequence[ClientUpdate], last: bool) -> tuple[State, Further | None]:
-        members = _members(updates)
+        members = Member.clients(updates)
         if not isinstance(self.merging, ChainedMerging) or not members:
             return state, None
         look = self.merging.further(members, _started(params, members), state.get("merged"), last)
@@ -109,7 +109,7 @@ class Aggregator(contracts.AdditiveAggregator):
         contracts.require_updates(updates)
         if "merged" in state:
             return {n: t for n, t in state.items() if n != "merged"}, like(params, state["merged"])
-        members = _members(updates)
+        members = Member.clients(updates)
         base = _started(params, members)
         if not base:
             return state, params
@@ -117,10 +117,6 @@ class Aggregator(contracts.AdditiveAggregator):
             return state, like(params, self.merging.merge(members, base, draw))
         module, cut = _products.truncated(_products.merged(self.merging, members, base, draw), base)
         return {**state, "cut": cut}, like(params, module)
-
-
-def _members(updates: Sequence[ClientUpdate]) -> list[Member]:
-    return [Member.client(u) for u in updates if u.num_samples > 0]
 
 
 def _started(params: Tensors, members: Sequence[Member]) -> Tensors:

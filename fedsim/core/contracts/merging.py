@@ -35,6 +35,11 @@ class Member:
         """What a client sent."""
         return cls(f"client {update.client_id}", update.params, float(update.num_samples), update.statistics)
 
+    @classmethod
+    def clients(cls, updates: Sequence[ClientUpdate]) -> list[Member]:
+        """What those sent that hold samples: others sent what they were sent."""
+        return [cls.client(u) for u in updates if u.num_samples > 0]
+
 
 class Further(NamedTuple):
     """A further look at the data of those who are merged, before they are.
