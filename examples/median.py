@@ -32,8 +32,7 @@ class Aggregator(BaseAggregator):
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        require_updates(updates)
-        held = [u for u in updates if u.num_samples]  # a client without samples sends what it was sent
+        held = require_updates(updates)  # those with samples: a client without sends what it was sent
         median = {n: torch.stack([u.params[n] for u in held]).quantile(0.5, dim=0) for n in held[0].params}
         return state, {**params, **median}
 

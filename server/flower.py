@@ -106,8 +106,7 @@ class Aggregator(contracts.Aggregator):
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        require_updates(updates)
-        updates = [u for u in updates if u.num_samples > 0]  # strategies that weigh nobody would count the others
+        updates = require_updates(updates)  # strategies that weigh nobody would count the others
         names = [name for name in params if name in updates[0].params]
         if state.get("tensors") != names:
             state = {"tensors": names, "round": 0, "memory": {}}

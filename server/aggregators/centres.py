@@ -67,8 +67,7 @@ class Aggregator(contracts.Aggregator):
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        contracts.require_updates(updates)
-        updates = [u for u in updates if u.num_samples > 0]
+        updates = contracts.require_updates(updates)
         others = [replace(u, params={n: t for n, t in u.params.items() if n != HEAD_WEIGHT}) for u in updates]
         out = mean.finish(params, summed(mean.lift(u.params, float(u.num_samples)) for u in others))
         if HEAD_WEIGHT in updates[0].params:

@@ -102,8 +102,7 @@ class Aggregator(contracts.Aggregator):
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        contracts.require_updates(updates)
-        updates = [u for u in updates if u.num_samples > 0]
+        updates = contracts.require_updates(updates)
         counts_K = torch.tensor([float(u.num_samples) for u in updates], dtype=torch.float64)
         shares_K = counts_K / counts_K.sum()
         pairs = {p + factor: k for k, p in enumerate(state["layers"]) for factor in (LORA_A, LORA_B)}

@@ -76,8 +76,7 @@ class Aggregator(contracts.Aggregator):
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator
     ) -> tuple[State, Tensors]:
-        contracts.require_updates(updates)
-        updates = [u for u in updates if u.num_samples > 0]
+        updates = contracts.require_updates(updates)
         weights_K = self.weights(updates)
         out = dict(params)
         for name in updates[0].params:

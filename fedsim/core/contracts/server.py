@@ -134,12 +134,13 @@ def lift_statistics(update: ClientUpdate) -> Tensors:
     return {name: t.double() for name, t in update.statistics.items()} | {"num_samples": n}
 
 
-def require_updates(updates: Sequence[ClientUpdate]) -> None:
-    """Raise AggregationError unless somebody sent something that is based on data."""
+def require_updates(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """Those that are based on data: clients without samples send what they were sent. AggregationError if there are none."""
     if not updates:
         raise AggregationError("nothing to merge: no client sent an update in this round")
     if sum(u.num_samples for u in updates) <= 0:
         raise AggregationError("nothing to merge: the clients of this round hold no samples")
+    return [u for u in updates if u.num_samples > 0]
 
 
 def statistic(update: ClientUpdate, key: str) -> Tensor:
