@@ -108,7 +108,8 @@ def asked(
     if calibrator is not None:
         plans += [calibrator.plan(calibrator.init(), r, r == rounds - 1, classes) for r in range(rounds)]
         plans.append(calibrator.closing(calibrator.init(), classes))
-    plans += [method.closing(method.opened(None, begun, 0), begun) for method in methods.values()]
+    moved = {name: tensor + 1 for name, tensor in begun.items()}  # by training: a learner may ask of such tensors only
+    plans += [method.closing(method.opened(None, begun, 0), moved) for method in methods.values()]
     reviewing = [name for name, method in methods.items() if learners.reviews(method)]
     requests = [request.name for plan in plans if plan is not None for request in plan.statistics]
     return [*dict.fromkeys((*requests, *learners.hearing(methods), *reviewing))]

@@ -54,6 +54,19 @@ def test_what_varies_are_the_factors(tmp_path: Path) -> None:
     assert (found.absent, found.others, found.sweep) == ((), 0, None)
 
 
+def test_accuracies_by_task_and_chance_are_columns(tmp_path: Path) -> None:
+    """The learning curve, the last row of the matrix, and what guessing gives: among all classes, or among the told task's."""
+    write_run(tmp_path, tiny("seed=0"), ((90,), (60, 70)))
+    write_run(tmp_path, tiny("seed=1"), ((80,), (50, 70), (10, 20, 60)))
+    write_run(tmp_path, tiny("seed=2", "stream.name=task_incremental"), ((90,), (60, 70)))
+    frame = collect([tmp_path]).frame().set_index("seed")
+    curve = frame[[c for c in frame if str(c).startswith("learning_curve")]].to_numpy()
+    assert curve == pytest.approx(np.array([[90, 65, np.nan], [80, 60, 30], [90, 65, np.nan]]), nan_ok=True)
+    final = frame[[c for c in frame if str(c).startswith("final_accuracy")]].to_numpy()
+    assert final == pytest.approx(np.array([[60, 70, np.nan], [10, 20, 60], [60, 70, np.nan]]), nan_ok=True)
+    assert frame["chance"].tolist() == pytest.approx([50.0, 100 / 3, 100.0])  # every task of these runs has one class
+
+
 def test_a_key_that_tells_more_runs_apart_is_a_factor_too(tmp_path: Path) -> None:
     for rule in ("lorm", "fedavg"):
         for alpha in (1.0, 0.1):

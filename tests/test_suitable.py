@@ -55,6 +55,10 @@ PRIVATE = ("server.aggregator=fairavg", "server.consolidator=none", "server.chan
         ),
         (["client.learners=[er, square]"], "er and learner square both take the place of the cross-entropy, .* choose one"),
         ([*PRIVATE, "client.learners=[scaffold]"], "clip_noise does not cover the statistic 'scaffold', which clients send"),
+        (
+            [*PRIVATE, "client.learners=[ewc]"],
+            "clip_noise does not cover the statistic 'fisher', which clients send",
+        ),  # of what moved
         ([*PRIVATE, "server.calibrator=nearest_mean"], "clip_noise does not cover the statistic 'class_moments'"),
         (
             [*COLLECT, "server.unlearning=true"],

@@ -29,6 +29,7 @@ from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.home import __version__
 from fedsim.data.manifest import estimate_alpha
+from fedsim.runs import metrics
 from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
@@ -173,7 +174,8 @@ class Collection:
     def frame(self) -> pd.DataFrame:
         """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition_hash` (16
         digits), `dirichlet_alpha` (as asked for; inf for iid, NaN for others), the split in figures, every metric (percent; NaN
-        where undefined), bytes by direction and kind, seconds by phase, client rounds, skipped clients, path."""
+        where undefined), accuracies by task and chance, bytes by direction and kind, seconds by phase, client rounds, skipped
+        clients, path."""
         import pandas as pd
 
         varying = {k: v for k, v in self.varying.items() if k not in self.factors}
@@ -184,7 +186,7 @@ class Collection:
             row: dict[str, Any] = {"run": results.config.identity()[:16], **level}
             row |= {key: values[i] for key, values in varying.items()}
             row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
-            row |= split_figures(results) | results.metrics | cost_figures(results)
+            row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
             row |= {"skipped_clients": len(results.failures), "path": str(results.path)} | level
             rows.append(row)
         rows.sort(key=lambda row: (*(levels.index(row[name]) for name, levels in self.factors.items()), row["seed"]))
@@ -314,6 +316,20 @@ def split_figures(results: Results) -> dict[str, float]:
         "client_samples_max": max(samples.values()),
         "client_classes_mean": sum(classes.values()) / clients,
     }
+
+
+def task_figures(results: Results) -> dict[str, float]:
+    """learning_curve_<i>: mean accuracy over the tasks seen after task i; final_accuracy_<j>: on task j after the last task;
+    chance: the final average accuracy of guesses among the classes to choose from. In percent; NaN where it cannot be known."""
+    held = {(h.task, h.class_row) for h in results.holdings}
+    sizes = Counter(task for task, _ in held)
+    told = results.config.stream.name == "task_incremental"
+    choices = list(sizes.values()) if told else [len({row for _, row in held})] if held else []
+    chance = float(np.mean([100.0 / n for n in choices])) if choices else math.nan
+    matrix = results.accuracy
+    curve = {f"learning_curve_{i}": float(a) for i, a in enumerate(metrics.learning_curve(matrix))}
+    final = {f"final_accuracy_{j}": float(a) for j, a in enumerate(matrix[-1])} if len(matrix) else {}
+    return {"chance": chance} | curve | final
 
 
 def cost_figures(results: Results) -> dict[str, float]:

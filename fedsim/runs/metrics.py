@@ -350,6 +350,9 @@ METRICS: dict[str, Metric] = {
         _drift("product_error", "Product error of averaging LoRA's factors, as a share"),
         Metric(GAP, "Gap to joint", None, "lower", "a joint run", alias="gap", least=-100.0, shown=("results",)),
         Metric(INTRANSIGENCE, "Intransigence", None, "lower", "a joint run", least=-100.0, shown=("results",)),
+        Metric("learning_curve", "Mean accuracy on the tasks seen, after a task", None, "higher", "a task", parts=True),
+        Metric("final_accuracy", "Accuracy on a task, after the last", None, "higher", "a task", parts=True),
+        Metric("chance", "Accuracy by chance"),
         *_OF_COSTS,
     )
 }  # fmt: skip
