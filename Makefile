@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test matrix check format docs clean help
+.PHONY: run test matrix check format tables clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run quickstart
@@ -33,7 +33,7 @@ format: $(VENV)/.installed-dev  ## put the code into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md: all methods, all backbones, and what goes with what; tests/mixes.txt
+tables: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md: all methods, all backbones, and what goes with what; tests/mixes.txt
 	$(BIN)/fedsim list --markdown > docs/methods.md
 	$(BIN)/python -m tests.models.conformance > docs/backbones.md
 	$(BIN)/python -m tests.test_matrix

@@ -5,8 +5,8 @@ that brings most new pairs. Of every pair one knows that it ran in a mix (safe),
 nothing (fresh). A refused mix names a part and not a pair, so a pair is first tried in mixes with fewest suspects and most fresh
 pairs, and if these are refused in mixes whose other pairs are safe.
 
-What is found out lies in a file, `mixes.txt`, so that the tests only look for what is new; `make docs` writes it anew, with fewer
-mixes, since by then all is known.
+What is found out lies in a file, `mixes.txt`, so that the tests only look for what is new; `make tables` writes it anew, with
+fewer mixes, since by then all is known.
 """
 
 # p parts of all kinds together

@@ -340,8 +340,8 @@ def test_list_shows_summary_and_options(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert out.startswith("partitions (partition)\n")
     assert "  dirichlet         Label skew by a Dirichlet per class" in out
-    assert "                      alpha: float, default 0.5\n" in out
-    assert "                      clients: int, default 10\n" in out
+    assert "                      alpha (float, default 0.5): α > 0. Small: a class" in out
+    assert "                      clients (int, default 10): K\n" in out
 
 
 def test_list_of_everything_names_every_plugin(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Adapters, heads, learners, channels and rules with each other: a mix runs, or is refused in one clear line.
 
 By default every pair of parts meets in some mix; `make matrix` plays every adapter with every aggregator, consolidator and
-calibrator. Which mixes run lies in `mixes.txt`, as far as it was known when `make docs` was last run; what is new is found out.
+calibrator. Which mixes run lies in `mixes.txt`, as far as it was known when `make tables` was last run; what is new is found out.
 """
 
 from __future__ import annotations
@@ -189,14 +189,14 @@ def test_all_pairs_are_covered() -> None:
 
 
 def test_the_page_describes_the_plugins_as_they_are() -> None:
-    assert PAGE.read_text(encoding="utf-8").startswith(matrix.descriptions()), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8").startswith(matrix.descriptions()), "run `make tables`"
 
 
 def test_what_the_page_says_of_two_parts_is_so() -> None:
     met = set().union(*map(pairs.met, covered().running))
     for (rows, columns), cells in tables(PAGE.read_text(encoding="utf-8")).items():
         for (row, column), cell in cells.items():
-            assert (cell == "✓") == (frozenset({(rows, row), (columns, column)}) in met), (row, column, "run `make docs`")
+            assert (cell == "✓") == (frozenset({(rows, row), (columns, column)}) in met), (row, column, "run `make tables`")
 
 
 def tables(page: str) -> dict[tuple[str, str], Mapping[tuple[str, str], str]]:
@@ -280,7 +280,7 @@ def test_learners_take_turns_so_that_each_meets_every_part() -> None:
 @pytest.mark.matrix
 def test_the_page_is_what_the_plugins_say() -> None:
     page = matrix.page()
-    assert PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == page, "run `make tables`"
     counts = re.search(r"Of (\d+) mixes .* (\d+) run;", page)
     assert counts is not None
     readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")

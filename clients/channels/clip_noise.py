@@ -41,6 +41,8 @@ class Channel(contracts.Channel):
     Norms are float64: ‖Δ̄_i‖ ≤ S (1 + 1e-6) for what is sent. The noise is added to the sum, in float64, from a generator with an
     address (seed, task, round): a simulation, no source of secrets.
 
+    delta: δ of the promise that is printed.
+
     What is promised, with noise: let one client's updates be there or be zero, in all R rounds of the run. The merged tensors of
     all rounds are ρ-zCDP with ρ = R / (2 z²), whoever takes part, so (ε, δ)-DP with ε = ρ + 2 (ρ ln(1/δ))^½ (Bun & Steinke 2016).
     That clients are drawn (`server.participation`) makes it no smaller here: a bound for full participation. Not covered: N and

@@ -29,6 +29,8 @@ class Channel(contracts.Channel):
     On the wire: `bits` for every number that travels (of a tensor that was made sparse before, the numbers that are left), and
     32 for every block's scale; whole bytes per tensor. Statistics travel as they are, counted in full.
 
+    bits: 8 | 4. block: numbers that share a scale; null: a whole tensor.
+
     QSGD (Alistarh et al. 2017, "QSGD: communication-efficient SGD via gradient quantization and encoding") scales by the norm and
     encodes with Elias' code; the maximum as the scale and the fixed length are ours, as in common 8-bit formats.
     """

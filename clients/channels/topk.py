@@ -28,7 +28,8 @@ class Channel(contracts.Channel):
 
     Sums are float32: sent + e⁺ = d holds bit for bit, since every number of d is in one of the two. e, the residual, is the
     client's memory: one number per trained number. It lasts from round to round in which a tensor is trained and ends with the
-    task, whose end changes the parameters that it belongs to. feedback: false leaves it out (e = 0).
+    task, whose end changes the parameters that it belongs to.
+    share: of a tensor's numbers that are sent, in (0, 1]. feedback: false leaves it out (e = 0).
     Without memory ‖sent − (w − w₀)‖² ≤ (1 − k/n) ‖w − w₀‖² of each tensor.
     On the wire, of each tensor: k numbers, and their positions in ⌈log₂ n⌉ bits each or a bitmap of n bits, whichever is less
     (none if k = n); whole bytes per tensor. Statistics travel as they are, counted in full.

@@ -40,7 +40,7 @@ class Learner(aer.Learner):
     Fashion-MNIST with 40 % of the labels wrong: after a task's first round 10 % of the quarter of its samples that is likeliest
     to the merged model are wrong. In buffers after two tasks it is 27 %, and 31 % to 34 % where clients' own models judge.
 
-    Nothing travels. Memory: as of `er`. size, total, batch_size: as there; forget: see `aer`.
+    Nothing travels. Memory: as of `er`. size, total, batch_size, buffer: as there; forget: see `aer`.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 4}, {"size": 3, "forget": False})

@@ -37,7 +37,7 @@ class Learner(_buffers.Rehearsal):
 
     Nothing travels. Memory: as of `er`, n samples with their labels and two numbers.
 
-    size, total, batch_size, buffer: as in `er`.
+    size, total, batch_size, buffer: as in `er`. forget: false: every epoch learns.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 4}, {"size": 3, "forget": False, "buffer": "balanced"})

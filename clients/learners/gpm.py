@@ -36,7 +36,7 @@ class Learner(SpanLearner):
     nothing. The paper takes the inputs of some hundred samples on one machine; here they are those of all clients' [ours].
 
     threshold, growth: ε of the first task, and what it grows by with every task (0.97 and 0.003 in the code, on CIFAR-100).
-    0 and 0: nothing is projected.
+    0 and 0: nothing is projected. project: gradients | steps.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"columns": 4}, {"form": "gram", "threshold": 0.5, "project": STEPS})

@@ -38,6 +38,7 @@ class Learner(contracts.Learner):
     The softmax form is fed-mammoth's: no factor T². Where a task brings no new class (domain_incremental) it is over all classes
     [ours], and sigmoids are refused, since no class is left for the labels.
 
+    form: softmax | sigmoids.
     alpha: α, 0 or more; 0: no teacher is sent. temperature: T. Both belong to the softmax form. classes: "old", those of earlier
     tasks; "task": the current task's own, as in fed-mammoth's code, which so distils what the teacher has not learned yet.
     """

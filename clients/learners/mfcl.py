@@ -55,7 +55,9 @@ class Learner(contracts.Learner):
     are augmented as a client's own. A transformer has no batch norms: published numbers fall where that term is empty.
 
     head, features: 0 or more; both 0: nothing is made and sent. sends: generator | samples. batch_size: images of a client's
-    step; null: as `client.batch_size`. batch: of the server's.
+    step; null: as `client.batch_size`. images: drawn for `sends: samples`. steps: of Adam on the generator; lr: of Adam; batch:
+    images of one of these steps. content, balance, bn, smooth: weights of the generator's terms; temperature: of the first.
+    latent: numbers of z; width: channels of the generator's last layers.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

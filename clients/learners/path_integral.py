@@ -36,6 +36,7 @@ class Learner(contracts.Learner):
     (arXiv 2507.06813: `si_withmomentum` true is movement, false is gradient). The code keeps its sums from round to round; here
     they are a round's own, and a rule that wants the former adds them up.
 
+    form: movement | gradient.
     subjects: names of tensors; none: all that are trained.
     """
 

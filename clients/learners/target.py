@@ -55,7 +55,9 @@ class Learner(contracts.Learner):
     augmented on the server; G steps with rate lr · steps.
 
     distillation: 0 or more; 0: nothing is made and sent. batch_size: of a client's minibatch of images; null: as
-    `client.batch_size`.
+    `client.batch_size`. images: made per task; batch: images that are made together; steps: of Adam on each batch; warmup:
+    batches without the adversarial term; student_steps: of S after each batch. bn, oh, adv: weights of L's terms. lr, lr_z: of
+    G' and of z. latent: numbers of z; width: channels of the generator's last layers.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

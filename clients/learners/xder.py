@@ -62,8 +62,9 @@ class Learner(_buffers.Rehearsal):
     Nothing travels. Memory: `positions` (n,), `logits` (n, C), the `counts` of every class that were offered, and two numbers. A
     device stores n samples with labels, n C floats and the numbers. Refused with domain_incremental, which has no past classes.
 
-    alpha, beta: α, β; gamma: γ, 0 … 1; contrast: λ; temperature: τ; constraint: η; margin; views: V, of so many own and so many
-    replayed samples each at most: `contrasted`. Defaults are mammoth's for CIFAR-100 with 500 samples.
+    alpha, beta: α, β; gamma: γ, 0 … 1; contrast: λ; temperature: τ; constraint: η; margin: as above;
+    views: V, of every sample that is contrasted; contrasted: own and replayed samples, so many of each at most. Defaults are
+    mammoth's for CIFAR-100 with 500 samples.
     size: of a client's buffer, in samples (200 where neither is given); total: of all clients' buffers together, shared evenly.
     batch_size: m, of each draw; null: as many as `client.batch_size`. buffer: balanced | reservoir | herding.
     """

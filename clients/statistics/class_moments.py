@@ -47,6 +47,7 @@ class Statistic(contracts.Statistic):
     float32 on the CPU. The form covariance holds a D×D matrix for every class that the client holds, within a single one; with a
     rank, the client's features, N·D numbers, until the pass ends.
 
+    form: mean | full | covariance | within | scalar. classes: head rows that are told of; null: all.
     precision: float32 | bfloat16, for what within sends of S (half the bytes, 8 bits of significand); means stay float32. rank:
     of S as it is sent (null: whole).
     """

@@ -37,6 +37,7 @@ class Statistic(contracts.WorkStatistic):
     subject's shape, float32; sums are float64. Divide by the number of samples for the mean. In evaluation: no augmentation and
     no dropout, through the tensors of the pass.
 
+    form: likelihood | empirical | expected.
     classes: of the softmax, those of all tasks so far ("seen") or of the current one ("task").
     products: a subject `<layer>.lora_A` means the product B A of the pair, W + s B A being the layer's weight: sent is the
     information of the product's numbers, (m, d), Σ_n (s Σ_tokens δ xᵀ)² from inputs x and slopes δ of the layer's outputs.

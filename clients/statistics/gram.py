@@ -44,6 +44,7 @@ class Statistic(contracts.Statistic):
     A, in the last two (as in LoRM, where B is fitted on the layer's inputs). No form of a lora_B makes a matrix of the layer's
     width: A Ĝ Aᵀ = decay·Σ (Ax)(Ax)ᵀ + (1 − decay)·A diag(g) Aᵀ.
 
+    form: diagonal | full | projected | cross. decay: of what is off the diagonal, in [0, 1].
     A sum, not a mean: clients with more samples weigh more. Every token counts, padding too (as in the code of LoRM).
     Inputs are cast to float64 before any product (half precision would overflow); the result is float32 on the CPU.
     """

@@ -18,7 +18,10 @@ OF_A_PASS = ("subjects", "synthetic", "wire", "batches", "nobody", "deterministi
 
 @dataclass(frozen=True)
 class Statistic(contracts.TrainingStatistic):
-    """A scalar for every subject: `movement/<subject>` or `gradient/<subject>`, see `clients.learners.path_integral`."""
+    """A scalar for every subject: `movement/<subject>` or `gradient/<subject>`, see `clients.learners.path_integral`.
+
+    form: movement | gradient.
+    """
 
     exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_A_PASS, "it follows the training, of which a pass sees nothing")
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = tuple({"form": f} for f in FORMS)

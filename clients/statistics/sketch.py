@@ -35,7 +35,7 @@ class Statistic(contracts.Statistic):
     (FOT's secure estimate of principal subspaces, Bakman et al. 2024): it tells their leading directions, and of a single client
     only a random mixture. Every token counts.
 
-    seed: of Ω; in a run every client's pass has one of its own.
+    columns: q. seed: of Ω; in a run every client's pass has one of its own.
     """
 
     additive: ClassVar[bool] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import textwrap
@@ -42,10 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(kind: str, name: str, width: int) -> Iterator[str]:
-    """One plug-in in lines of at most `width`: name and summary, what it computes, options with type and default."""
-    from dataclasses import MISSING, fields, is_dataclass
-
-    from fedsim.core import plugins
+    """One plug-in in lines of at most `width`: name and summary, what it computes, options with type, default and meaning."""
+    from fedsim.core import options, plugins
     from fedsim.core.contracts import Part
     from fedsim.core.errors import PluginError
 
@@ -59,10 +56,10 @@ def describe(kind: str, name: str, width: int) -> Iterator[str]:
     yield from wrapped(f"  {name + ' ':<18}", texts[0] if texts else "", width)
     for text in texts[1:]:
         yield from wrapped(" " * 20, text, width)
-    for f in fields(found) if is_dataclass(found) else ():
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        value = "must be given" if default is MISSING else f"default {json.dumps(default, ensure_ascii=False, default=repr)}"
-        yield from wrapped(" " * 22, f"{f.name}: {f.type if isinstance(f.type, str) else f.type.__name__}, {value}", width)
+    for o in options.of(found):
+        value = o.default if o.default == options.MUST else f"default {o.default}"
+        meaning = f": {o.meaning}" if o.meaning else ""
+        yield from wrapped(" " * 22, f"{o.name} ({o.type}, {value}){meaning}", width)
     for told in found.usual_traits().lines() if issubclass(found, Part) else ():
         yield from wrapped(" " * 22, told, width)
 

@@ -27,7 +27,8 @@ class Calibrator(PooledCalibrator):
 
     when: task_end (the paper) | round (fed-mammoth): after every round, on moments that the round's participants send with their
     updates, under each client's own module (in a blend with those of past tasks, where that is deployed); training goes on from
-    the repaired head. gaussian, with it: pooled, as above, of the round's participants, summed | mixture (fed-mammoth): one of
+    the repaired head.
+    gaussian: with `when: round`: pooled, as above, of the round's participants, summed | mixture (fed-mammoth): one of
     clients i ~ n_ic / n_c, x ~ N(μ_ic, Σ_ic), those with a single sample left out; every update is needed for that.
     classes: seen, the rows of all tasks so far, on the Gaussians that were sent in each of them (of a class that comes again, of
     all its tasks) | task, the rows of the current task's classes alone; older ones are deployed as they were at their task's end.
@@ -41,8 +42,9 @@ class Calibrator(PooledCalibrator):
 
     Asks for `class_moments`: n, mean and the upper triangle of the covariance, D(D+1)/2 numbers, of every class that a client
     holds; with covariance diagonal the variance, D numbers.
-    covariance: diagonal | full. samples_per_class: drawn anew in every one of `epochs`; batch_size: of them. normalise: divide
-    logits by their norm over the classes and by `temperature` (fed-mammoth); else the plain cross-entropy. lr, momentum: of SGD
+    covariance: diagonal | full. samples_per_class: drawn anew in every epoch; epochs: passes over as many; batch_size: of them.
+    normalise: divide logits by their norm over the classes and by the temperature (fed-mammoth); else the plain cross-entropy.
+    temperature: with normalise. lr, momentum: of SGD
     without weight decay; schedule: of lr over the epochs, cosine (to zero) | constant; clip_norm: of gradients, null: none.
     A class with fewer than two samples is left out. With epochs 0 it is the merge alone. Raises AggregationError when an update
     lacks the statistics.

@@ -27,8 +27,9 @@ class Calibrator(GaussianCalibrator):
     Memory with it: D² numbers per client and class while the head is trained.
 
     covariance: diagonal | full. factor: f of covariances; null is the reference's 3 for diagonal ones and 1 for full ones.
-    samples_per_class: drawn anew in every one of `epochs`; batch_size: of them. normalise: divide logits by their norm over the
-    classes and by `temperature`; else the plain cross-entropy. lr, momentum: of SGD without weight decay; schedule: of lr over
+    samples_per_class: drawn anew in every epoch; epochs: passes over as many; batch_size: of them. normalise: divide logits by
+    their norm over the classes and by the temperature; else the plain cross-entropy. temperature: with normalise. lr,
+    momentum: of SGD without weight decay; schedule: of lr over
     the epochs, cosine (to zero) | constant (0.01 and cosine are the reference's first versions; later ones take the client's lr).
     clip_norm: of a batch's gradient, null: none [ours]. Logits of few classes can come to be so short that dividing by their norm
     makes the step a thousand times as long; the default is more than twice the longest gradient of a run that goes well.

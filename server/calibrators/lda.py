@@ -34,8 +34,9 @@ class Calibrator(ScatterCalibrator):
     features should not move: `consolidator: first_session`, or `aggregator: frozen`. The head that clients train is not touched.
 
     shrinkage: s in [0, 1], of the covariance towards a multiple of I. The paper adds λ I (λ = 1); s does not depend on the scale
-    of the features. With 0, a covariance without full rank (fewer samples than features) is inverted where it has one. priors:
-    data (π_c = n_c / n) | uniform (every class as likely: b_c alone changes, as the covariance is that of the data in any case,
+    of the features. With 0, a covariance without full rank (fewer samples than features) is inverted where it has one.
+    priors: data (π_c = n_c / n) | uniform (every class as likely: b_c alone changes, as the covariance is that of the data in
+    any case,
     where scikit-learn weighs those of the classes by the priors).
 
     Asks for `class_moments` in the form within, in a pass at the task's end: count and mean of every class that a client has, and

@@ -31,8 +31,10 @@ class Calibrator(PooledCalibrator):
     (with covariance diagonal the variance, D numbers); they are pooled to the moments of the concatenated data, exactly, where
     clients run [ours]. Down travels nothing beside the model, and a device stores nothing.
 
-    fade: 0.1 is the reference's; 0 draws from the means as they were measured. samples_per_class: drawn anew in each of
-    `epochs`; batch_size: of them (the reference's is 256 too). lr, momentum: of SGD; schedule: of lr over the epochs.
+    fade: 0.1 is the reference's; 0 draws from the means as they were measured. samples_per_class: drawn anew in every
+    epoch; epochs: passes over as many; batch_size: of them (the reference's is 256 too). covariance: full | diagonal.
+    normalise: divide logits as above; else the plain cross-entropy. temperature: with normalise. lr, momentum: of SGD;
+    schedule: of lr over the epochs.
     clip_norm: of a batch's gradient, null: none, as in the reference (20 here, as in HGP, since very short logits make very long
     steps).
     Unlike the reference: no weight decay of the head in the alignment (5e-4 there), no 1e-4 on the diagonal of every covariance

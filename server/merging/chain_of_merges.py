@@ -56,12 +56,14 @@ class Merging(contracts.ChainedMerging):
     target: merged, as above | own, Σ ‖W X̂_i − W_i X_i‖² with X_i through i's own model: W⁺ = (Σ W_i Ĝ_i + D_i)(Σ Ĝ_i)⁺, where
     D_i = Σ (y_i − ŷ_i) x̂ᵀ is how far the merged groups move what the map gives (m·d more numbers, statistic `response_gap`).
     decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact, and where inputs hardly vary in some direction W⁺ is far
-    larger in it than any W_i, the more so with every round (on Fashion-MNIST LoRA products grow to 10⁶ in three). granularity:
-    layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it still see i's own.
+    larger in it than any W_i, the more so with every round (on Fashion-MNIST LoRA products grow to 10⁶ in three).
+    granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it
+    still see i's own.
     rounds: every | last, only the last of a task, and the mean in the others (ours: the dear looks once a task).
     The paper merges models of tasks that were trained from one network, whose data are at hand (so does `fedsim merge`; over the
     tasks of a stream they are gone). That clients are merged so every round, LoRA products, the cut, and blocks are ours. Its
-    equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one reading
+    equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one
+    reading
     of two (`target`); it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
     """
 

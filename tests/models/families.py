@@ -2,7 +2,7 @@
 
 To add one: a row of `FAMILIES` with its kind and a layout, which is what `model.config` takes: `model_type` and the sizes under
 transformers' names, two blocks where it has blocks, widths of 16, images of 16 × 16 with one channel, a vocabulary of 50. Tests
-find it there; `make docs` puts it into the table of families.
+find it there; `make tables` puts it into the table of families.
 """
 
 from __future__ import annotations

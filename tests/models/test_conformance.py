@@ -41,4 +41,4 @@ def test_going_on_from_a_block_gives_what_the_whole_gives(family: str) -> None:
 
 
 def test_the_page_is_what_was_found() -> None:
-    assert PAGE.read_text(encoding="utf-8") == conformance.page(), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == conformance.page(), "run `make tables`"

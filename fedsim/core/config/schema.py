@@ -80,6 +80,7 @@ class TransformConfig:
     """Batched tensor operations on images: resize to the backbone's size, normalise, augment (training only).
 
     augment: none | flip | crop (random resized crop) | crop_flip | affine (small rotations, shifts, scales).
+    interpolation: bicubic | bilinear | nearest, of resizing.
     mean, std: per channel in 0..1; null: what the backbone was trained with.
     """
 
@@ -103,6 +104,7 @@ class ModelConfig:
     pooling: cls (the class token, or the first) | mean (over the patches, or the tokens in the mask) | last (the last token in
         the mask) | auto: what the family publishes, which is the class token of images where there is one, the mean of text,
         the last token of a causal language model, or a pooling that is trained with the encoder (SigLIP, ConvNeXt).
+    config: of the backbone "random" only: model_type and what transformers' config of it takes.
     image_size: side of images in pixels, null: the checkpoint's own; learned positions are interpolated once, bicubically.
     """
 
@@ -145,8 +147,11 @@ class ParameterGroup:
 class ClientConfig:
     """Local training: cross-entropy on the task's classes, a new optimizer every round.
 
-    optimizer: any class of torch.optim, in any case; schedule: any class of torch.optim.lr_scheduler, stepped per batch.
-    In their options, the number of steps of this client's round may be written as the word "steps".
+    epochs: passes over the client's samples in a round. batch_size: of its steps; the last batch of an epoch may be smaller.
+    optimizer: any class of torch.optim, in any case; lr, weight_decay: its options, for all tensors that no group names.
+    schedule: any class of torch.optim.lr_scheduler, stepped per batch; null: none.
+    optimizer_options, schedule_options: their further options, {name: value}; the number of steps of this client's round may be
+        written as the word "steps".
     groups: tensors with a learning rate or weight decay of their own: a list of {match: "head.*", lr: ..., weight_decay: ...}.
     ranks: of every client's LoRA pairs, at most adapter.rank. null: that of all; a list: one for each client;
         {law: turns, of: [2, 4, 8]}: dealt to the clients in turn; {law: drawn, of: [2, 4, 8]}: drawn, all with equal chances.
@@ -180,10 +185,12 @@ class ClientConfig:
 class ServerConfig:
     """Rounds per task and the rules.
 
+    rounds: of every task.
     participation: share of the clients that is drawn afresh in every round, in (0, 1].
     pass_participation: who takes part in a pass for statistics at a task's start or end, for consolidators and calibrators that
         ask for one: all clients | drawn (as many as in a round, drawn afresh).
     aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
+    consolidator: how tasks' modules become the model that is deployed. calibrator: what repairs the head; null: nothing.
     channel: what happens to updates on the wire, a list in the order in which it happens on the way up.
     on_client_failure: fail | skip (a round in which nobody is left is an error either way).
     evaluate: round (every task seen, after every round) | task (only at the end of a task).
@@ -221,6 +228,7 @@ class RuntimeConfig:
     pool: serial | ray | flower, or one of your own, which is part of what a run is.
     workers: processes, "auto": CPU cores / threads (at most one per client, and as many as memory holds).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
+    device: cpu | cuda | cuda:1 | auto (a GPU where there is one). eval_batch: test samples in one forward.
     kernels: of the CPU's products in float32: torch | onednn | auto (onednn where it makes use of AVX-512, else torch).
     precision: fp32 | bf16 (the frozen backbone in half precision, all that is trained in float32). A machine that was not made
         for bf16 takes fp32, says so, and the resolved config says it too.
@@ -269,6 +277,10 @@ class RuntimeConfig:
 class SimConfig:
     """A whole run. See the classes of its sections for every key.
 
+    name: of the run, the first part of its directory's name. seed: of every draw, 0 or more.
+    manifest: a file that holds the split (of another run, say); null: it is drawn. data: {source: omniglot, ...}: where samples
+        come from. partition, adapter, head: a plug-in each, by its name or as {name: ..., option: ...}.
+    transform, stream, model, client, server, runtime: sections, below.
     trackers: copies of what the run tells about itself, for tools such as TensorBoard: names, or {name: ..., option: ...}.
     """
 

@@ -23,11 +23,14 @@ SIGNAL = 0.7  # share of tokens that come from the class's own words
 class Source(contracts.Source):
     """Gaussian clusters of images, or texts of class-specific tokens.
 
-    kind "image": pixel_values = clip(template_c + offset_d + N(0, 24²)), uint8, template_c uniform in 64..191 per pixel,
+    kind: image | tokens.
+    image: pixel_values = clip(template_c + offset_d + N(0, 24²)), uint8, template_c uniform in 64..191 per pixel,
         offset_d one shift in -48..48 per pixel and domain; shape (N, S, S), or (N, S, S, channels) when channels is 3.
-    kind "tokens": each token is, with probability 0.7, one of the class's own 4 tokens, else any of the vocabulary; lengths
+    tokens: each token is, with probability 0.7, one of the class's own 4 tokens, else any of the vocabulary; lengths
         vary from half of `length` to all of it; id 0 is padding.
     domains: 0 for none; otherwise every class has `*_per_class` samples in every domain.
+    classes: how many. train_per_class, test_per_class: samples of each. image_size: S; channels: 1 or 3. length: of a text, at
+        most; vocab: numbers of tokens. seed: of what is drawn.
     Grouping: "half" (the first and the second half of the classes).
     """
 

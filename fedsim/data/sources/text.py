@@ -25,6 +25,7 @@ class Source(contracts.Source):
 
     path: JSON, either {"train": [...], "test": [...]} (other keys, such as val, are ignored), or a list for training with
         `test_path` naming the other list. An item is [text, label] or {"text": ..., "label": ...}.
+    test_path: of the list of test texts.
     groups_path: JSON {group: [class names]}; the grouping is called "domain", and every class must be in one group.
     Classes are in the order of `groups_path` if it is given, else by first appearance in the training list. Texts that are cut or
         blank are said in the results.

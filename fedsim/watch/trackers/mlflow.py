@@ -28,6 +28,7 @@ class Tracker(contracts.Tracker):
 
     tracking_uri: a folder, or what MLflow takes (http://..., sqlite:///...; ${oc.env:MLFLOW_TRACKING_URI} for the shell's);
     null: the folder `mlruns` beside the run directory, which `MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri` shows.
+    experiment: its name there. tags: of the run, {name: value}.
     A run that is gone on in is the same run there. MLflow's telemetry is off unless MLFLOW_DISABLE_TELEMETRY is set.
     """
 

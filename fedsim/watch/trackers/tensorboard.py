@@ -18,6 +18,7 @@ from fedsim.runs import metrics
 class Tracker(contracts.Tracker):
     """Event files in <run directory>/tensorboard, or in <dir>/<name of the run directory>; the config is in the HPARAMS tab.
 
+    dir: where event files go; null: the run directory.
     Values are float32 there.
     """
 

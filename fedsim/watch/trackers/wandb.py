@@ -22,6 +22,7 @@ class Tracker(contracts.Tracker):
     """A run in a project of Weights & Biases.
 
     mode: offline (files only, no network) | online | disabled. dir: where its folder `wandb` lies; null: the run directory.
+    project, entity, group, tags: as there.
     A run that is gone on in is the same run there; offline it has one folder per part, which `wandb sync` puts together.
     The settings of the tool itself (WANDB_API_KEY, WANDB_BASE_URL, ...) hold; its error reports are off unless
     WANDB_ERROR_REPORTING is set.
