@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fedsim.runs.metrics import METRICS, Metric
     from fedsim.runs.results import Results
     from fedsim.simulation import run
+    from fedsim.sweeps.making import sweep, tune
     from fedsim.unlearning.finished import FinishedRun
 
 claim_names()
@@ -98,6 +99,8 @@ __all__ = [
     "collect",
     "load",
     "run",
+    "sweep",
+    "tune",
 ]  # fmt: skip
 
 _MODULE_OF = {  # name -> where it lies
@@ -115,11 +118,12 @@ _MODULE_OF = {  # name -> where it lies
         "fedsim.runs.metrics": "METRICS Metric",
         "fedsim.runs.results": "Results",
         "fedsim.simulation": "run",
+        "fedsim.sweeps.making": "sweep tune",
         "fedsim.unlearning.finished": "FinishedRun",
     }.items()
     for name in names.split()
 }
-_ROOMS = ("merging", "report", "sweep", "unlearning")  # packages of which a user takes more than a name
+_ROOMS = ("merging", "report", "sweeps", "unlearning")  # packages of which a user takes more than a name
 
 
 if not TYPE_CHECKING:  # to which every name would be there

@@ -19,7 +19,7 @@ from fedsim.core import contracts, plugins
 from fedsim.core.config import ClientConfig, load
 from fedsim.core.errors import ConfigError, FedsimError, ModelError, PluginError, require_choice
 from fedsim.simulation import prepare, run
-from fedsim.sweep.plan import expand
+from fedsim.sweeps.plan import expand
 from server.aggregators.lorm import Aggregator as Lorm
 from tests.tiny import TINY, tiny
 

@@ -14,7 +14,7 @@ from fedsim.core import presets
 from fedsim.core.config import SimConfig, load
 from fedsim.core.errors import ConfigError
 from fedsim.simulation import prepare_data, run
-from fedsim.sweep.plan import expand
+from fedsim.sweeps.plan import expand
 from tests.tiny import TINY, VIT
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -67,7 +67,7 @@ def test_every_plug_ins_contract_is_there() -> None:
 
 
 def test_packages_come_when_they_are_asked_for() -> None:
-    modules_after("import fedsim\nassert fedsim.report.write and fedsim.sweep and fedsim.unlearning")
+    modules_after("import fedsim\nassert fedsim.report.write and fedsim.sweeps and fedsim.unlearning")
 
 
 def test_an_unknown_name_is_an_error() -> None:

@@ -17,7 +17,7 @@ from fedsim.runs.collection import Entry
 from fedsim.runs.directory import RunDir
 from fedsim.runs.results import Results
 from fedsim.simulation import run
-from fedsim.sweep.job import perform
+from fedsim.sweeps.job import perform
 from tests.run_dirs import write_run
 from tests.tiny import final_state, learned, same_bits, stopping, tiny
 

@@ -9,7 +9,7 @@ import pytest
 from fedsim import cli, laws
 from fedsim.cli import doctor, new
 from fedsim.core import plugins
-from fedsim.sweep.plan import expand
+from fedsim.sweeps.plan import expand
 
 PLUGINS = [kind for kind in new.kinds() if kind != "study"]
 

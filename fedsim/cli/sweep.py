@@ -12,7 +12,7 @@ from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsim.runs.results import Results
-    from fedsim.sweep.plan import PlannedRun, SweepPlan
+    from fedsim.sweeps.plan import PlannedRun, SweepPlan
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -39,11 +39,11 @@ def launch_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
-    from fedsim.sweep.plan import expand, finished, keep_record, verify
+    from fedsim.sweeps.plan import expand, finished, keep_record, verify
 
     plan = expand(args.sweep, args.overrides, args.output, **launch_options(args))
     done = finished(plan)
-    missing = [run for run in plan.runs if run.entry.identity not in done]
+    missing = plan.missing(done)
     print_line = line_printer(console())
     if not args.quiet:
         print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
@@ -67,20 +67,15 @@ def run(args: argparse.Namespace) -> int:
 def make(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
     """Make the runs that are missing, and show how they go; by label, why those failed that did. Ends the program when it is
     stopped, with a line that says how to go on."""
-    from fedsim.sweep import launch
-    from fedsim.sweep.display import SweepDisplay
-    from fedsim.sweep.plan import finished
+    from fedsim.sweeps import making
+    from fedsim.sweeps.plan import finished
 
-    display = SweepDisplay(plan, done, console(), quiet)
     try:
-        with display:
-            for event in launch.execute(plan, missing):
-                display(event)
+        return making.make(plan, done, missing, quiet)
     except KeyboardInterrupt:
         there = len(finished(plan))
         fail(f"stopped, {there} of {len(plan.runs)} runs are finished; the same command goes on with the others", 130)
         raise SystemExit(130) from None
-    return display.failed
 
 
 def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
@@ -103,7 +98,7 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
 
 def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun]) -> int:
     """The runs, and what the missing ones will take."""
-    from fedsim.sweep import estimate, launch
+    from fedsim.sweeps import estimate, launch
     from fedsim.watch.progress import duration
 
     print_line = line_printer(console())

@@ -11,7 +11,7 @@ from fedsim.cli.printing import capped, console, counted, line_printer, new_tabl
 from fedsim.cli.sweep import launch_arguments, launch_options, make, short
 
 if TYPE_CHECKING:
-    from fedsim.sweep.tune import Candidate, Tuning, Winner
+    from fedsim.sweeps.tune import Tuning, Winner
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim tune: rung after rung, what is missing of it; then the winners."""
-    from fedsim.sweep import tune
+    from fedsim.sweeps import tune
 
     tuning = tune.read(args.tuning, args.overrides, args.output, **launch_options(args))
     print_line = line_printer(console())
@@ -36,11 +36,7 @@ def run(args: argparse.Namespace) -> int:
             print_line(line)
     if args.dry_run:
         return 0
-    rungs: list[list[Candidate]] = []
-    scores: dict[str, float] = {}
-    for number in range(len(tuning.options.seeds)):
-        rungs.append(tuning.rung(number, scores))
-        scores = _played(tuning, rungs, args.quiet)
+    scores = tune.played(tuning, lambda plan, done, missing: make(plan, done, missing, args.quiet))
     winners = tuning.winners(scores)
     files = tune.write(tuning, winners)
     if args.csv:
@@ -51,22 +47,6 @@ def run(args: argparse.Namespace) -> int:
     for line in capped([f"{name}: every configuration failed (see {short(tuning.folder)}/failures)" for name in lost]):
         print_line(line)
     return 1 if lost else 0
-
-
-def _played(tuning: Tuning, rungs: Sequence[Sequence[Candidate]], quiet: bool) -> dict[str, float]:
-    """The scores of all runs so far, those of the last rung made where they are missing."""
-    from fedsim.sweep import tune
-    from fedsim.sweep.plan import finished, keep_record, verify
-
-    plan = tuning.as_sweep(rungs)
-    done = finished(plan)
-    missing = [run for run in plan.runs if run.entry.identity not in done]
-    if missing:
-        verify(plan, missing)
-        plan = keep_record(plan)
-        make(plan, done, missing, quiet)
-        done = finished(plan)
-    return tune.scores_of(done, tuning.options.metric)
 
 
 def _told(tuning: Tuning) -> list[str]:

@@ -1,10 +1,12 @@
-"""Shows the events of a run: a live line on a terminal, one plain line per round elsewhere, nothing when quiet."""
+"""Shows the events of a run: a live line on a terminal or in a notebook, a plain line per round elsewhere, or nothing."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +27,7 @@ class ProgressDisplay:
         self.run_dir: str | None = None
         self._console = console or Console()
         self._quiet = quiet
-        self._live = _live_line(self._console) if self._console.is_terminal and not quiet else None
+        self._live = _live_line(self._console) if lively(self._console) and not quiet else None
         self._clock = clock
         self._size = RunStarted(0, 0, 0)
         self._pace: Pace | None = None
@@ -107,6 +109,16 @@ class Pace:
     def seconds_left(self, now: float, finished: int, total: int) -> float:
         """If the rounds to come take as long as those since `begin`."""
         return (now - self._begin) / (finished - self._before) * (total - finished)
+
+
+def in_notebook() -> bool:
+    """Whether Python runs in a Jupyter notebook."""
+    return "ipykernel" in sys.modules and Console().is_jupyter
+
+
+def lively(console: Console) -> bool:
+    """Whether what is shown there can change in place; in a notebook that takes ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def mean_accuracy(rows: Sequence[Row]) -> float:

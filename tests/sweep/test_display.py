@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from fedsim import simulation
-from fedsim.sweep import estimate
-from fedsim.sweep.display import SweepDisplay, progress, share_done
-from fedsim.sweep.job import Cost, JobResult
-from fedsim.sweep.launch import Begun, Ended, Tick
-from fedsim.sweep.plan import SweepPlan
+from fedsim.sweeps import estimate
+from fedsim.sweeps.display import SweepDisplay, progress, share_done
+from fedsim.sweeps.job import Cost, JobResult
+from fedsim.sweeps.launch import Begun, Ended, Tick
+from fedsim.sweeps.plan import SweepPlan
 from tests.sweep.test_plan import plan_of
 
 

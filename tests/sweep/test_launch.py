@@ -22,10 +22,10 @@ from fedsim.core.errors import DataError, PoolError
 from fedsim.runs.collection import collect
 from fedsim.runs.results import Results
 from fedsim.simulation import run
-from fedsim.sweep import launch
-from fedsim.sweep.job import lock_of
-from fedsim.sweep.launch import Begun, Ended
-from fedsim.sweep.plan import PlannedRun, SweepPlan, expand, finished, verify
+from fedsim.sweeps import launch
+from fedsim.sweeps.job import lock_of
+from fedsim.sweeps.launch import Begun, Ended
+from fedsim.sweeps.plan import PlannedRun, SweepPlan, expand, finished, verify
 from tests.tiny import TINY, final_state, learned, plain_vit, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]

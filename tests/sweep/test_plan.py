@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedsim.core import rng
 from fedsim.core.errors import ConfigError, FedsimError, PartitionError, RunDirError
 from fedsim.runs.collection import Entry, SweepRecord
-from fedsim.sweep.plan import SweepPlan, expand, verify
+from fedsim.sweeps.plan import SweepPlan, expand, verify
 from tests.readme import median_rule, sweep_yaml
 from tests.tiny import TINY
 

@@ -13,8 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from fedsim import cli
 from fedsim.core.config import load
 from fedsim.core.errors import ConfigError, FedsimError
-from fedsim.sweep import tune
-from fedsim.sweep.tune import Tuning
+from fedsim.sweeps import tune
+from fedsim.sweeps.tune import Tuning
 from tests.tiny import TINY
 
 METHODS: Mapping[str, Any] = {"avg": {}, "fair": {"server.aggregator": "fairavg"}}

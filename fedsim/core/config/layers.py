@@ -37,8 +37,8 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping, its keys as they stand there; its paths (./, ../ and ~/) are anchored beside it."""
-    anchored: dict[str, Any] = _anchored(text.read(path), path.parent)
-    return anchored
+    found: dict[str, Any] = anchored(text.read(path), path.parent)
+    return found
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"override '{item}' must look like key.sub=value, e.g. partition.alpha=0.1")
         key = key.strip()
-        pairs.append((key, text.plain(_anchored(text.value_of(value, key), Path.cwd()), key)))
+        pairs.append((key, text.plain(anchored(text.value_of(value, key), Path.cwd()), key)))
     return _together(pairs, "")
 
 
@@ -102,12 +102,12 @@ def _plugin_name_key(where: str) -> str | None:
     return None if kind is None else name_key(kind)
 
 
-def _anchored(value: Any, folder: Path) -> Any:
-    """Strings that start with ./ or ../ become paths from that folder, those that start with ~/ paths from the user's."""
+def anchored(value: Any, folder: Path) -> Any:
+    """A value as it is meant in a folder: strings that start with ./ or ../ become paths from there, with ~/ from the user's."""
     if isinstance(value, dict):
-        return {k: _anchored(v, folder) for k, v in value.items()}
+        return {k: anchored(v, folder) for k, v in value.items()}
     if isinstance(value, list):
-        return [_anchored(v, folder) for v in value]
+        return [anchored(v, folder) for v in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return os.path.normpath(folder / value)
     return text.home(value) if isinstance(value, str) else value

@@ -14,8 +14,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsim.sweep.job import Cost
-from fedsim.sweep.plan import PlannedRun
+from fedsim.sweeps.job import Cost
+from fedsim.sweeps.plan import PlannedRun
 
 MOST_KINDS = 12  # measured at most; the others get the mean
 SAME_COST = (

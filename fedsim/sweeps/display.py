@@ -16,9 +16,9 @@ from rich.text import Text
 
 from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
-from fedsim.sweep.launch import Begun, Ended, SweepEvent
-from fedsim.sweep.plan import PlannedRun, SweepPlan
-from fedsim.watch.progress import duration
+from fedsim.sweeps.launch import Begun, Ended, SweepEvent
+from fedsim.sweeps.plan import PlannedRun, SweepPlan
+from fedsim.watch.progress import duration, lively
 
 
 class SweepDisplay:
@@ -44,8 +44,8 @@ class SweepDisplay:
         self._before = self._finished = len(done)
         self._begin = clock()
         self._going: dict[str, tuple[PlannedRun, float]] = {}
-        lively = self._console.is_terminal and not quiet
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if lively else None
+        live = lively(self._console) and not quiet
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
 
     def __enter__(self) -> SweepDisplay:
         if self._live is not None:

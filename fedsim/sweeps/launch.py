@@ -25,8 +25,8 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import PoolError, StorageError
 from fedsim.core.files import in_use
 from fedsim.core.home import ROOT, ours_first
-from fedsim.sweep.job import Cost, JobResult, lock_of, note_failure
-from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
+from fedsim.sweeps.job import Cost, JobResult, lock_of, note_failure
+from fedsim.sweeps.plan import Launch, PlannedRun, SweepPlan
 
 LOOK_S = 1.0  # how often runs are looked at that another sweep is making, and the display is given a turn
 
@@ -173,7 +173,7 @@ def _on_ray(launch: Launch, run: PlannedRun, jobs: int) -> SimConfig:
 
 
 def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[..., Any]:
-    """A function of `fedsim.sweep.job` as a Ray task: called with a run and more, it gets the run's config and that.
+    """A function of `fedsim.sweeps.job` as a Ray task: called with a run and more, it gets the run's config and that.
 
     It travels by value, see `fedsim.core.home.ours_first`.
     """
@@ -184,7 +184,7 @@ def _tasks(name: str, launch: Launch, jobs: int, **options: Any) -> Callable[...
         put_first(root)
         import importlib
 
-        return getattr(importlib.import_module("fedsim.sweep.job"), name)(*arguments)
+        return getattr(importlib.import_module("fedsim.sweeps.job"), name)(*arguments)
 
     first, remote = ours_first(), ray.remote(**options, max_retries=0)(work)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,10 +36,11 @@ from fedsim.core.files import storage_errors, write_atomic
 from fedsim.runs.collection import Entry, Label, SweepRecord
 from fedsim.runs.metrics import HEADLINE, METRICS
 from fedsim.runs.results import Results
-from fedsim.sweep import plan
-from fedsim.sweep.plan import Launch, PlannedRun, SweepPlan
+from fedsim.sweeps import plan
+from fedsim.sweeps.plan import Launch, PlannedRun, SweepPlan
 
 SETTING, AS_IT_IS = "setting", "as it is"
+Make = Callable[[SweepPlan, Mapping[str, Results], Sequence[PlannedRun]], object]
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,24 @@ def _candidates(variant: str, grid: Mapping[str, Any], found: SweepPlan, options
         return all_of_it
     chosen = rng.stream(0, "tune", variant).choice(len(all_of_it), options.budget, replace=False)
     return [all_of_it[place] for place in sorted(chosen.tolist())]
+
+
+def played(tuning: Tuning, make: Make) -> dict[str, float]:
+    """Rung after rung, what is missing of it; the metric by identity of every run that has it. make: makes the missing runs of a
+    plan, and may fail at some of them."""
+    rungs: list[list[Candidate]] = []
+    scores: dict[str, float] = {}
+    for number in range(len(tuning.options.seeds)):
+        rungs.append(tuning.rung(number, scores))
+        sweep = tuning.as_sweep(rungs)
+        done = plan.finished(sweep)
+        if missing := sweep.missing(done):
+            plan.verify(sweep, missing)
+            sweep = plan.keep_record(sweep)
+            make(sweep, done, missing)
+            done = plan.finished(sweep)
+        scores = scores_of(done, tuning.options.metric)
+    return scores
 
 
 def scores_of(results: Mapping[str, Results], metric: str) -> dict[str, float]:

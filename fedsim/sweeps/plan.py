@@ -1,11 +1,11 @@
 """A sweep YAML becomes a list of checked configs, before anything runs.
 
-    base: ../../configs/streams/omniglot.yaml  # a config file, a list of them (the later one wins), or a mapping of config keys
+    base: omniglot                        # a preset or file, a list of them (the later one wins), or a mapping of config keys
     set: {client.epochs: 1}               # for every run
     list:                                 # axes of named variants; a variant may change several keys
-      method:
+      method:                             # or presets alone: method: [fedavg, lorm]
         fedavg: {}
-        lorm: {extends: ../../configs/methods/lorm.yaml}
+        lorm: {extends: lorm}
         fair: {server.aggregator: fairavg}
     grid: {partition.alpha: [0.1, 0.5]}   # axes of values of one key each
     zip: {client.lr: [1e-3, 1e-2], client.epochs: [4, 1]}      # keys that go together, value by value
@@ -35,7 +35,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
 from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text, verified
 from fedsim.runs.results import Results
-from fedsim.sweep.fit import Fitted, fit, notes
+from fedsim.sweeps.fit import Fitted, fit, notes
 
 KEYS = ("base", "set", "list", "grid", "zip", "seeds", "launch", "output")
 
@@ -96,6 +96,10 @@ class SweepPlan:
     launch: Launch
     folder: Path
 
+    def missing(self, done: Mapping[str, Results]) -> list[PlannedRun]:
+        """The runs that are still to be made. done: `finished(plan)`."""
+        return [run for run in self.runs if run.entry.identity not in done]
+
 
 @dataclass(frozen=True)
 class Level:
@@ -133,22 +137,32 @@ def read(path: str | Path, more: Sequence[str] = ()) -> tuple[Path, dict[str, An
     if not path.is_file():
         raise ConfigError(f"no sweep file {path}")
     sweep = configs.read_yaml(path)
-    known = (*KEYS, *more)
-    for key in sweep:
-        if key not in known:
-            raise ConfigError(f"unknown key '{key}' in {path.name}.{did_you_mean(key, known)} A config goes under 'base'.")
-    if "base" not in sweep:
-        raise ConfigError(
-            f"{path.name} names no base: a sweep needs one, e.g. base: fashion or base: ../configs/lorm.yaml (fedsim run takes a "
-            "config)"
-        )
+    require_keys(sweep, path.name, more)
     return path, sweep
 
 
+def require_keys(sweep: Mapping[str, Any], name: str, more: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a key that a sweep does not have, and for a sweep without a base. name: how errors call it."""
+    known = (*KEYS, *more)
+    for key in sweep:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}' in {name}.{did_you_mean(key, known)} A config goes under 'base'.")
+    if "base" not in sweep:
+        raise ConfigError(
+            f"{name} names no base: a sweep needs one, e.g. base: fashion or base: ../configs/lorm.yaml (fedsim run takes a "
+            "config)"
+        )
+
+
 def planned(
-    sweep: Mapping[str, Any], path: Path, overrides: Sequence[str] = (), output: str | Path | None = None, **launch: Any
+    sweep: Mapping[str, Any],
+    path: Path,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    text: str | None = None,
+    **launch: Any,
 ) -> SweepPlan:
-    """The plan of a sweep that was read from this file: see `expand`."""
+    """The plan of a sweep that was read from this file: see `expand`. text: what the record keeps where there is no file."""
     base = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
@@ -187,7 +201,7 @@ def planned(
         path.stem if path.stem != "sweep" else path.parent.name,
         order,
         tuple(run.entry for run in runs),
-        path.read_text(encoding="utf-8"),
+        path.read_text(encoding="utf-8") if text is None else text,
         notes(fits),
     )
     where = output or configs.resolved({"output": sweep.get("output")}, path.name)["output"] or f"runs/{record.name}"
@@ -302,6 +316,8 @@ def _named(axes: Any) -> list[list[Level]]:
     """list: {axis: {variant: changes}}"""
     found = []
     for axis, variants in _mapping(axes, "list").items():
+        if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
+            variants = {name: {"extends": name} for name in variants}
         levels = []
         for name, changes in _nonempty(variants, f"list.{axis}", "variants", Mapping).items():
             where = f"list.{axis}.{name}"
