@@ -27,6 +27,7 @@ from fedsim.laws.comparing import expect_bits, expect_close, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
 from fedsim.models import backbone as backbones
 from fedsim.models import transform
+from fedsim.models.adapters import full
 from fedsim.models.backbone import Backbone
 from fedsim.models.model import ADAPTER, Model
 
@@ -290,6 +291,31 @@ def sources(scene: Scene) -> None:
 
 
 @torch.no_grad()
+def weights(scene: Scene) -> None:
+    """The bare backbone with the weights that stand for the module, if any do, gives what `merged` gives; and they are the
+    backbone's own plus `changes`."""
+    backbone, params = scene.model.backbone, moved(scene.fresh, 4)
+    own = {n: t.detach().clone() for n, t in backbone.encoder.named_parameters()}
+    found = scene.model.adapter.weights(backbone, without_prefix(params, ADAPTER))
+    if found is None:
+        return
+    if unknown := [n for n in found if n not in own or own[n].shape != found[n].shape]:
+        raise LawBroken(
+            f"{scene.backbone}: weights gives '{unknown[0]}', which is no tensor of the backbone, or of another shape"
+        )
+    with full.Adapter().applied(backbone, found):
+        got = scene.model.features(scene.inputs)
+    with scene.model.merged(params):
+        _expect(got, scene.model.features(scene.inputs), f"{scene.backbone}, the backbone with other weights against merged")
+    for layer, factors in scene.model.changes(params).items():
+        name = f"{layer.removeprefix(ADAPTER)}.weight"
+        if name not in found:
+            raise LawBroken(f"{scene.backbone}: weights gives no '{name}', which changes")
+        change = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        _expect(found[name], own[name] + change, f"{scene.backbone}, '{name}' against the backbone's plus its change")
+
+
+@torch.no_grad()
 def alone(scene: Scene) -> None:
     """In inference a sample's features do not depend on the others of its batch."""
     params = moved(scene.fresh, 4)
@@ -368,6 +394,7 @@ LAWS: tuple[Law[Adapter], ...] = tuple(
         (fresh, "a fresh adapter changes no feature"),
         (gradients, "moved tensors move the features, and a finite gradient reaches every one of them"),
         (merged, "merged into the backbone, the tensors give the features that they give when applied"),
+        (weights, "weights that stand for the module, if any do, give the features that it gives when merged"),
         (stacked, "several clients in one batch have the features that each has alone, if it can train them together"),
         (padding, "a text's features do not depend on its padding"),
         (untouched, "the backbone is as it was, bit for bit, without hooks, after an error too"),

@@ -114,6 +114,19 @@ def _affine(head: Head) -> None:
     expect_close({"logits": head.logits(features(), params)}, {"logits": want}, f"logits against W inputs + b ({AFFINE})")
 
 
+def _one_layer(head: Head) -> None:
+    params = moved(head)
+    found = head.affine(params)
+    if found is None:
+        return
+    weight_CD, bias_C = found
+    if weight_CD.shape != (CLASSES, FEATURES) or bias_C.shape != (CLASSES,):
+        raise LawBroken(f"affine gives {tuple(weight_CD.shape)} and {tuple(bias_C.shape)}, not (C, D) and (C,)")
+    got = (features() @ weight_CD.T + bias_C).log_softmax(dim=1)
+    want = head.logits(features(), params).log_softmax(dim=1)
+    expect_close({"log softmax": got}, {"log softmax": want}, "the layer of `affine` against the head's logits")
+
+
 def _float64(head: Head) -> None:
     wide = head.logits(features(), moved(head))
     narrow = head.logits(features(dtype=torch.float32), moved(head, dtype=torch.float32))
@@ -136,6 +149,7 @@ LAWS: tuple[Law[Head], ...] = (
     Law("stacked", "several clients at once get the logits that each gets alone", _stacked),
     Law("gradients", "a finite gradient reaches every tensor that is trained", _gradients),
     Law("affine", "logits of a head that says so are W inputs + b", _affine),
+    Law("one_layer", "the linear layer that stands for the head, if one does, predicts the same", _one_layer),
     Law("float64", "float32 in gives what float64 gives, up to its rounding", _float64),
     Law("no_mutation", "tensors and features that go in are not changed", _no_mutation),
 )

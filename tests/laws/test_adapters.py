@@ -69,6 +69,16 @@ class Shift(contracts.Adapter):
             else super().stacked(backbone, tensors, slots)
         )
 
+    def weights(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, Tensor]:
+        """In the layer's bias."""
+        layer = _layer(backbone)
+        name = next(n for n, module in backbone.encoder.named_modules() if module is layer)
+        w = 2 * tensors["w"] if self.what == "doubled" else tensors["w"]
+        return {f"{name}.scale" if self.what == "unknown" else f"{name}.bias": layer.bias.detach() + w}
+
+    def changes(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, tuple[Tensor, ...]]:
+        return {"layers.0.mlp.fc1": (torch.ones(24, 16),)} if self.what == "changing" else {}
+
     def _with(self, backbone: BackboneLike, w: Tensor, left_in: bool) -> Iterator[None]:
         handle = _layer(backbone).register_forward_hook(lambda module, args, out: out + w)
         try:
@@ -113,6 +123,9 @@ def test_a_good_one_keeps_all() -> None:
         ("loud", "fresh", "vit, with a fresh adapter against none: 'features'"),
         ("idle", "gradients", "vit: 'adapter.idle' gets no gradient"),
         ("merging", "merged", "vit, merged against applied"),
+        ("doubled", "weights", "vit, the backbone with other weights against merged"),
+        ("unknown", "weights", "scale', which is no tensor of the backbone"),
+        ("changing", "weights", "weights gives no 'layers.0.mlp.fc1.weight', which changes"),
         ("swapped", "stacked", "two clients in one batch against one by one"),
         ("untidy", "untouched", "hooks' of the encoder is another one after a pass through 'applied'"),
         ("scar", "untouched", "weight' of the encoder is another one after a pass through 'merged'"),

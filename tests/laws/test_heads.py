@@ -48,6 +48,12 @@ class Changed(Linear):
             return out.double()
         return out.half().to(out.dtype) if self.what == "coarse" and out.dtype == torch.float32 else out
 
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        weight, bias = params["head.weight"], params["head.bias"]
+        if self.what == "shifted":
+            return weight, bias + 1  # common to all classes: not a fault
+        return (weight.T, bias) if self.what == "turned" else (weight, 0 * bias) if self.what == "unbiased" else (weight, bias)
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         if self.what == "one bias":
             return features_KbD @ params["head.weight"].mT + params["head.bias"][:, None]
@@ -59,7 +65,7 @@ def broken(head: contracts.Head) -> dict[str, str]:
 
 
 def test_a_good_one_keeps_all() -> None:
-    assert broken(Changed()) == {}
+    assert broken(Changed()) == broken(Changed("shifted")) == {}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,8 @@ def test_a_good_one_keeps_all() -> None:
         ("one bias", "stacked", ""),
         ("idle", "gradients", "'head.idle' is trained, but gets no finite gradient"),
         ("bent", "affine", r"logits against W inputs \+ b"),
+        ("turned", "one_layer", r"affine gives \(6, 5\) and \(5,\)"),
+        ("unbiased", "one_layer", "the layer of `affine` against the head's logits"),
         ("coarse", "float64", "float32 against float64"),
         ("in place", "no_mutation", "the features that it was given changed"),
     ],

@@ -107,6 +107,12 @@ class Adapter(Part, ABC):
         product it is. Gradients flow to them. An adapter that has it gives "changes of weights"."""
         return {}
 
+    def weights(self, backbone: BackboneLike, tensors: Tensors) -> Mapping[str, Tensor] | None:
+        """The backbone's own tensors, by name, that are others with the module merged into them: a backbone that holds these, and
+        nothing else, computes what `merged` does. None, as by default, where no weights do that, as of prompts. Only what has it
+        can be exported; as a LoRA, if `changes` gives two factors for each of these weights."""
+        return None
+
     def loss(self, tensors: Tensors, query_bD: Tensor | None) -> Tensor | None:
         """A term of its own in a client's loss: of its tensors, and of the queries of the client's own samples of a batch (None
         without `queries`). None for nothing, as where its weight is 0."""
@@ -149,6 +155,11 @@ class Head(Part, ABC):
     @abstractmethod
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         """(b, C) from (b, D)."""
+
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        """W (C, D) and b (C,) of one linear layer on the features themselves that predicts the same: `W f + b` are the logits, up
+        to a number per sample that all classes have in common. None, as by default, where no such layer does."""
+        return None
 
     @abstractmethod
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:

@@ -73,6 +73,10 @@ class Adapter(contracts.Adapter):
             chosen.update(hits)
         return {n: own[n].detach().to("cpu", copy=True).contiguous() for n in used if n in chosen}
 
+    def weights(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, Tensor]:
+        """The tensors are weights."""
+        return dict(tensors)
+
     @contextmanager
     def applied(self, backbone: BackboneLike, tensors: Tensors, dropout: torch.Generator | None = None) -> Iterator[None]:
         """These tensors in place of the backbone's, while open: wherever a tensor is used, tied ones in all their places."""

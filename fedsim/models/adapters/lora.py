@@ -110,6 +110,14 @@ class Adapter(contracts.Adapter):
         """s B and A of every layer."""
         return {n: (self.scale * tensors[n + LORA_B], tensors[n + LORA_A]) for n in lora_layers(tensors)}
 
+    def weights(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, Tensor]:
+        """`W + s B A` of every layer."""
+        return {f"{n}.weight": self._sum(inject.linear(backbone.encoder, n), n, tensors) for n in lora_layers(tensors)}
+
+    @torch.no_grad()
+    def _sum(self, layer: nn.Linear, name: str, tensors: Tensors) -> Tensor:
+        return torch.addmm(layer.weight, tensors[name + LORA_B], tensors[name + LORA_A], alpha=self.scale)
+
     def _adding(
         self, layer: nn.Linear, name: str, tensors: Tensors, dropout: torch.Generator | None = None
     ) -> Callable[[], Removable]:
@@ -137,14 +145,11 @@ class Adapter(contracts.Adapter):
         with ExitStack() as stack:
             for name in lora_layers(tensors):
                 layer = inject.linear(backbone.encoder, name)
-                a_rd, b_mr = tensors[name + LORA_A], tensors[name + LORA_B]
                 if not mergeable(layer):
                     stack.callback(self._adding(layer, name, tensors)().remove)
                     continue
-                with torch.no_grad():
-                    weight = torch.addmm(layer.weight, b_mr, a_rd, alpha=self.scale)
                 stack.callback(setattr, layer, "weight", layer.weight)
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+                layer.weight = nn.Parameter(self._sum(layer, name, tensors), requires_grad=False)
             yield
 
 

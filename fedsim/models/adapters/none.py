@@ -28,5 +28,8 @@ class Adapter(contracts.Adapter):
     ) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def weights(self, backbone: BackboneLike, tensors: Tensors) -> dict[str, Tensor]:
+        return {}
+
     def stacked(self, backbone: BackboneLike, tensors: Tensors, slots: Slots) -> AbstractContextManager[None]:
         return nullcontext()

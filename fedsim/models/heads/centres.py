@@ -42,6 +42,12 @@ class Head(contracts.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return self._logits(features, params[HEAD_WEIGHT])
 
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        """`2/D w_c f − ‖w_c‖²/D`, which leaves out the −‖f‖²/D of all classes; None with the root, which bends it."""
+        centres_CD = params[HEAD_WEIGHT]
+        width = centres_CD.shape[1]
+        return None if self.root else (2 / width * centres_CD, -centres_CD.square().sum(dim=1) / width)
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return self._logits(features_KbD, params[HEAD_WEIGHT])
 

@@ -31,6 +31,9 @@ class Head(contracts.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return F.linear(features, params[HEAD_WEIGHT], params[HEAD_BIAS])
 
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        return params[HEAD_WEIGHT], params[HEAD_BIAS]
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         bias = params[HEAD_BIAS]
         return features_KbD @ params[HEAD_WEIGHT].mT + (bias if bias.dim() == 1 else bias[:, None])

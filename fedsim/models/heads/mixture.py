@@ -38,6 +38,9 @@ class Head(linear.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return mixture(features, params) if params[HEAD_WEIGHT].dim() == 3 else super().logits(features, params)
 
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        return None if params[HEAD_WEIGHT].dim() == 3 else super().affine(params)
+
 
 def mixture(features_bSD: Tensor, params: Tensors) -> Tensor:
     """One prediction of S sources, `log Σ_s w_s(x) p_s(c | x)` with `w = softmax_s(source_weights)`, (b, C).

@@ -15,6 +15,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 from fedsim.models.heads import linear
 
 PROJECTION = "head.projection"
@@ -59,6 +60,13 @@ class Head(contracts.Head):
 
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return linear.Head().logits(self.inputs(features, params), params)
+
+    def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
+        """`W Pᵀ`, where nothing bends it; None with relu."""
+        if self.activation != "none":
+            return None
+        weight_CM = params[HEAD_WEIGHT]
+        return (weight_CM.double() @ params[PROJECTION].double().T).to(weight_CM.dtype), params[HEAD_BIAS]
 
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return linear.Head().stacked_logits(self.inputs(features_KbD, params), params)
