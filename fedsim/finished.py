@@ -1,19 +1,23 @@
-"""A finished run, opened with all that it takes to evaluate it again."""
+"""A finished run: opened with what it deployed, or with all that it takes to evaluate it again."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from clients.samples import Samples
 from clients.worker import Worker
 from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import ArraySplit, Calibrator, Consolidator
+from fedsim.core.contracts import Aggregator, ArraySplit, Calibrator, Consolidator
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import RunDirError
+from fedsim.core.errors import ConfigError, DataError, RunDirError
 from fedsim.core.messages import Tensors
+from fedsim.data import manifest as manifests
+from fedsim.data.manifest import Manifest
 from fedsim.runs.directory import RunDir
 from fedsim.simulation import Prepared
 from server import checkpoint, sampling
@@ -22,8 +26,8 @@ from server.isolation import ALONE
 from server.state import ServerState
 
 
-class OpenedRun:
-    """A finished run with all that it takes to evaluate it again. Raises RunDirError if it is missing, damaged or unfinished."""
+class DeployedRun:
+    """A finished run with what it deployed; its data are not read. Raises RunDirError if it is missing, damaged or unfinished."""
 
     def __init__(self, path: str | Path) -> None:
         self.dir = RunDir.open(path)
@@ -32,25 +36,55 @@ class OpenedRun:
         if configs.is_python_object(self.dir.config.server.aggregator):
             raise RunDirError(f"{self.dir.path} was merged by a rule that was a Python object, which nobody can build again")
         self.config: SimConfig = self.dir.config
-        self.parts: Prepared = simulation.prepare_again(self.dir)
         self.consolidator: Consolidator = configs.build("consolidators", self.config.server.consolidator)
         calibrator = self.config.server.calibrator
         self.calibrator: Calibrator | None = None if calibrator is None else configs.build("calibrators", calibrator)
         with torch_defaults(self.config.runtime.threads):
             self.state: ServerState = checkpoint.load(self.dir.checkpoint, self.dir.identity)
-        self._samples: dict[int, Samples] = {}
-        self.tasks = range(len(self.parts.manifest.task_names))
+
+    @cached_property
+    def rule(self) -> Aggregator:
+        """What merged its clients."""
+        rule: Aggregator = configs.build_aggregator(self.config.server.aggregator)
+        return rule
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Its tasks and classes, as they are written in its folder. Raises RunDirError for a file that was changed."""
+        path = self.dir.path / "manifest.json"
+        try:
+            found = manifests.load(path)
+        except DataError as e:
+            raise RunDirError(str(e)) from e
+        if found.hash != self.dir.manifest_hash:
+            raise RunDirError(f"{path} is another one than the run began with: copy the run's folder again")
+        return found
 
     @property
     def deployed(self) -> Tensors:
         """What the run was evaluated with at its end."""
         return self.repaired(self.before_repair)
 
+    def deployed_after(self, task: int) -> Tensors:
+        """What it was evaluated with at the end of a task (0-based). Raises ConfigError for a task that there is not, and
+        RunDirError where the run did not keep it, or the file is damaged."""
+        last = self.manifest.num_tasks - 1
+        if not 0 <= task <= last:
+            raise ConfigError(f"task {task} is not in the run, which has tasks 0 to {last}")
+        if task == last:
+            return self.deployed
+        path = self.dir.vectors(task, "deployed")
+        if not path.is_file():
+            raise RunDirError(
+                f"{self.dir.path} did not keep the model that it had after task {task}: run it again with server.keep=tasks"
+            )
+        return read_tensors(path, "run it again with server.keep=tasks")
+
     @property
     def before_repair(self) -> Tensors:
         """The same with the head as it was trained: what clients looked through in a calibrator's last pass."""
         with torch_defaults(self.config.runtime.threads):
-            module = model_of(self.parts.rule, self.state.aggregator, self.state.params, self.state.beneath)
+            module = model_of(self.rule, self.state.aggregator, self.state.params, self.state.beneath)
             return self.consolidator.deployed(self.state.consolidator, module, finished=True)
 
     def repaired(self, deployed: Tensors) -> Tensors:
@@ -61,6 +95,16 @@ class OpenedRun:
             for name, learner in configs.build_learners(self.config.client.learners).items():
                 deployed = learner.deployed(self.state.learners[name], deployed)
         return deployed
+
+
+class OpenedRun(DeployedRun):
+    """A finished run with all that it takes to evaluate it again. Raises RunDirError if it is missing, damaged or unfinished."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.parts: Prepared = simulation.prepare_again(self.dir)
+        self._samples: dict[int, Samples] = {}
+        self.tasks = range(len(self.parts.manifest.task_names))
 
     @cached_property
     def worker(self) -> Worker:
@@ -108,3 +152,13 @@ class OpenedRun:
         if id(split) not in self._samples:
             self._samples[id(split)] = Samples(split, self.parts.model.device)
         return self._samples[id(split)]
+
+
+def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
+    """The tensors of a file that a run kept. Raises RunDirError, with the advice, when it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise RunDirError(f"{path} is damaged ({type(e).__name__}): {advice}") from e

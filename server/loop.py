@@ -121,6 +121,8 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
     deployed, state = yield from learners.closed(sim, state, deployed)
+    if sim.config.server.keep == "tasks":
+        yield TensorsKept(state.task, "deployed", deployed)
     rows, state = measure(sim, state, deployed, "task_end")
     yield TaskDone(state.task, rows, accuracies(rows), time.perf_counter() - start)
     return replace(state, task=state.task + 1, round=0)

@@ -117,7 +117,7 @@ def require_choice(key: str, value: object, known: Sequence[Any]) -> None:
     """Raise ConfigError for a value that is none of the known ones."""
     if value not in known:
         said = f"'{value}' is unknown.{nearest(value, known)}" if isinstance(value, str) else f"cannot be {value!r}."
-        raise ConfigError(f"{key} {said} Choose from: {', '.join(map(str, known))}.")
+        raise ConfigError(f"{key} {said} Choose from: {', '.join('null' if k is None else str(k) for k in known)}.")
 
 
 def named(what: str, names: Sequence[str], most: int = 5) -> str:

@@ -115,10 +115,11 @@ class TaskDone:
 
 @dataclass(frozen=True)
 class TensorsKept:
-    """Tensors that a run keeps beside its results, where `server.unlearning` asks for it.
+    """Tensors that a run keeps beside its results, where `server.unlearning` or `server.keep` asks for it.
 
     name: "start" and "end" (the parameters a task starts and ends with), "module" and "total" (what the consolidator was handed
-    at its end), "client-<id>" (what a client became by itself, from the task's start).
+    at its end), "client-<id>" (what a client became by itself, from the task's start); of `server.keep` "deployed" (the module
+    and head that are evaluated at the task's end).
     """
 
     task: int

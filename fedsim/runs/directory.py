@@ -14,7 +14,8 @@
     data.json          where the data lie now, if they have moved since the run began
     checkpoint.pt      the whole state after the last round, but for
     clients.sqlite     what is kept of every client (see `server.store`); beside it, while a run writes, clients.sqlite-wal
-    vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself
+    vectors/task-<t>/  with server.unlearning: what the task started and ended with, and what every client became by itself;
+                       with server.keep: deployed.safetensors, the module and head that were deployed after the task
     unlearned/         what `fedsim unlearn` wrote
     tracking.json      the run's id to its trackers, if any; they may keep folders of their own here (tensorboard/, wandb/)
     accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
@@ -199,13 +200,13 @@ class RunDir:
         self.write_status("running", manifest.hash)
 
     def keep(self, kept: TensorsKept) -> None:
-        """Write tensors that unlearning will ask for. A run that goes on writes those of its task again, to the same bits."""
+        """Write tensors that are asked for later. A run that goes on writes those of its task again, to the same bits."""
         from safetensors.torch import save
 
         path = self.vectors(kept.task, kept.name)
         with storage_errors(path.parent, self.advice):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({n: t.contiguous() for n, t in kept.tensors.items()}), self.advice)
+        write_atomic(path, save({n: t.clone().contiguous() for n, t in kept.tensors.items()}), self.advice)
 
     def vectors(self, task: int, name: str) -> Path:
         """The file of `events.TensorsKept`."""

@@ -15,7 +15,7 @@ from fedsim.core.errors import RunDirError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import matching
-from fedsim.finished import OpenedRun
+from fedsim.finished import OpenedRun, read_tensors
 from server import sampling
 from server.isolation import ALONE
 from server.learners import changes_model, hearing, wants_teacher
@@ -68,8 +68,6 @@ class FinishedRun(OpenedRun):
 
     def vectors(self, task: int, name: str) -> dict[str, Tensor]:
         """Tensors that the run kept. Raises RunDirError if it kept none, or the file is damaged."""
-        from safetensors.torch import load_file
-
         path = self.dir.vectors(task, name)
         alone = [f for f in self.state.failures if f.task == task and f.stage.startswith(ALONE)]
         if not path.is_file() and name in {f"client-{f.client_id}" for f in alone}:
@@ -80,10 +78,7 @@ class FinishedRun(OpenedRun):
                 f"{self.dir.path} kept no vectors of its clients ({why}: {path.relative_to(self.dir.path)}): "
                 "run it again with server.unlearning=true"
             )
-        try:
-            return load_file(path)
-        except Exception as e:
-            raise RunDirError(f"{path} is damaged ({type(e).__name__}): run it again with server.unlearning=true") from e
+        return read_tensors(path, "run it again with server.unlearning=true")
 
 
 def _not_exact(run: FinishedRun) -> str | None:

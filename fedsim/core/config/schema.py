@@ -198,6 +198,8 @@ class ServerConfig:
     without: ids of clients that never take part, e.g. what unlearning is compared with.
     unlearning: keep, for every client and task, what the client becomes by itself, so that `fedsim unlearn` can remove it later.
         Every client then trains once more per task, for as many epochs as the task's rounds have together; a file each.
+    keep: null | tasks: keep the module and head that are deployed after every task, so that `fedsim export --after-task` finds
+        them; a file each. It moves no number.
     """
 
     rounds: int = 3
@@ -212,6 +214,7 @@ class ServerConfig:
     drift: bool = True
     without: list[int] = field(default_factory=list)
     unlearning: bool = False
+    keep: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "must be at least 1", self.rounds)
@@ -219,6 +222,7 @@ class ServerConfig:
         require_choice("pass_participation", self.pass_participation, ("all", "drawn"))
         require_choice("on_client_failure", self.on_client_failure, ("fail", "skip"))
         require_choice("evaluate", self.evaluate, ("round", "task"))
+        require_choice("keep", self.keep, (None, "tasks"))
 
 
 @dataclass(frozen=True)
@@ -320,9 +324,9 @@ class SimConfig:
         return text.write(self.to_dict())
 
     def identity(self) -> str:
-        """sha256 of all that decides the numbers: the config without its name, where it runs, and who is told."""
+        """sha256 of all that decides the numbers: the config without its name, where it runs, who is told, and what is kept."""
         plain = self.to_dict()
-        del plain["name"], plain["trackers"]
+        del plain["name"], plain["trackers"], plain["server"]["keep"]
         if self.stream.noise.share == 0:
             del plain["stream"]["noise"]
         if self.client.ranks is None:
