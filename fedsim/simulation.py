@@ -96,6 +96,7 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         for note in parts.notes:
             progress(Note(note))
     saving = 0.0  # seconds
+    hardware.forget_peak()
     opened = ClientStore(parts.manifest.num_clients, run_dir.store, run_dir.identity, state.stored, run_dir.advice)
     with opened as store, tracking.tracked(config, run_dir) as record:
         with _wired(parts, store) as sim:
@@ -354,7 +355,7 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
     return Results(
         config,
         state.rows,
-        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds, **_stored(state)},
+        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds, **_memory(config, state)},
         manifest_hash=manifest_hash,
         failures=tuple(map(str, state.failures)),
         notes=state.notes,
@@ -364,12 +365,13 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
     )
 
 
-def _stored(state: ServerState) -> dict[str, Any]:
-    """What devices must store beside the model: how many of them, bytes of one on average, and the most of any at any time."""
+def _memory(config: SimConfig, state: ServerState) -> dict[str, Any]:
+    """What devices must store beside the model: how many of them, bytes of one on average, and the most of any at any time. And
+    the most memory of this process at any time, where all happens in it."""
     stored = state.stored
-    if not stored.most:
-        return {}
-    return {"stored": {"clients": stored.clients, "mean": stored.bytes / max(1, stored.clients), "max": stored.most}}
+    each = {"clients": stored.clients, "mean": stored.bytes / max(1, stored.clients), "max": stored.most}
+    peak = {"peak_memory": hardware.peak_memory()} if config.runtime.pool == "serial" else {}
+    return ({"stored": each} if stored.most else {}) | peak
 
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:

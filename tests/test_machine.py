@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,15 @@ def test_cores_and_memory_of_this_machine() -> None:
     assert hardware.cores() >= 1
     free = hardware.free_memory()
     assert free is None or 10**7 < free < 10**15
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    """Here on Linux; elsewhere it cannot be measured anew."""
+    hardware.forget_peak()
+    before = hardware.peak_memory()
+    block = bytearray(64 << 20)
+    del block
+    assert 60 << 20 < hardware.peak_memory() - before < 90 << 20
+    if sys.platform == "linux":
+        hardware.forget_peak()
+        assert hardware.peak_memory() < before + (30 << 20)

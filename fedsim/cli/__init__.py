@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "run a config, or go on with a run that was stopped",
     "sweep": "run a config over axes and seeds, in parallel; what is there already is not run again",
     "tune": "try a few configurations of every method, with a fixed budget, and write the best as presets",
+    "bounds": "what the numbers of a stream lie between: chance, what needs no training, joint training",
     "results": "the runs of a folder as one table, with statistics over seeds",
     "report": "the runs of a folder as one HTML file with charts",
     "merge": "merge finished runs, or the tasks of one, by any merging rule",

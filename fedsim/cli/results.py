@@ -125,9 +125,10 @@ def parse_baseline(words: Sequence[str]) -> dict[str, str]:
 
 def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
     """What is not in the numbers, and what makes them hard to compare, one line each."""
-    from fedsim.runs import compare, metrics
+    from fedsim.runs import bounds, compare, metrics
     from fedsim.runs.collection import sweeps
 
+    yield from known.lines if (known := bounds.common([run.results for run in collection.runs])) else ()
     for note in collection.sweep.notes if collection.sweep else ():
         yield f"{note}: left out there."
     names = sweeps(args.paths)

@@ -86,6 +86,10 @@ def show_results(results: Results, console: Console) -> None:
         console.print(block)
     print_line = line_printer(console)
     print_line("")
+    from fedsim.runs import bounds
+
+    for line in known.lines if (known := bounds.find(results)) else ():
+        print_line(line)
     seconds: Mapping[str, float] = results.costs.get("seconds", {})
     phases = ", ".join(f"{phase.replace('_', '-')} {value:.1f}" for phase, value in seconds.items())
     print_line(f"Seconds: {sum(seconds.values()):.1f} ({phases})")

@@ -23,6 +23,7 @@ from fedsim.core.home import __version__
 from fedsim.report import charts, theme
 from fedsim.report.data import Study
 from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option, vega_lite
+from fedsim.runs import bounds
 from fedsim.runs.metrics import HEADLINE, Metric
 from fedsim.runs.metrics import of as metric_of
 
@@ -76,7 +77,9 @@ def _lead(study: Study) -> str:
         "adapter": {str(c.adapter["name"]) for c in configs},
     }
     same = [f"{name} {values.pop()}" for name, values in said.items() if len(values) == 1]
-    return ". ".join(filter(None, (", ".join(same), study.collection.unlike_text)))
+    known = bounds.common([run.results for run in study.runs])
+    texts = [", ".join(same), study.collection.unlike_text.rstrip("."), *(known.lines if known else ())]
+    return ". ".join(text.rstrip(".") for text in texts if text)
 
 
 def _tiles(study: Study) -> str:

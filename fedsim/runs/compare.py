@@ -174,7 +174,7 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
     """The collection's frame with two more columns, in points, that hold every run against a joint run: one that learned all data
     at once. The joint run is the one of the same seed, else the mean over joint runs is taken.
 
-    gap_to_joint: final_average_accuracy(joint) − final_average_accuracy
+    gap_to_joint: joint_accuracy − final_average_accuracy, both over the run's tasks
     intransigence: see there; NaN where it cannot be known
     Both are NaN where no joint run was tested on the same samples: the same `data` section, as many test samples of every class.
     Raises ConfigError when two joint runs would do for the same seed.
@@ -185,7 +185,7 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
     for name in frame["run"].tolist():
         run = runs[name]
         fit = _of_seed(run, [one.results for one in joint.runs if _same_tests(run, one.results)])
-        gaps.append(_mean([_number(one.metrics[HEADLINE]) - _number(run.metrics[HEADLINE]) for one in fit]))
+        gaps.append(_mean([joint_accuracy(run, one) - _number(run.metrics[HEADLINE]) for one in fit]))
         missed.append(_mean([intransigence(run, one) for one in fit]))
     return frame.assign(**{GAP: gaps, INTRANSIGENCE: missed})
 
@@ -197,20 +197,40 @@ def intransigence(run: Results, joint: Results) -> float:
     NaN unless the stream is class_incremental (else classes come back, or the task is told) and the classes, known by their
     names, are the same with as many test samples.
     """
-    ours, theirs = _final_counts(run), _final_counts(joint)
-    if run.config.stream.name != "class_incremental" or not _same_tests(run, joint) or len({c.name for c in ours}) < len(ours):
+    if run.config.stream.name != "class_incremental":
         return math.nan
+    known_T = _by_task(run, joint)
+    return math.nan if known_T is None else float(np.mean(known_T - np.diag(run.accuracy)))
+
+
+def joint_accuracy(run: Results, joint: Results) -> float:
+    """1/T Σ_j a_joint[j] in percent: the joint run's final accuracy, where every task of the run counts the same.
+
+    Where tasks do not bring classes of their own (domains come one after the other), or classes are not told apart by their
+    names, every test sample counts the same. NaN where it was tested on other samples.
+    """
+    if not _same_tests(run, joint):
+        return math.nan
+    known_T = _by_task(run, joint) if run.config.stream.name == "class_incremental" else None
+    return _number(joint.metrics[HEADLINE]) if known_T is None else float(np.mean(known_T))
+
+
+def _by_task(run: Results, joint: Results) -> FloatArray | None:
+    """(T,) the joint run's final accuracy on the test samples of the classes of every task of the run, in percent. None unless
+    the classes, known by their names, are the same with as many test samples."""
+    ours, theirs = final_counts(run), final_counts(joint)
+    if not _same_tests(run, joint) or len({c.name for c in ours}) < len(ours):
+        return None
     of_name = {c.name: c for c in theirs}
-    learned_T = np.diag(run.accuracy)
-    correct_T, total_T = np.zeros(len(learned_T)), np.zeros(len(learned_T))
+    correct_T, total_T = np.zeros(len(run.accuracy)), np.zeros(len(run.accuracy))
     for c in ours:
         correct_T[c.task] += of_name[c.name].correct
         total_T[c.task] += c.total
-    return float(np.mean(accuracy(correct_T, total_T) - learned_T))
+    return accuracy(correct_T, total_T)
 
 
 @dataclass(frozen=True)
-class _Counts:
+class ClassCount:
     """Of one class after the last task; `task` is the one that brought it."""
 
     name: str
@@ -219,8 +239,8 @@ class _Counts:
     total: int
 
 
-def _final_counts(results: Results) -> list[_Counts]:
-    """A class that no client holds goes by its row of the head."""
+def final_counts(results: Results) -> list[ClassCount]:
+    """Every class after the last task. A class that no client holds goes by its row of the head."""
     ends = [c for c in results.classes if c.stage == "task_end"]
     last = max((c.task for c in ends), default=-1)
     brought: dict[int, int] = {}
@@ -228,14 +248,14 @@ def _final_counts(results: Results) -> list[_Counts]:
         brought[c.class_row] = min(c.task, brought.get(c.class_row, c.task))
     names = {h.class_row: h.class_name for h in results.holdings}
     return [
-        _Counts(names.get(c.class_row, f"row {c.class_row}"), brought[c.class_row], c.correct, c.total)
+        ClassCount(names.get(c.class_row, f"row {c.class_row}"), brought[c.class_row], c.correct, c.total)
         for c in ends
         if c.task == last
     ]
 
 
 def _same_tests(run: Results, joint: Results) -> bool:
-    ours, theirs = (sorted((c.name, c.total) for c in _final_counts(r)) for r in (run, joint))
+    ours, theirs = (sorted((c.name, c.total) for c in final_counts(r)) for r in (run, joint))
     return run.config.data == joint.config.data and ours == theirs
 
 

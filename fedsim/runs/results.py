@@ -29,7 +29,8 @@ FloatArray = NDArray[np.float64]
 Costs: TypeAlias = Mapping[
     str, Any
 ]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}, and if clients remember
-# anything "stored": {"clients": how many do at the end, "mean": bytes of each of them then, "max": of any at any time}
+# anything "stored": {"clients": how many do at the end, "mean": bytes of each of them then, "max": of any at any time}; and where
+# one process did it all "peak_memory": the most bytes that it held since it began or went on
 
 # file -> the field of Results that holds its rows
 TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}

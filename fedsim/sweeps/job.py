@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fedsim import simulation
+from fedsim.core import hardware
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError, InUse, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
@@ -86,8 +85,7 @@ def measure(config: SimConfig) -> Cost | str:
         results = simulation.rehearse(config, rounds=1)
     except Exception as e:
         return one_line(e)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Cost(results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return Cost(results, hardware.peak_memory())
 
 
 def _in_its_folder(config: SimConfig, folder: Path, entry: Entry) -> tuple[Results, str]:

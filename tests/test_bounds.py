@@ -1,0 +1,65 @@
+"""Bounds of a stream: found by what they are, and right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsim.core.config import SimConfig, load
+from fedsim.runs import bounds
+from fedsim.runs.results import Results
+from tests import run_dirs
+from tests.tiny import tiny
+
+STREAMS = ("omniglot", "fashion", "characters")
+
+
+def beside(folder: Path, config: SimConfig, **accuracy: list[list[float]]) -> Results:
+    """A run, and the reference runs of its stream that are named, in one folder."""
+    for name, matrix in accuracy.items():
+        run_dirs.write_run(folder, bounds.reference(config, name), matrix)
+    return Results.load(run_dirs.write_run(folder, config, [[90], [60, 70]]))
+
+
+def test_bounds_lie_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    config = run_dirs.method("fedavg", seed=3)
+    run = beside(tmp_path, config, ncm=[[50], [50, 54]], ranpac=[[60], [60, 70]], joint=[[82]])
+    found = bounds.find(run)
+    assert found is not None
+    assert (found.ncm, found.ranpac) == (pytest.approx(52), pytest.approx(65))
+    assert found.headroom is None  # the joint run of these tests was tested on one class alone
+    assert found.chance == 50  # two classes
+
+
+def test_a_run_of_another_seed_split_or_stream_is_none(tmp_path: Path) -> None:
+    config = run_dirs.method("fedavg", seed=3)
+    run_dirs.write_run(tmp_path, bounds.reference(config, "ncm"), [[50], [50, 54]])
+    for key in ("seed=4", "partition.alpha=0.3", "stream.classes_per_task=2"):
+        other = Results.load(run_dirs.write_run(tmp_path / key, tiny("server.aggregator=fedavg", "seed=3", key)))
+        assert bounds.find(other) is None
+
+
+@pytest.mark.parametrize("name", ["ncm", "ranpac", "joint"])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_reference_is_the_preset_on_the_stream(stream: str, name: str) -> None:
+    """So that a sweep that has the preset among its methods brings the bounds of the others."""
+    keys = ["partition.alpha=0.1", "seed=2"]
+    method = load([stream, "hgp"], keys)
+    told = load([stream, name], [*([] if name == "joint" else keys[:1]), keys[1], "server.evaluate=task"])
+    assert bounds.reference(method, name).identity() == told.identity()
+
+
+def test_little_headroom_is_said() -> None:
+    assert bounds.Bounds(10.0, 62.0, 79.3, 82.8).lines == [
+        "Bounds: chance 10.0, nearest class mean of the bare backbone 62.0, ridge regression on random features of it 79.3, "
+        "training on all data at once 82.8. Headroom: 20.8 points."
+    ]
+    assert "says little" in bounds.Bounds(10.0, 80.0, 79.3, 82.8).lines[1]
+    assert bounds.Bounds(10.0, 62.0).headroom is None
+
+
+def test_the_mean_over_seeds() -> None:
+    found = bounds.mean([bounds.Bounds(10.0, 60.0, joint=80.0), bounds.Bounds(10.0, 64.0)])
+    assert found == bounds.Bounds(10.0, 62.0, None, 80.0)
+    assert bounds.mean([]) is None
