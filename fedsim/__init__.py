@@ -1,7 +1,9 @@
 """fedsim: a simulator for federated continual learning with parameter-efficient modules.
 
-    from fedsim import load, run
-    results = run(load("configs/lorm.yaml", ["partition.alpha=0.1"]))
+    from fedsim import load, run, sweep
+    results = run(load("lorm", ["partition.alpha=0.1"]))
+    results = run(data=(images, labels), clients=10, alpha=0.5, method="lorm")
+    runs = sweep(base="omniglot", list={"method": ["fedavg", "lorm"]}, seeds=3)
 
 What stands here is imported when it is asked for: `import fedsim` alone costs nothing. fedsim itself never imports from here.
 """
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     )
     from fedsim.core.errors import FedsimError
     from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+    from fedsim.notebook import experiment
     from fedsim.runs.collection import Collection, collect
     from fedsim.runs.metrics import METRICS, Metric
     from fedsim.runs.results import Results
@@ -97,6 +100,7 @@ __all__ = [
     "WorkStatistic",
     "__version__",
     "collect",
+    "experiment",
     "load",
     "run",
     "sweep",
@@ -114,6 +118,7 @@ _MODULE_OF = {  # name -> where it lies
         ),
         "fedsim.core.errors": "FedsimError",
         "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",
+        "fedsim.notebook": "experiment",
         "fedsim.runs.collection": "Collection collect",
         "fedsim.runs.metrics": "METRICS Metric",
         "fedsim.runs.results": "Results",

@@ -32,9 +32,11 @@ from fedsim.data.manifest import Manifest
 from fedsim.models import fits, pretrained
 from fedsim.models import model as models
 from fedsim.models.model import Model
+from fedsim.notebook import experiment
 from fedsim.runs.directory import Holding, RunDir
 from fedsim.runs.results import Results
 from fedsim.watch import tracking
+from fedsim.watch.progress import showing
 from server import checkpoint, loop, planning, sampling
 from server.state import ServerState, Simulation
 from server.store import ClientStore
@@ -46,16 +48,40 @@ def run(
     output: str | Path | None = None,
     resume: str | Path | None = None,
     aggregator: Aggregator | None = None,
-    progress: Callable[[Event], None] | None = None,
+    progress: Callable[[Event], None] | bool | None = None,
+    **asked: Any,
 ) -> Results:
     """Run a config to its end, in a new run directory, or go on in one that was interrupted.
 
-    output: run directory (default: `<runtime.output>/<name>-<identity>`); resume: run directory to go on in (its own config
-    is used when `config` is None; one that differs in nothing but `data` says where the same data lie now); aggregator: a rule
-    object in place of the config's; progress: is called with every event.
+    config: what `load` or `experiment` gives; in its place, asked: what `experiment` takes, such as data=(images, labels),
+    clients=10, method="lorm". output: run directory (default: `<runtime.output>/<name>-<identity>`); resume: run directory to go
+    on in (its own config is used when `config` is None; one that differs in nothing but `data` says where the same data lie now);
+    aggregator: a rule object in place of the config's; progress: True shows how it goes, False does not, None does in a
+    notebook; a function is called with every event.
     Raises the errors of `fedsim.core.errors`, those that can be known beforehand before any training.
     """
     start = time.perf_counter()
+    if asked and config is not None:
+        raise ConfigError(f"give a config or the words of one, not both: a config and {', '.join(asked)}")
+    if asked:
+        config = experiment(**asked)
+    if config is not None and not isinstance(config, SimConfig):
+        raise ConfigError(
+            f"config must be what load or experiment gives, got {config!r}: run(load('lorm')), or run(method='lorm')"
+        )
+    with showing(progress) as told:
+        return _begun(config, output, resume, aggregator, told, start)
+
+
+def _begun(
+    config: SimConfig | None,
+    output: str | Path | None,
+    resume: str | Path | None,
+    aggregator: Aggregator | None,
+    progress: Callable[[Event], None] | None,
+    start: float,
+) -> Results:
+    """In a new run directory, or in the one to resume."""
     if config is None and resume is None:
         raise ConfigError("nothing to run: give a config, or the run directory to resume")
     if config is None:

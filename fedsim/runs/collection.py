@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.core import plugins
+from fedsim.core import content, plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
@@ -279,6 +279,7 @@ def flatten(config: SimConfig) -> dict[str, Label]:
     "adapter.*: lorm, head.*: fedavg", and their options by number.
     """
     plain = config.to_dict()
+    plain |= {key: content.known_by(plain[key]) for key in ("data", "model")}
     plain["runtime"] = {key: _file_name(value) for key, value in config.runtime.moves_bits().items()}
     for key in ("name", "trackers"):
         plain.pop(key, None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -114,6 +115,18 @@ class Pace:
 def in_notebook() -> bool:
     """Whether Python runs in a Jupyter notebook."""
     return "ipykernel" in sys.modules and Console().is_jupyter
+
+
+@contextmanager
+def showing(progress: Callable[[Event], None] | bool | None) -> Iterator[Callable[[Event], None] | None]:
+    """Who is told of events: a function as it is, a display for True, for None in a notebook only."""
+    if callable(progress):
+        yield progress
+    elif progress or (progress is None and in_notebook()):
+        with ProgressDisplay() as display:
+            yield display
+    else:
+        yield None
 
 
 def lively(console: Console) -> bool:

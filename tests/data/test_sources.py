@@ -13,15 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fedsim.core import config, plugins
 from fedsim.core.contracts import Dataset
 from fedsim.core.errors import ConfigError, DataError, PluginError
 from fedsim.data import door, streams, tokenise
 from fedsim.data.sources import _common, fashion_mnist, huggingface, npz, omniglot, synthetic, text
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e"]
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -226,23 +223,6 @@ def test_npz_missing_or_damaged(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- text
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> str:
-    """A word tokenizer with BERT's special tokens, shipped with truncation to 3 and fixed padding to 128."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=128, pad_token="[PAD]", pad_id=0)
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    return str(folder)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fedsim.core import plugins
+from fedsim.core import content, plugins
 from fedsim.core.config import text
 from fedsim.core.errors import ConfigError, require_choice
 
@@ -326,6 +326,7 @@ class SimConfig:
     def identity(self) -> str:
         """sha256 of all that decides the numbers: the config without its name, where it runs, who is told, and what is kept."""
         plain = self.to_dict()
+        plain |= {key: content.known_by(plain[key]) for key in ("data", "model")}
         del plain["name"], plain["trackers"], plain["server"]["keep"]
         if self.stream.noise.share == 0:
             del plain["stream"]["noise"]

@@ -24,7 +24,7 @@ class Source(contracts.Source):
         strings that are among them; without `class_names` the distinct labels are the classes, sorted.
     train_per_class, test_per_class: only the first n samples of every class (of every class and domain, where tasks are domains).
     Groupings: every pair `class_<x>` (group id per class), `<x>_names`; "coarse" is also called "superclass".
-    Domains: `train_domain`, `test_domain` (per sample, as labels are), `domain_names`.
+    Domains: `train_domain`, `test_domain` (per sample, as labels are), `domain_names`. `notes`: lines that the results then say.
     """
 
     path: str
@@ -63,6 +63,7 @@ class Source(contracts.Source):
             groups=groups,
             group_names=group_names,
             domain_names=domain_names,
+            notes=_common.strings(train["notes"]) if "notes" in train else (),
         )
 
 

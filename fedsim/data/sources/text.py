@@ -23,12 +23,13 @@ Pairs = list[tuple[str, str]]
 class Source(contracts.Source):
     """Texts and labels, tokenised by the backbone's own tokenizer (`model.backbone` must be a text model).
 
-    path: JSON, either {"train": [...], "test": [...]} (other keys, such as val, are ignored), or a list for training with
-        `test_path` naming the other list. An item is [text, label] or {"text": ..., "label": ...}.
+    path: JSON, either {"train": [...], "test": [...]}, or a list for training with `test_path` naming the other list. An item is
+        [text, label] or {"text": ..., "label": ...}. A mapping may also hold "class_names", all of them in order, and "notes",
+        lines that the results then say; other keys, such as val, are ignored.
     test_path: of the list of test texts.
     groups_path: JSON {group: [class names]}; the grouping is called "domain", and every class must be in one group.
-    Classes are in the order of `groups_path` if it is given, else by first appearance in the training list. Texts that are cut or
-        blank are said in the results.
+    Classes are in the order of `groups_path` or "class_names" if given, else by first appearance in the training list. Texts that
+        are cut or blank are said in the results.
     max_length: tokens per text at most; shorter data is padded only to its longest text.
     train_per_class: only the first n training texts of every class.
     """
@@ -43,9 +44,10 @@ class Source(contracts.Source):
         _common.at_least_one(max_length=self.max_length, train_per_class=self.train_per_class)
 
     def load(self, tokenizer_of: str | None = None, by_domain: bool = False) -> Dataset:
-        train, test = self._pairs()
+        train, test, more = self._read()
         grouping = _read_groups(self.groups_path) if self.groups_path is not None else None
-        names = list(dict.fromkeys(label for _, label in [*train, *test]))
+        found = list(dict.fromkeys(label for _, label in [*train, *test]))
+        names = _named(more["class_names"], found, self.path) if "class_names" in more else found
         if grouping is not None:
             names = _grouped_names(grouping, names, str(self.groups_path))
         ids = {name: i for i, name in enumerate(names)}
@@ -60,21 +62,23 @@ class Source(contracts.Source):
             class_names=tuple(names),
             groups=groups,
             group_names={} if grouping is None else {"domain": tuple(grouping)},
-            notes=notes,
+            notes=(*map(str, more.get("notes", ())), *notes),
         )
 
-    def _pairs(self) -> tuple[Pairs, Pairs]:
+    def _read(self) -> tuple[Pairs, Pairs, Mapping[str, Any]]:
+        """Both lists, and what else stands beside the training list."""
         content = _read_json(self.path)
         if self.test_path is not None:
             train = content.get("train") if isinstance(content, dict) else content
             other = _read_json(self.test_path)
             test = other.get("test") if isinstance(other, dict) else other
-            return _checked(train, self.path, "train"), _checked(test, self.test_path, "test")
+            more = content if isinstance(content, dict) else {}
+            return _checked(train, self.path, "train"), _checked(test, self.test_path, "test"), more
         if not isinstance(content, dict):
             raise DataError(
                 f"{self.path} holds one list: name the test list with data.test_path, or use {{'train': [...], 'test': [...]}}"
             )
-        return _checked(content.get("train"), self.path, "train"), _checked(content.get("test"), self.path, "test")
+        return _checked(content.get("train"), self.path, "train"), _checked(content.get("test"), self.path, "test"), content
 
 
 def _read_json(path: str) -> Any:
@@ -100,6 +104,16 @@ def _pair(item: Any, where: str) -> tuple[str, str]:
     if label == "-1" or not label.strip():
         raise DataError(f"{where} has no label ({label!r}): leave it out")
     return item[0], label
+
+
+def _named(names: Any, found: list[str], path: str) -> list[str]:
+    """The class names that a file lists, each label of the samples among them."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: class_names must be a list of strings")
+    for label in found:
+        if label not in names:
+            raise DataError(f"{path}: label '{label}' is not in its class_names.{did_you_mean(label, names)}")
+    return names
 
 
 def _read_groups(path: str) -> dict[str, list[str]]:
