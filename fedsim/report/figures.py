@@ -225,6 +225,16 @@ def drawings(study: Study, all_figures: Sequence[Figure]) -> Iterator[Drawing]:
                     yield Drawing(name, _filled(figure, 0, rows, {k: text for k, (_, text) in chosen.items()}))
 
 
+def run_drawing(study: Study) -> Drawing:
+    """Accuracy over the rounds of a study's first run: on every task, or on all seen where there is one."""
+    if study.tasks > 1:
+        rows, chart = data.run_rounds(study, 0), charts.run_rounds(study.tasks)
+    else:
+        rows, chart = data.by_round(study), charts.by_round(study.series, study.tasks, intervals=False)
+    figure = _per_run("run_tasks", "Accuracy by round", "", [rows], [chart])
+    return Drawing(figure.name, _filled(figure, 0, rows, {}))
+
+
 def _filled(figure: Figure, place: int, rows: pd.DataFrame, words: Mapping[str, str]) -> dict[str, Any]:
     spec: dict[str, Any] = _with_words(theme.resolve(figure.spec(place)), words)
     present = set(rows["series"]) if "series" in rows else set()

@@ -29,7 +29,7 @@ from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.home import __version__
 from fedsim.data.manifest import estimate_alpha
-from fedsim.runs import metrics
+from fedsim.runs import display, metrics
 from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
@@ -123,6 +123,34 @@ class Collection:
     sweep: SweepRecord | None = None
     others: int = 0
     folder: str = ""
+
+    def __repr__(self) -> str:
+        of = self.sweep.name if self.sweep else self.folder
+        lost = f", {len(self.absent)} absent" if self.absent else ""
+        return f"<Collection {f'{of!r}, ' if of else ''}{len(self.runs)} run{'s' if len(self.runs) != 1 else ''}{lost}>"
+
+    def __str__(self) -> str:
+        """A table with one row per run, and what is absent."""
+        return display.as_text(repr(self), [self._table()], self._remarks())
+
+    def _repr_html_(self) -> str:
+        return display.as_html(repr(self), [self._table()], self._remarks())
+
+    def _table(self) -> display.Table:
+        """One row per run: what tells it apart, its seed, and the metrics of `fedsim results`; the first of many."""
+        names = [m for m in metrics.shown("results") if any(run.results.metrics.get(m.name) is not None for run in self.runs)]
+        rows = []
+        for i, run in enumerate(self.runs[: display.MOST_ROWS]):
+            levels = [run.labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors]
+            values = [run.results.metrics.get(m.name) for m in names]
+            texts = ["–" if level is None else str(level) for level in levels]
+            rows.append((*texts, str(run.results.config.seed), *("–" if v is None else f"{v:.2f}" for v in values)))
+        more = f" (the first {len(rows)} of {len(self.runs)})" if len(self.runs) > len(rows) else ""
+        return display.Table(f"Runs{more}", (*self.factors, "seed", *(m.title for m in names)), rows)
+
+    def _remarks(self) -> list[str]:
+        absent = [f"absent: {one.what}: {one.reason}" for one in self.absent[: display.MOST_ROWS]]
+        return [*absent, *([self.unlike_text] if self.unlike_text else [])]
 
     @cached_property
     def unlike(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.config import SimConfig
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.runs import metrics
+from fedsim.runs import display, metrics
 from fedsim.runs.directory import Holding, RunDir, damage, read_text
 from fedsim.runs.metrics import Counts
 from fedsim.runs.rows import from_csv, table, to_csv
@@ -106,6 +106,22 @@ class Results:
         run_dir.write_json("metrics.json", complete.metrics)
         run_dir.write_status("finished", self.manifest_hash)
         return complete
+
+    def __repr__(self) -> str:
+        return display.headline(self)
+
+    def __str__(self) -> str:
+        """The headline metrics and the accuracy matrix as text."""
+        return display.as_text(display.headline(self), display.tables(self), self._remarks())
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with a chart of the accuracy over the rounds."""
+        from fedsim.report import inline
+
+        return display.as_html(display.headline(self), display.tables(self), self._remarks(), inline.curve(self))
+
+    def _remarks(self) -> list[str]:
+        return [f"note: {note}" for note in self.notes]
 
     @cached_property
     def accuracy(self) -> FloatArray:
