@@ -1,28 +1,19 @@
-"""The page: one HTML file with charts, data and the libraries that draw them. Its content policy forbids to fetch anything.
-
-All text that comes from runs is escaped; scripts are allowed by their hash, so that nothing else in the file can run.
-"""
+"""The report of a folder of runs: what is in the file that `document` writes."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import html
 import json
 import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
-from fedsim.core.home import __version__
-from fedsim.report import charts, theme
+from fedsim.report import charts, document, theme
 from fedsim.report.data import Study
-from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option, vega_lite
+from fedsim.report.document import esc, file_name, pack
+from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option
 from fedsim.runs import bounds
 from fedsim.runs.metrics import HEADLINE, Metric
 from fedsim.runs.metrics import of as metric_of
@@ -43,25 +34,16 @@ FORMATS = (("svg", "SVG"), ("png", "PNG"), ("csv", "CSV"), ("json", "Source"))
 
 def render(study: Study, figures: Sequence[Figure]) -> str:
     """The whole file."""
-    folder = files("fedsim.report")
-    script = (folder / "page.js").read_text(encoding="utf-8")
-    bundle = _bundle()
     parts = {
-        "hashes": " ".join(f"'sha256-{_sha256(text)}'" for text in (bundle, script)),
-        "version": _esc(__version__),
-        "title": _esc(study.title),
-        "style": _style((folder / "style.css").read_text(encoding="utf-8")),
-        "lead": _esc(_lead(study)),
+        "title": esc(study.title),
+        "lead": esc(_lead(study)),
         "tiles": _tiles(study),
         "notices": _notices(study),
         "links": _links(figures, len(study.runs)),
         "toolbar": _toolbar(study),
         "sections": "\n".join([*_sections(study, figures), _table(study), _runs(study)]),
-        "data": _json(_data(study, figures)),
-        "bundle": bundle,
-        "script": script,
     }
-    return Template((folder / "template.html").read_text(encoding="utf-8")).substitute(parts)
+    return document.written("page", parts, _data(study, figures))
 
 
 # ---------------------------------------------------------------- head
@@ -88,7 +70,7 @@ def _tiles(study: Study) -> str:
         if not (tiles := _figures_of(study))
         else (
             '<ul class="tiles">'
-            + "".join(f"<li><b>{_esc(value)}</b><span>{_esc(name)}</span></li>" for name, value in tiles)
+            + "".join(f"<li><b>{esc(value)}</b><span>{esc(name)}</span></li>" for name, value in tiles)
             + "</ul>"
         )
     )
@@ -125,19 +107,19 @@ def _notices(study: Study) -> str:
     blocks = []
     absent = study.collection.absent
     if absent:
-        items = [f"<li><b>{_esc(a.what)}</b>: {_esc(a.reason)}</li>" for a in absent[:SHOWN_REASONS]]
+        items = [f"<li><b>{esc(a.what)}</b>: {esc(a.reason)}</li>" for a in absent[:SHOWN_REASONS]]
         items += [f"<li>and {len(absent) - SHOWN_REASONS} more</li>"] if len(absent) > SHOWN_REASONS else []
         blocks.append(f"<p><b>{_count(len(absent), 'run')} not shown:</b></p><ul>{''.join(items)}</ul>")
     seeds = _seeds(study)
     if len(set(seeds.values())) > 1:
         usual = Counter(seeds.values()).most_common(1)[0][0]
-        odd = [f"<li>{_esc(_setting(study, series, split))}: {n}</li>" for (series, split), n in seeds.items() if n != usual]
+        odd = [f"<li>{esc(_setting(study, series, split))}: {n}</li>" for (series, split), n in seeds.items() if n != usual]
         blocks.append(
             f"<p><b>Seeds of unequal number.</b> Most settings have {usual}, these have not:</p><ul>{''.join(odd)}</ul>"
         )
     elif max(seeds.values()) == 1 and len(study.runs) > 1:
         blocks.append("<p><b>One seed per setting:</b> no spread and no intervals can be given.</p>")
-    blocks += [f"<p>{_esc(line)}</p>" for line in _differences(study)]
+    blocks += [f"<p>{esc(line)}</p>" for line in _differences(study)]
     return f'<section class="notice" aria-label="Notices">{"".join(blocks)}</section>' if blocks else ""
 
 
@@ -177,7 +159,7 @@ def _links(figures: Sequence[Figure], runs: int) -> str:
         ("table", "Table"),
         ("runs", "Runs" if runs > 1 else "Run"),
     ]
-    return "".join(f'<a href="#{s}">{_esc(title)}</a>' for s, title in named)
+    return "".join(f'<a href="#{s}">{esc(title)}</a>' for s, title in named)
 
 
 def _toolbar(study: Study) -> str:
@@ -194,8 +176,8 @@ def _picker(study: Study) -> str:
     """Which series the charts show."""
     colours = charts.colours_of(study.series)
     items = "".join(
-        f'<li data-series="{_esc(s.text)}"><label><input type="checkbox"{" checked" if s.rank < DEFAULT_SERIES else ""}>'
-        f'<span class="swatch" style="background: {colours[s.method]}"></span><span class="name">{_esc(s.text)}</span>'
+        f'<li data-series="{esc(s.text)}"><label><input type="checkbox"{" checked" if s.rank < DEFAULT_SERIES else ""}>'
+        f'<span class="swatch" style="background: {colours[s.method]}"></span><span class="name">{esc(s.text)}</span>'
         f'<span class="value"></span></label></li>'
         for s in study.series
     )
@@ -216,7 +198,7 @@ def _sections(study: Study, figures: Sequence[Figure]) -> list[str]:
     for section, title in SECTIONS.items():
         cards = [_card(figure, wide) for figure, wide in _widths([f for f in figures if f.section == section])]
         if cards:
-            head = f'<div class="head2"><h2>{_esc(title)}</h2>{_run_select(study) if section == "run" else ""}</div>'
+            head = f'<div class="head2"><h2>{esc(title)}</h2>{_run_select(study) if section == "run" else ""}</div>'
             blocks.append(f'<section id="{section}">{head}<div class="grid">{"".join(cards)}</div></section>')
     return blocks
 
@@ -241,14 +223,14 @@ def _card(figure: Figure, wide: bool) -> str:
         f'<span class="chosen{" badge" if s.field == "split" else ""}" data-field="{s.field}"></span>' for s in figure.selects
     )
     tools = "".join(
-        f'<button type="button" data-save="{kind}" aria-label="{_esc(figure.title)} as {name}">{name}</button>'
+        f'<button type="button" data-save="{kind}" aria-label="{esc(figure.title)} as {name}">{name}</button>'
         for kind, name in FORMATS
     )
     return (
         f'<figure class="card{" wide" if wide else ""}" id="figure-{figure.name}">'
-        f'<div class="title"><h3>{_esc(figure.title)}</h3>{chosen}<span class="selects">{selects}</span></div>'
-        f'<div class="chart" role="img" aria-label="{_esc(f"{figure.title}. {figure.note}")}"></div>'
-        f'<figcaption>{_esc(figure.note)}</figcaption><div class="tools">{tools}</div></figure>'
+        f'<div class="title"><h3>{esc(figure.title)}</h3>{chosen}<span class="selects">{selects}</span></div>'
+        f'<div class="chart" role="img" aria-label="{esc(f"{figure.title}. {figure.note}")}"></div>'
+        f'<figcaption>{esc(figure.note)}</figcaption><div class="tools">{tools}</div></figure>'
     )
 
 
@@ -257,7 +239,7 @@ def _select(select: Select) -> str:
         value, text = select.options[0]
         return f'<select data-field="{select.field}" hidden>{_option(value, text, True)}</select>'
     options = "".join(_option(value, text, i == 0) for i, (value, text) in enumerate(select.options))
-    return f'<select class="control" data-field="{select.field}" aria-label="{_esc(select.label)}">{options}</select>'
+    return f'<select class="control" data-field="{select.field}" aria-label="{esc(select.label)}">{options}</select>'
 
 
 def _run_select(study: Study) -> str:
@@ -267,13 +249,13 @@ def _run_select(study: Study) -> str:
     groups: dict[str, list[str]] = {}
     for i, series in enumerate(study.frame["series"]):
         groups.setdefault(series, []).append(_option(str(i), names[i], i == first))
-    options = "".join(f'<optgroup label="{_esc(series)}">{"".join(found)}</optgroup>' for series, found in groups.items())
-    chosen = f'<span class="chosen" id="run-name">{_esc(names[first])}</span>'
+    options = "".join(f'<optgroup label="{esc(series)}">{"".join(found)}</optgroup>' for series, found in groups.items())
+    chosen = f'<span class="chosen" id="run-name">{esc(names[first])}</span>'
     return f'<label class="control">Run <select id="which">{options}</select></label>{chosen}'
 
 
 def _option(value: str, text: str, chosen: bool) -> str:
-    return f'<option value="{_esc(value)}"{" selected" if chosen else ""}>{_esc(text)}</option>'
+    return f'<option value="{esc(value)}"{" selected" if chosen else ""}>{esc(text)}</option>'
 
 
 def _run_names(study: Study) -> list[str]:
@@ -288,7 +270,7 @@ def _data(study: Study, figures: Sequence[Figure]) -> dict[str, Any]:
     for series, split, mean in zip(headline["series"], headline["split"], headline["mean"], strict=True):
         scores.setdefault(split, {})[series] = round(mean, 2)
     return {
-        "file": _file_name(study.title),
+        "file": file_name(study.title),
         "shown": DEFAULT_SERIES,
         "light": dict(theme.LIGHT),
         "series": [{"text": s.text} for s in study.series],
@@ -316,26 +298,6 @@ def _distinct(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
     return [json.loads(value) for value in places], at
 
 
-def pack(frame: pd.DataFrame) -> dict[str, Any]:
-    """Columns instead of rows; texts by number; numbers with five digits; null for what is undefined."""
-    columns: dict[str, Any] = {}
-    for name in frame.columns:
-        values = frame[name].tolist()
-        if values and isinstance(values[0], str):
-            levels = list(dict.fromkeys(values))
-            number = {level: i for i, level in enumerate(levels)}
-            columns[str(name)] = {"levels": levels, "values": [number[v] for v in values]}
-        else:
-            columns[str(name)] = {"values": [_number(v) for v in values]}
-    return {"length": len(frame), "columns": columns}
-
-
-def _number(value: float) -> float | int | None:
-    if isinstance(value, int):
-        return value
-    return None if math.isnan(value) or math.isinf(value) else float(f"{value:.5g}")
-
-
 # ---------------------------------------------------------------- table
 
 
@@ -359,10 +321,10 @@ def _table(study: Study) -> str:
         rows = []
         for s in present:
             names = [s.labels[f] for f in study.factors] or [s.text]
-            row = [f'<th scope="row" class="text" data-value="{_esc(names[0])}">{_esc(names[0])}</th>']
-            row += [f'<td class="text" data-value="{_esc(n)}">{_esc(n)}</td>' for n in names[1:]]
+            row = [f'<th scope="row" class="text" data-value="{esc(names[0])}">{esc(names[0])}</th>']
+            row += [f'<td class="text" data-value="{esc(n)}">{esc(n)}</td>' for n in names[1:]]
             if len(study.splits) > 1:
-                row.append(f'<td class="text" data-value="{_split_value(split)}">{_esc(split_option(split))}</td>')
+                row.append(f'<td class="text" data-value="{_split_value(split)}">{esc(split_option(split))}</td>')
             row.append(f'<td data-value="{seeds[s.text, split]}">{seeds[s.text, split]}</td>')
             for m in metrics:
                 row.append(_cell(cells.get((s.text, split, m.name)), seeds[s.text, split], 1 / m.scale, best[m.name]))
@@ -385,7 +347,7 @@ def _table(study: Study) -> str:
     button = '<button type="button" class="control" data-table="csv">All runs as CSV</button>'
     return (
         f'<section id="table"><div class="head2"><h2>Table</h2>{button}</div>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table of settings"><table><caption>{_esc(caption)}</caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table of settings"><table><caption>{esc(caption)}</caption>'
         f"<thead><tr>{''.join(heads)}</tr></thead>{''.join(bodies)}</table></div></section>"
     )
 
@@ -396,7 +358,7 @@ def _cells(summary: pd.DataFrame) -> dict[tuple[str, str, str], Mapping[str, Any
 
 
 def _head(title: str, first: str, kind: str = "") -> str:
-    return f'<th scope="col" class="{kind}" data-first="{first}"><button type="button">{_esc(title)}</button></th>'
+    return f'<th scope="col" class="{kind}" data-first="{first}"><button type="button">{esc(title)}</button></th>'
 
 
 def _best(metric: Metric, cells: Sequence[Mapping[str, Any] | None]) -> str | None:
@@ -419,7 +381,7 @@ def _cell(cell: Mapping[str, Any] | None, seeds: int, scale: float, best: str | 
 
 def _split_value(split: str) -> str:
     """iid sorts after every α."""
-    return "1e308" if split == "iid" else _esc(split)
+    return "1e308" if split == "iid" else esc(split)
 
 
 # ---------------------------------------------------------------- runs
@@ -454,17 +416,17 @@ def _run(study: Study, i: int, name: str, opened: bool) -> str:
         "skipped clients": "; ".join(results.failures),
         "notes": "; ".join(results.notes),
     }
-    listed = "".join(f"<dt>{_esc(k)}</dt><dd>{_esc(str(v))}</dd>" for k, v in facts.items() if v)
+    listed = "".join(f"<dt>{esc(k)}</dt><dd>{esc(str(v))}</dd>" for k, v in facts.items() if v)
     command = _command(environment)
     texts = _copied(f"command-{i}", "Command", command) if command else ""
     texts += _copied(f"config-{i}", "Config: save it as config.yaml, then fedsim run config.yaml", _config_text(study, i))
-    head = f"<summary><span>{_esc(name)}</span>{score}</summary>"
+    head = f"<summary><span>{esc(name)}</span>{score}</summary>"
     return f'<details class="run"{" open" if opened else ""}>{head}<dl>{listed}</dl>{texts}</details>'
 
 
 def _copied(name: str, title: str, text: str) -> str:
     button = f'<button type="button" class="control" data-copy="{name}">Copy</button>'
-    return f'<h4>{_esc(title)}{button}</h4><pre id="{name}" tabindex="0">{_esc(text)}</pre>'
+    return f'<h4>{esc(title)}{button}</h4><pre id="{name}" tabindex="0">{esc(text)}</pre>'
 
 
 def _config_text(study: Study, i: int) -> str:
@@ -506,45 +468,3 @@ def _command(environment: Mapping[str, Any]) -> str:
     if not isinstance(words, list) or not words:
         return ""
     return shlex.join([Path(str(words[0])).name, *map(str, words[1:])])
-
-
-# ---------------------------------------------------------------- file
-
-
-@functools.cache
-def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, of the versions that Altair writes for."""
-    import vl_convert
-
-    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=vega_lite())
-    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _style(sheet: str) -> str:
-    light, dark = theme.css(theme.LIGHT), theme.css(theme.DARK)
-    colours = (
-        f":root {{ {light} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root:not([data-theme='light']) {{ {dark} }} }}\n"
-        f"@media screen {{ :root[data-theme='dark'] {{ {dark} color-scheme: dark; }} }}\n"
-        "@media screen { :root[data-theme='light'] { color-scheme: light; } }\n"
-        "@media print { :root { color-scheme: light; } }\n"
-    )
-    return colours + sheet.replace("$font", theme.FONT)
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand in a script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _file_name(title: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in title)
-
-
-def _esc(text: object) -> str:
-    return html.escape(str(text), quote=True)
