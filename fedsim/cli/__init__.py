@@ -26,6 +26,7 @@ COMMANDS = {
     "bounds": "what the numbers of a stream lie between: chance, what needs no training, joint training",
     "results": "the runs of a folder as one table, with statistics over seeds",
     "report": "the runs of a folder as one HTML file with charts",
+    "ledger": "many methods on streams as one HTML file: table, bounds, costs, recipes",
     "merge": "merge finished runs, or the tasks of one, by any merging rule",
     "unlearn": "remove clients from a finished run, without further rounds",
     "list": "show plug-ins with their options",

@@ -8,7 +8,10 @@ import pytest
 
 from fedsim.report.data import Study
 from fedsim.runs.collection import Collection, collect
+from tests.report.browsing import browser, visit
 from tests.report.factory import METHODS, fake_sweep
+
+__all__ = ["browser", "visit"]  # fixtures
 
 THREE = {name: METHODS[name] for name in ("lorm", "fedavg", "variance_weighted")}
 

@@ -1,0 +1,173 @@
+"""What a ledger counts: means over seeds, differences run by run, and what a stream can tell at all.
+
+A *setting* is one method on one split of one stream; its runs differ in the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedsim.report.ledger.methods import Method, known
+from fedsim.report.ledger.study import ANY, METHOD, SPLIT, Stream, Study
+from fedsim.runs import compare
+from fedsim.runs.metrics import HEADLINE, TOLD
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (  # of the table, as far as a stream has them
+    HEADLINE,
+    "average_incremental_accuracy",
+    "forgetting",
+    f"{HEADLINE}{TOLD}",
+    "client_accuracy_min",
+    "bytes_up",
+    "bytes_down",
+    "stored_mean",
+    "seconds",
+    "peak_memory",
+)
+CHANCE, NCM, FEATURES, JOINT = "chance", "ncm", "features", "joint"
+LITTLE = 5.0  # points of headroom; a stream with less says little about methods
+
+
+class Mean(NamedTuple):
+    """Over the seeds of a setting, in the metric's own unit; low to high: the 95 % interval of the mean."""
+
+    n: int
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """From a baseline, in points, mean over pairs of the same split and seed, with its 95 % interval and Holm's p."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Final average accuracies that tell what a number is worth: of guessing, of a method that trains nothing, of ridge
+    regression on random features, of training on all data at once. NaN where there is none."""
+
+    chance: float = math.nan
+    ncm: float = math.nan
+    features: float = math.nan
+    joint: float = math.nan
+
+    @property
+    def headroom(self) -> float:
+        """Points from the nearest class mean up to joint training: what methods can differ in."""
+        return self.joint - self.ncm
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method on a split of a stream. means: column -> mean; differences: baseline -> difference; curve: mean over the tasks
+    seen after each task; final: accuracy on each task after the last."""
+
+    stream: str
+    split: str
+    method: str
+    seeds: int
+    means: Mapping[str, Mean]
+    differences: Mapping[str, Difference]
+    curve: Sequence[Mean]
+    final: Sequence[Mean]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that the page shows. splits: of every stream, the most heterogeneous first; bounds: by stream and split."""
+
+    study: Study
+    methods: Sequence[Method]
+    settings: Sequence[Setting]
+    splits: Mapping[str, Sequence[str]]
+    bounds: Mapping[tuple[str, str], Bounds]
+    columns: Sequence[str]
+    runs: int
+
+    @classmethod
+    def of(cls, study: Study) -> Ledger:
+        """Count. Raises ConfigError where a method ran twice with the same split and seed."""
+        settings = [setting for stream in study.streams for setting in _settings(stream, study.baselines)]
+        columns = [c for c in COLUMNS if any(setting.means[c].n for setting in settings)]
+        names = sorted({setting.method for setting in settings})
+        splits = {stream.name: _splits(stream) for stream in study.streams}
+        return cls(
+            study,
+            [known(name, study) for name in names],
+            settings,
+            splits,
+            {(s.name, split): _bounds(s, split, study.bounds) for s in study.streams for split in splits[s.name]},
+            columns,
+            sum(len(stream.frame) for stream in study.streams),
+        )
+
+    def shown(self, stream: str, split: str) -> list[Setting]:
+        """The settings of a split, and those to which no split applies; the best first."""
+        found = [s for s in self.settings if s.stream == stream and s.split in (split, ANY)]
+        return sorted(found, key=lambda s: -math.inf if math.isnan(m := s.means[HEADLINE].mean) else m, reverse=True)
+
+
+def _splits(stream: Stream) -> list[str]:
+    """By α; what is no number comes after."""
+
+    def place(split: str) -> tuple[float, str]:
+        try:
+            return float(split), split
+        except ValueError:
+            return math.inf, split
+
+    found = sorted(set(stream.frame[SPLIT]), key=place)
+    return [split for split in found if split != ANY] or found
+
+
+def _settings(stream: Stream, baselines: Sequence[str]) -> Iterator[Setting]:
+    frame = stream.frame.assign(**{c: math.nan for c in COLUMNS if c not in stream.frame})
+    parts = {kind: _numbered(frame, kind) for kind in ("learning_curve_", "final_accuracy_")}
+    by = [METHOD, SPLIT]
+    summed = compare.summary(frame, by, [*COLUMNS, *(c for columns in parts.values() for c in columns)])
+    means: dict[tuple[str, str], dict[str, Mean]] = {}
+    for row in _records(summed):
+        means.setdefault((row[METHOD], row[SPLIT]), {})[row["metric"]] = Mean(*(row[name] for name in Mean._fields))
+    against = {baseline: _differences(frame, by, baseline) for baseline in baselines if (frame[METHOD] == baseline).any()}
+    for (method, split), places in compare.settings(frame, by).items():
+        found = means[str(method), str(split)]
+        differences = {b: table[method, split] for b, table in against.items() if (method, split) in table}
+        curve, final = ([found[c] for c in columns if found[c].n] for columns in parts.values())
+        yield Setting(stream.name, str(split), str(method), len(places), found, differences, curve, final)
+
+
+def _numbered(frame: pd.DataFrame, start: str) -> list[str]:
+    """Columns of a kind that some run has, in the order of their numbers."""
+    found = [c for c in frame.columns if str(c).startswith(start) and str(c).removeprefix(start).isdigit()]
+    return sorted(map(str, found), key=lambda c: int(c.removeprefix(start)))
+
+
+def _differences(frame: pd.DataFrame, by: Sequence[str], baseline: str) -> dict[tuple[Any, Any], Difference]:
+    table = compare.paired(frame, by, {METHOD: baseline}, [HEADLINE])
+    columns = ("n", "difference", "low", "high", "p_holm")
+    return {(row[METHOD], row[SPLIT]): Difference(*(row[c] for c in columns)) for row in _records(table[table["n"] > 0])}
+
+
+def _records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for record in frame.to_dict("records"):
+        yield {str(column): value for column, value in record.items()}
+
+
+def _bounds(stream: Stream, split: str, methods: Mapping[str, str]) -> Bounds:
+    frame = stream.frame[stream.frame[SPLIT].isin((split, ANY))]
+    known = {bound: float(frame.loc[frame[METHOD] == method, HEADLINE].mean()) for bound, method in methods.items()}
+    chance = frame.loc[frame[METHOD] != methods.get(JOINT), CHANCE].mean() if CHANCE in frame else math.nan
+    return Bounds(**{CHANCE: float(chance), **known})

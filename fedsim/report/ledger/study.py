@@ -1,0 +1,189 @@
+"""What a ledger is made from: runs, or the tables that `fedsim results --csv` makes of them, and what a person says of them.
+
+fedsim ledger runs/my_sweep               # one stream; several folders, or CSVs, are several
+fedsim ledger ledger.yaml                 # the same with words of one's own:
+
+title: The ledger
+lead: What this is, in a sentence.
+results: {fashion: fashion.csv, intents: ../runs/intents}    # stream: a CSV, or a folder of runs
+streams: {fashion: "Fashion-MNIST, 5 tasks x 2 classes"}     # a line each
+bounds: {ncm: ncm, features: ranpac, joint: joint}           # methods that the others are held against
+baselines: [fedavg, ranpac]                                  # with which all are compared, run by run
+recipes: best/{stream}/{method}.yaml                         # configs that were run, where they are not the presets
+families: {replay: [mine]}                                   # beside those of fedsim's own presets
+remarks: {er: Twenty samples a client.}
+output: index.html
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.core import config as configs
+from fedsim.core.config import SimConfig, text
+from fedsim.core.errors import ConfigError, DataError, did_you_mean, one_line
+from fedsim.runs.collection import collect
+from fedsim.runs.metrics import HEADLINE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ANY = "any split"  # of a run to which the split does not apply: one client that holds everything
+METHOD, SPLIT = "method", "split"  # columns of a stream's frame
+ALPHAS = ("dirichlet_alpha", "partition.alpha", "alpha")  # columns that say how heterogeneous a run's clients are
+NEEDED = ("seed", "partition_hash", HEADLINE)
+BOUNDS: Mapping[str, Sequence[str]] = {"ncm": ("ncm", "nearest_mean"), "features": ("ranpac", "ridge"), "joint": ("joint",)}
+BASELINES = ("fedavg", "ranpac")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The YAML of a ledger."""
+
+    results: dict[str, str] = field(default_factory=dict)
+    title: str = "Ledger"
+    lead: str = ""
+    streams: dict[str, str] = field(default_factory=dict)
+    bounds: dict[str, str] = field(default_factory=dict)
+    baselines: list[str] = field(default_factory=lambda: [*BASELINES])
+    recipes: str = ""
+    families: dict[str, list[str]] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    output: str = "ledger.html"
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ConfigError("results names no table: give {stream: a CSV of fedsim results, or a folder of runs}")
+        for name in self.bounds:
+            if name not in BOUNDS:
+                raise ConfigError(f"unknown key 'bounds.{name}'.{did_you_mean(name, BOUNDS)}")
+        for name in self.streams:
+            if name not in self.results:
+                raise ConfigError(f"streams.{name} is in no results.{did_you_mean(name, self.results)}")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Runs of many methods on one stream. frame: one row per run, with columns `method` and `split` beside those of
+    `Collection.frame`; configs: of a method, where the runs themselves were at hand; absent: runs that are not shown, and why."""
+
+    name: str
+    frame: pd.DataFrame
+    note: str = ""
+    configs: Mapping[str, SimConfig] = field(default_factory=dict)
+    absent: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Streams and what is said of them. families: method -> family; recipes: pattern of a config's path with {stream} and
+    {method}, empty for none; output: where the page goes by default."""
+
+    title: str
+    streams: Sequence[Stream]
+    lead: str = ""
+    bounds: Mapping[str, str] = field(default_factory=dict)
+    baselines: Sequence[str] = BASELINES
+    recipes: str = ""
+    families: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    output: Path = Path("ledger.html")
+
+
+def read(paths: Sequence[str | Path], sweep: str | None = None) -> Study:
+    """A ledger from a YAML, or from CSVs and folders of runs, each a stream named as it is. sweep: the one that says which
+    runs count, where a folder holds several. Raises the errors of bad input."""
+    found = [Path(path) for path in paths]
+    if len(found) == 1 and found[0].suffix in (".yaml", ".yml"):
+        return _of_yaml(found[0])
+    names = [path.resolve().stem if path.suffix == ".csv" else path.resolve().name for path in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two streams would be called '{name}': name them in a YAML, as `results: {{stream: path}}`")
+    output = found[0] / "ledger.html" if len(found) == 1 and found[0].is_dir() else Path("ledger.html")
+    options = Options({name: str(path) for name, path in zip(names, found, strict=True)}, title=" and ".join(names))
+    return replace(_study(options, Path(), sweep), output=output)
+
+
+def families(more: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+    """Method -> family, of fedsim's own presets; `more` (family -> methods) wins."""
+    own = text.plain(_yaml(files("fedsim.report.ledger") / "families.yaml"), "families")
+    return {method: family for table in (own, more or {}) for family, methods in table.items() for method in methods}
+
+
+def _yaml(path: Any) -> dict[str, Any]:
+    return text.read(Path(str(path)))
+
+
+def _of_yaml(path: Path) -> Study:
+    content = text.resolved(text.read(path), str(path))
+    try:
+        options: Options = configs.typed(Options, content, "")
+        return _study(options, path.parent)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def _study(options: Options, folder: Path, sweep: str | None = None) -> Study:
+    streams = [_stream(name, folder / path, options.streams.get(name, ""), sweep) for name, path in options.results.items()]
+    present = {method for stream in streams for method in stream.frame[METHOD]}
+    bounds = dict(options.bounds) or {b: m for b, names in BOUNDS.items() for m in names[::-1] if m in present}
+    for key, wanted in (*((f"bounds.{b}", m) for b, m in bounds.items()), *(("baselines", m) for m in options.baselines)):
+        if wanted not in present and (options.bounds or wanted not in BASELINES):
+            raise ConfigError(f"{key}: no run is of the method '{wanted}'.{did_you_mean(wanted, present)}")
+    return Study(
+        options.title,
+        streams,
+        options.lead,
+        bounds,
+        [method for method in options.baselines if method in present],
+        str(folder / options.recipes) if options.recipes else "",
+        families(options.families),
+        options.remarks,
+        folder / options.output,
+    )
+
+
+def _stream(name: str, path: Path, note: str, sweep: str | None) -> Stream:
+    return _of_table(name, path, note) if path.suffix == ".csv" else _of_runs(name, path, note, sweep)
+
+
+def _of_table(name: str, path: Path, note: str) -> Stream:
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
+        raise DataError(f"{path} cannot be read: {one_line(e)}") from e
+    alphas = [column for column in ALPHAS if column in frame]
+    missing = [column for column in (METHOD, *NEEDED) if column not in frame]
+    if missing or not alphas:
+        lacking = ", ".join([*missing, *([] if alphas else ["dirichlet_alpha"])])
+        raise DataError(f"{path} has no column {lacking}: write it with fedsim results RUNS --csv {path.name}")
+    splits = [_split(alpha) for alpha in frame[alphas[0]]]
+    frame[METHOD] = frame[METHOD].astype(str)
+    frame[SPLIT] = splits
+    return Stream(name, frame, note)
+
+
+def _split(alpha: float) -> str:
+    return ANY if math.isnan(alpha) else "iid" if math.isinf(alpha) else f"{alpha:g}"
+
+
+def _of_runs(name: str, path: Path, note: str, sweep: str | None) -> Stream:
+    """Methods and splits are named as in the report."""
+    from fedsim.report.data import Study as Named
+
+    collection = collect([path], sweep)
+    named = Named.of(collection)
+    joint = [run.results.config.partition["name"] == "joint" for run in named.runs]
+    splits = [ANY if alone else split for alone, split in zip(joint, named.frame["split"], strict=True)]
+    methods = named.frame["series"].tolist()
+    own = {method: run.results.config for method, run in zip(methods, named.runs, strict=True)}
+    frame = named.frame.assign(**{METHOD: methods, SPLIT: splits})
+    return Stream(name, frame, note, own, [f"{a.what}: {a.reason}" for a in collection.absent])
