@@ -29,6 +29,7 @@ from fedsim.core import presets
 from fedsim.core.config import SimConfig, compose, read_layers
 from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.home import ROOT
+from fedsim.runs.collection import chance
 from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
 
@@ -137,17 +138,6 @@ def reached(results: Results, run: Results) -> float | None:
 
     value = joint_accuracy(results, run)
     return None if math.isnan(value) else value
-
-
-def chance(results: Results) -> float:
-    """Percent that guessing gets right: 100 over the classes that the model tells apart, or over those of a task that is told."""
-    from fedsim.runs.compare import final_counts
-
-    counts = final_counts(results)
-    if results.config.stream.name != "task_incremental":
-        return 100.0 / len(counts) if counts else math.nan
-    tasks = [count.task for count in counts]
-    return fmean(100.0 / tasks.count(task) for task in dict.fromkeys(tasks)) if tasks else math.nan
 
 
 def shipped(results: Results) -> Bounds | None:

@@ -350,15 +350,21 @@ def split_figures(results: Results) -> dict[str, float]:
 def task_figures(results: Results) -> dict[str, float]:
     """learning_curve_<i>: mean accuracy over the tasks seen after task i; final_accuracy_<j>: on task j after the last task;
     chance: the final average accuracy of guesses among the classes to choose from. In percent; NaN where it cannot be known."""
-    held = {(h.task, h.class_row) for h in results.holdings}
-    sizes = Counter(task for task, _ in held)
-    told = results.config.stream.name == "task_incremental"
-    choices = list(sizes.values()) if told else [len({row for _, row in held})] if held else []
-    chance = float(np.mean([100.0 / n for n in choices])) if choices else math.nan
     matrix = results.accuracy
     curve = {f"learning_curve_{i}": float(a) for i, a in enumerate(metrics.learning_curve(matrix))}
     final = {f"final_accuracy_{j}": float(a) for j, a in enumerate(matrix[-1])} if len(matrix) else {}
-    return {"chance": chance} | curve | final
+    return {"chance": chance(results)} | curve | final
+
+
+def chance(results: Results) -> float:
+    """Percent that guessing gets right: 100 over the classes that are told apart, or over those of a task that is told; NaN
+    where the run does not know its classes."""
+    held = {(h.task, h.class_row) for h in results.holdings}
+    if not held:
+        return math.nan
+    if results.config.stream.name != "task_incremental":
+        return 100.0 / len({row for _, row in held})
+    return float(np.mean([100.0 / size for size in Counter(task for task, _ in held).values()]))
 
 
 def cost_figures(results: Results) -> dict[str, float]:

@@ -94,7 +94,7 @@ def test_bounds_of_every_split_and_the_headroom(counted: tuple[Ledger, pd.DataFr
     for alpha in (0.1, 0.5):
         bounds = found.bounds["fashion", f"{alpha:g}"]
         want = (10.0, level["ncm", alpha], level["ranpac", alpha], level["joint", -1])
-        assert (bounds.chance, bounds.ncm, bounds.features, bounds.joint) == pytest.approx(want)
+        assert (bounds.chance, bounds.ncm, bounds.ranpac, bounds.joint) == pytest.approx(want)
         assert bounds.headroom == pytest.approx(level["joint", -1] - level["ncm", alpha])
     assert [s.method for s in found.shown("fashion", "0.1")] == ["joint", "ranpac", "er", "ncm", "lorm", "fedavg"]
     assert [s.split for s in found.shown("fashion", "0.5")].count(ANY) == 1

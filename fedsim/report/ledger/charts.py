@@ -13,7 +13,7 @@ from fedsim.report.charts import FIT, HEIGHT, ROWS, STEP, WIDTH
 BOUNDS: Mapping[str, str] = {  # name in the rows -> title
     "chance": "chance",
     "ncm": "nearest class mean",
-    "features": "ridge on random features",
+    "ranpac": "ridge on random features",
     "joint": "joint training",
 }
 ROW = 17  # pixels per method

@@ -11,8 +11,9 @@ from fedsim.report.document import esc, pack
 from fedsim.report.figures import split_option
 from fedsim.report.ledger import charts
 from fedsim.report.ledger.methods import SEES, Method
-from fedsim.report.ledger.rows import COLUMNS, LITTLE, Bounds, Difference, Ledger, Mean, Setting
+from fedsim.report.ledger.rows import COLUMNS, Difference, Ledger, Mean, Setting
 from fedsim.report.ledger.study import ANY
+from fedsim.runs.bounds import LITTLE, Bounds
 from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.metrics import of as metric_of
 
@@ -73,7 +74,7 @@ def _notices(ledger: Ledger) -> str:
         f"<li><b>{esc(stream.name)}</b>, not shown: {esc(line)}</li>" for stream in ledger.study.streams for line in stream.absent
     ]
     for (stream, split), bounds in ledger.bounds.items():
-        if bounds.headroom < LITTLE:
+        if bounds.headroom is not None and bounds.headroom < LITTLE:
             told = f"joint training is {_points(bounds.headroom)} points above the nearest class mean of the bare backbone"
             lines.append(f"<li><b>{esc(stream)}, {esc(split_option(split))}</b> says little about methods: {told}.</li>")
     return f'<section class="notice" aria-label="Notices"><ul>{"".join(lines)}</ul></section>' if lines else ""
@@ -156,7 +157,7 @@ def _where(stream: str, split: str) -> str:
 def _items(stream: str, split: str, bounds: Bounds) -> str:
     told = {title: getattr(bounds, name) for name, title in charts.BOUNDS.items()}
     told["headroom (joint training − nearest class mean)"] = bounds.headroom
-    known = "".join(f"<li>{esc(title)} <b>{_points(value)}</b></li>" for title, value in told.items() if not math.isnan(value))
+    known = "".join(f"<li>{esc(title)} <b>{_points(value)}</b></li>" for title, value in told.items() if _known(value))
     return f"<li>{esc(stream)}, {esc(split_option(split))}:</li>{known}" if known else ""
 
 
@@ -208,8 +209,12 @@ def _value(value: float, shown: str) -> str:
 _NONE = '<td data-value="">–</td>'
 
 
-def _points(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}".replace("-", "−")
+def _known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1f}".replace("-", "−")
 
 
 # ---------------------------------------------------------------- charts and bounds
@@ -345,5 +350,5 @@ def _interval(mean: Mean) -> dict[str, Any]:
 
 def _bound_rows(key: tuple[str, str], bounds: Bounds) -> Iterator[dict[str, Any]]:
     for name, title in charts.BOUNDS.items():
-        if not math.isnan(value := getattr(bounds, name)):
+        if _known(value := getattr(bounds, name)):
             yield {"stream": key[0], "split": key[1], "bound": title, "value": value}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedsim.report.ledger.methods import Method, known
 from fedsim.report.ledger.study import ANY, METHOD, SPLIT, Stream, Study
 from fedsim.runs import compare
+from fedsim.runs.bounds import Bounds
 from fedsim.runs.metrics import HEADLINE, TOLD
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ COLUMNS = (  # of the table, as far as a stream has them
     "seconds",
     "peak_memory",
 )
-CHANCE, NCM, FEATURES, JOINT = "chance", "ncm", "features", "joint"
-LITTLE = 5.0  # points of headroom; a stream with less says little about methods
+CHANCE, JOINT = "chance", "joint"
 
 
 class Mean(NamedTuple):
@@ -52,22 +52,6 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Final average accuracies that tell what a number is worth: of guessing, of a method that trains nothing, of ridge
-    regression on random features, of training on all data at once. NaN where there is none."""
-
-    chance: float = math.nan
-    ncm: float = math.nan
-    features: float = math.nan
-    joint: float = math.nan
-
-    @property
-    def headroom(self) -> float:
-        """Points from the nearest class mean up to joint training: what methods can differ in."""
-        return self.joint - self.ncm
 
 
 @dataclass(frozen=True)
@@ -168,6 +152,7 @@ def _records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _bounds(stream: Stream, split: str, methods: Mapping[str, str]) -> Bounds:
     frame = stream.frame[stream.frame[SPLIT].isin((split, ANY))]
-    known = {bound: float(frame.loc[frame[METHOD] == method, HEADLINE].mean()) for bound, method in methods.items()}
+    scores = {name: frame.loc[frame[METHOD] == method, HEADLINE].mean() for name, method in methods.items()}
+    known = {name: float(score) for name, score in scores.items() if not math.isnan(score)}
     chance = frame.loc[frame[METHOD] != methods.get(JOINT), CHANCE].mean() if CHANCE in frame else math.nan
-    return Bounds(**{CHANCE: float(chance), **known})
+    return Bounds(float(chance), **known)

@@ -7,7 +7,7 @@ title: The ledger
 lead: What this is, in a sentence.
 results: {fashion: fashion.csv, intents: ../runs/intents}    # stream: a CSV, or a folder of runs
 streams: {fashion: "Fashion-MNIST, 5 tasks x 2 classes"}     # a line each
-bounds: {ncm: ncm, features: ranpac, joint: joint}           # methods that the others are held against
+bounds: {ncm: my_ncm}                                        # where the bounds of a stream go by other names than the presets
 baselines: [fedavg, ranpac]                                  # with which all are compared, run by run
 recipes: best/{stream}/{method}.yaml                         # configs that were run, where they are not the presets
 families: {replay: [mine]}                                   # beside those of fedsim's own presets
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig, text
 from fedsim.core.errors import ConfigError, DataError, did_you_mean, one_line
+from fedsim.runs.bounds import REFERENCES
 from fedsim.runs.collection import collect
 from fedsim.runs.metrics import HEADLINE
 
@@ -37,7 +38,6 @@ ANY = "any split"  # of a run to which the split does not apply: one client that
 METHOD, SPLIT = "method", "split"  # columns of a stream's frame
 ALPHAS = ("dirichlet_alpha", "partition.alpha", "alpha")  # columns that say how heterogeneous a run's clients are
 NEEDED = ("seed", "partition_hash", HEADLINE)
-BOUNDS: Mapping[str, Sequence[str]] = {"ncm": ("ncm", "nearest_mean"), "features": ("ranpac", "ridge"), "joint": ("joint",)}
 BASELINES = ("fedavg", "ranpac")
 
 
@@ -60,8 +60,8 @@ class Options:
         if not self.results:
             raise ConfigError("results names no table: give {stream: a CSV of fedsim results, or a folder of runs}")
         for name in self.bounds:
-            if name not in BOUNDS:
-                raise ConfigError(f"unknown key 'bounds.{name}'.{did_you_mean(name, BOUNDS)}")
+            if name not in REFERENCES:
+                raise ConfigError(f"unknown key 'bounds.{name}'.{did_you_mean(name, REFERENCES)}")
         for name in self.streams:
             if name not in self.results:
                 raise ConfigError(f"streams.{name} is in no results.{did_you_mean(name, self.results)}")
@@ -132,9 +132,9 @@ def _of_yaml(path: Path) -> Study:
 def _study(options: Options, folder: Path, sweep: str | None = None) -> Study:
     streams = [_stream(name, folder / path, options.streams.get(name, ""), sweep) for name, path in options.results.items()]
     present = {method for stream in streams for method in stream.frame[METHOD]}
-    bounds = dict(options.bounds) or {b: m for b, names in BOUNDS.items() for m in names[::-1] if m in present}
+    bounds = {**{name: name for name in REFERENCES if name in present}, **options.bounds}
     for key, wanted in (*((f"bounds.{b}", m) for b, m in bounds.items()), *(("baselines", m) for m in options.baselines)):
-        if wanted not in present and (options.bounds or wanted not in BASELINES):
+        if wanted not in present and (key != "baselines" or wanted not in BASELINES):
             raise ConfigError(f"{key}: no run is of the method '{wanted}'.{did_you_mean(wanted, present)}")
     return Study(
         options.title,
