@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test matrix check format tables clean help
+.PHONY: run test matrix check format docs tables clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run quickstart
@@ -33,13 +33,16 @@ format: $(VENV)/.installed-dev  ## put the code into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs  ## build the documentation: docs/_build/html/index.html; fails on any warning
+	$(BIN)/python -m docs.site
+
 tables: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md: all methods, all backbones, and what goes with what; tests/mixes.txt
 	$(BIN)/fedsim list --markdown > docs/methods.md
 	$(BIN)/python -m tests.models.conformance > docs/backbones.md
 	$(BIN)/python -m tests.test_matrix
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -55,6 +58,10 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[flower,huggingface,tensorboard,wandb,mlflow,test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test

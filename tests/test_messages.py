@@ -315,7 +315,7 @@ def test_weight_decay_is_off_unless_asked_for() -> None:
 
 def test_readme_median_is_the_rule_it_claims_to_be(tmp_path: Path) -> None:
     from fedsim.core import config as configs
-    from tests.readme import median_rule
+    from tests.pages import median_rule
 
     (tmp_path / "my_rule.py").write_text(median_rule())
     rule = configs.build("aggregators", {"name": str(tmp_path / "my_rule.py")})

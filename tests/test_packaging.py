@@ -17,7 +17,7 @@ from packaging.version import Version
 import fedsim
 
 ROOT = Path(fedsim.__file__).resolve().parents[1]
-EXTRAS = ("flower", "huggingface", "test", "dev")
+EXTRAS = ("flower", "huggingface", "test", "docs", "dev")
 
 
 @pytest.fixture(scope="module")

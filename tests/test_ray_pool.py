@@ -24,7 +24,7 @@ from clients.pools import ray as ray_pool
 from fedsim.core.errors import PoolError
 from fedsim.core.events import Event, RoundDone
 from fedsim.simulation import run
-from tests.readme import median_rule
+from tests.pages import median_rule
 from tests.tiny import final_state, kept, learned, plain_vit, same_bits, tiny
 
 ROOT = Path(__file__).resolve().parents[1]

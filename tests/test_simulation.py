@@ -28,7 +28,7 @@ from fedsim.runs.results import Results
 from fedsim.simulation import prepare_again, prepare_data, run
 from fedsim.watch.progress import ProgressDisplay
 from server import checkpoint, gather, loop
-from tests.readme import median_rule
+from tests.pages import median_rule
 from tests.tiny import final_state, kept, learned, plain_vit, same_bits, stopping, tiny
 
 IMAGES = {"name": "target", "images": 8, "batch": 4, "steps": 2, "warmup": 0, "latent": 4, "width": 2}  # the server makes them

@@ -80,7 +80,7 @@ def _terminable() -> Iterator[None]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with `command`, the function that carries them out. Files and overrides may stand before or after options."""
-    parser = _parser()
+    parser, _ = _parser()
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -100,14 +100,20 @@ def _is_override(word: str) -> bool:
     return "=" in word and not os.path.isfile(word)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command, by its name."""
+    return _parser()[1]
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(prog="fedsim", description="Federated continual learning with parameter-efficient modules.")
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    each = {}
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"fedsim.cli.{name}")
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        each[name] = command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         module.add_arguments(command)
         command.set_defaults(command=module.run)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    return parser, each

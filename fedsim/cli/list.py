@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     kinds = [*plugins.KINDS] if args.kind is None else [args.kind]
     print_line = line_printer(console())
     for kind in kinds:
-        print_line(f"{kind} ({_where(kind)})")
+        print_line(f"{kind} ({where(kind)})")
         for name in plugins.names(kind):
             for line in describe(kind, name, console().width):
                 print_line(line)
@@ -70,7 +70,7 @@ def _first_sentence(text: str | None) -> str:
     return re.split(r"(?<=\.)(?<! al\.) ", paragraph)[0]
 
 
-def _where(kind: str) -> str:
+def where(kind: str) -> str:
     """The config key that names a plug-in of this kind."""
     from fedsim.core import config as configs
 

@@ -41,18 +41,32 @@ def of(cls: type[Any]) -> tuple[Option, ...]:
 
 def meanings(text: str | None, names: list[str]) -> Mapping[str, str]:
     """What a docstring says of each of these names, as far as it does."""
-    if not names:
-        return {}
-    word = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    begins = re.compile(rf"(?:^[ \t]*|(?<=[.;:)] ))((?:{word})(?:,\s+(?:{word}))*):\s", re.MULTILINE)
     found: dict[str, str] = {}
     for paragraph in re.split(r"\n[ \t]*\n", inspect.cleandoc(text or "")):
-        starts = [*begins.finditer(paragraph)]
+        starts = _starts(paragraph, names)
         ends = [*(m.start() for m in starts), len(paragraph)][1:]
         for start, end in zip(starts, ends, strict=True):
             meaning = OTHER.split(" ".join(paragraph[start.end() : end].split()))[0].rstrip(" ;")
             found |= {name: meaning for name in re.split(r",\s+", start[1]) if name not in found}
     return found
+
+
+def around(paragraph: str, names: list[str]) -> tuple[str, str]:
+    """What a paragraph says before its options, and behind them; all of it and nothing where there are none."""
+    starts = _starts(paragraph, names)
+    if not starts:
+        return paragraph, ""
+    behind = OTHER.split(" ".join(paragraph[starts[-1].end() :].split()), maxsplit=1)[1:]
+    return paragraph[: starts[0].start()].rstrip(), "".join(behind)
+
+
+def _starts(paragraph: str, names: list[str]) -> list[re.Match[str]]:
+    """Where options begin; group 1: the names."""
+    if not names:
+        return []
+    word = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    begins = re.compile(rf"(?:^[ \t]*|(?<=[.;:)] ))((?:{word})(?:,\s+(?:{word}))*):\s", re.MULTILINE)
+    return [*begins.finditer(paragraph)]
 
 
 def _type(field: Field[Any]) -> str:

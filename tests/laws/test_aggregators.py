@@ -23,7 +23,7 @@ from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticReques
 from fedsim.laws import aggregators as rules
 from server.aggregators.fedavg import Aggregator as FedAvg
 from tests.laws.one import against
-from tests.readme import median_rule
+from tests.pages import median_rule
 
 KIND = "aggregators"
 Combine = Callable[[State, Tensors, Sequence[ClientUpdate]], tuple[State, Tensors]]

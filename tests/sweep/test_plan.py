@@ -16,7 +16,7 @@ from fedsim.core import rng
 from fedsim.core.errors import ConfigError, FedsimError, PartitionError, RunDirError
 from fedsim.runs.collection import Entry, SweepRecord
 from fedsim.sweeps.plan import SweepPlan, expand, verify
-from tests.readme import median_rule, sweep_yaml
+from tests.pages import median_rule, sweep_yaml
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def test_a_rule_beside_the_sweep(tmp_path: Path) -> None:
     assert [Path(r.config.server.aggregator["name"]).name for r in plan.runs] == ["rule.py", "lorm"]
 
 
-def test_the_sweep_of_the_readme(tmp_path: Path) -> None:
+def test_the_sweep_of_the_tutorial(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my_rule.py").write_text(median_rule())
     (tmp_path / "my_sweep.yaml").write_text(sweep_yaml())
