@@ -78,4 +78,4 @@ def choices_of(section: type[Any]) -> Iterator[tuple[str, list[str]]]:
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(section)))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_choice":
             key, _, choices = node.args
-            yield ast.literal_eval(key), [*ast.literal_eval(choices)]
+            yield ast.literal_eval(key), ["null" if choice is None else choice for choice in ast.literal_eval(choices)]
