@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from fedsim.core.config import SimConfig
     from fedsim.runs.results import FloatArray, Results
 
 
@@ -23,6 +24,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     configs_and_overrides(command, "; with --resume they may be left out")
     command.add_argument("--output", metavar="DIR", help="run directory (default: runs/<name>-<hash of the config>)")
     command.add_argument("--resume", metavar="RUN_DIR", help="go on in this run directory, to the same bits as if never stopped")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check config, data and model, say what it would be, train nothing"
+    )
     command.add_argument("--quiet", action="store_true", help="print the outcome only")
 
 
@@ -33,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
         if not args.resume:
             return show_presets(args.overrides)
         paths = [f"{args.resume}/config.yaml"] if args.overrides else []
+    if args.resume and args.dry_run:
+        raise ConfigError("--dry-run is for a run that is not begun: leave --resume out")
     if args.resume and args.output:
         raise ConfigError("--resume goes on in its own run directory: leave --output out")
 
     from fedsim.core import config as configs
 
     config = configs.load(paths, args.overrides) if paths else None
+    if args.dry_run and config is not None:
+        return dry_run(config)
 
     from fedsim import simulation
     from fedsim.watch.progress import ProgressDisplay
@@ -56,6 +64,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def dry_run(config: SimConfig) -> int:
+    """What is prepared before a run's first round, and what the run would be."""
+    from fedsim import simulation
+
+    parts = simulation.prepare(config)
+    manifest, params, sizes = parts.manifest, parts.state.params, parts.manifest.sizes
+    tested = sum(len(parts.spec.test_of(t)) for t in range(manifest.num_tasks))
+    backbone = sum(p.numel() for p in parts.model.backbone.encoder.parameters())
+    module, sent = sum(t.numel() for t in params.values()), sum(t.nbytes for t in params.values())
+    seen = int(sizes.sum()) * config.server.rounds * config.client.epochs
+    classes, trained_on = len(manifest.class_order), int(sizes.sum())
+    lines = [
+        f"{manifest.num_tasks} tasks of {classes} classes, {trained_on:,} samples to train on, {tested:,} to test",
+        f"{manifest.num_clients} clients with {int(sizes.min()):,} to {int(sizes.max()):,} training samples of a task",
+        f"backbone of {backbone:,} numbers; module and head of {module:,}, {human_bytes(sent)} to a client",
+        f"{config.server.rounds} rounds x {config.client.epochs} epochs of a task: {seen:,} samples forward and backward in all",
+        *(f"Note: {note}" for note in parts.notes),
+        "Checked: one small batch went forward and backward. Nothing was trained, nothing was written.",
+    ]
+    print_line = line_printer(console())
+    for line in lines:
+        print_line(line)
+    return 0
+
+
 def show_presets(overrides: Sequence[str]) -> int:
     """What can be run by its name. Raises ConfigError if somebody wants something of a config that is not named."""
     from fedsim.core import presets
@@ -64,7 +97,8 @@ def show_presets(overrides: Sequence[str]) -> int:
         raise ConfigError(f"nothing to run: name a config before {overrides[0]}, e.g. fedsim run quickstart {overrides[0]}")
     screen = console()
     print_line = line_printer(screen)
-    for part, what in ((presets.METHODS, "Methods"), (presets.STREAMS, "Streams")):
+    papers = (presets.REPRODUCTION, "As papers run them (weights and data are yours: docs/reproduction.md)")
+    for part, what in ((presets.METHODS, "Methods"), (presets.STREAMS, "Streams"), papers):
         print_line(f"{what}\n")
         for name, line in presets.described(part).items():
             print_line(f"  {name + ' ':<24}{shorten(line, max(40, screen.width - 26), placeholder=' …')}")

@@ -2,6 +2,7 @@
 
 A word without a suffix, such as `lorm`, is a preset; anything else is a file. A word by itself is a whole run: a method on the
 stream of the quickstart, or a stream with FedAvg's defaults. Several words are parts, a stream and a method: `fashion lorm`.
+`reproduction` holds streams and methods as papers run them, whose weights and data are the user's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from fedsim.core.errors import ConfigError, nearest
 from fedsim.core.home import ROOT
 
-WHOLE, STREAMS, METHODS = "", "streams", "methods"  # folders
+WHOLE, STREAMS, METHODS, REPRODUCTION = "", "streams", "methods", "reproduction"  # folders
 SUFFIX = ".yaml"
 
 
@@ -46,7 +47,7 @@ def located(words: Sequence[str | Path], beside: Path, whole: bool = True) -> li
 
     whole: a word by itself may be a whole run; without, as in a sweep's variants, all are parts.
     """
-    parts = (STREAMS, METHODS) if len(words) > 1 or not whole else (WHOLE, STREAMS, METHODS)
+    parts = (STREAMS, METHODS, REPRODUCTION) if len(words) > 1 or not whole else (WHOLE, STREAMS, METHODS, REPRODUCTION)
     return [_located(str(word), beside, parts) for word in words]
 
 
