@@ -24,6 +24,7 @@ from torch import Tensor
 
 pytest.importorskip("flwr")
 
+from clients import flower_records as records
 from clients.pools import flower, serial
 from clients.worker import Worker
 from fedsim.core import contracts
@@ -150,26 +151,26 @@ def travelled(record: Any) -> Any:
 @settings(deadline=None, max_examples=40)
 @given(job=jobs)
 def test_a_job_comes_back(job: ClientJob) -> None:
-    assert same(flower.record_to_job(travelled(flower.job_to_record(job))), job)
+    assert same(records.record_to_job(travelled(records.job_to_record(job))), job)
 
 
 @settings(deadline=None, max_examples=40)
 @given(update=updates)
 def test_an_update_comes_back(update: ClientUpdate) -> None:
-    assert same(flower.record_to_update(travelled(flower.update_to_record(update))), update)
+    assert same(records.record_to_update(travelled(records.update_to_record(update))), update)
 
 
 @settings(deadline=None, max_examples=20)
 @given(job=st.builds(EvalJob, task=small, start=small, stop=small, params=tensors(), seen=st.lists(small, max_size=4)))
 def test_an_evaluation_comes_back(job: EvalJob) -> None:
-    assert same(flower.record_to_eval_job(travelled(flower.eval_job_to_record(job))), job)
+    assert same(records.record_to_eval_job(travelled(records.eval_job_to_record(job))), job)
     result = EvalResult(job.task, job.start, job.stop, len(job.seen), tuple((c, 0, c, 2) for c in job.seen))
-    assert same(flower.record_to_result(travelled(flower.result_to_record(result))), result)
+    assert same(records.record_to_result(travelled(records.result_to_record(result))), result)
 
 
 def test_a_failure_comes_back() -> None:
     failed = ClientFailed(3, 1, 2, "statistics", "statistic 'gram' holds NaN")
-    assert same(flower.failure_from_record(travelled(flower.failure_to_record(failed))), failed)
+    assert same(records.failure_from_record(travelled(records.failure_to_record(failed))), failed)
 
 
 def test_what_the_server_trains_comes_back() -> None:
@@ -178,16 +179,16 @@ def test_what_the_server_trains_comes_back() -> None:
         "nested": [{"x": torch.ones(2).double()}, (1, 2.5, None, "a")],
     }
     job = ServerJob("target", 3, {"head.bias": torch.ones(2)}, state)
-    back = flower.record_to_server_job(travelled(flower.server_job_to_record(job)))
+    back = records.record_to_server_job(travelled(records.server_job_to_record(job)))
     assert (back.learner, back.task) == ("target", 3) and same_bits(dict(back.params), dict(job.params))
     assert same_bits(back.state, state) and isinstance(back.state["nested"][1], tuple)
-    assert same_bits(flower.record_to_state(travelled(flower.state_to_record(None))), None)
+    assert same_bits(records.record_to_state(travelled(records.state_to_record(None))), None)
 
 
 def test_a_column_major_tensor_keeps_its_strides() -> None:
     """Strides decide which kernel a matrix product takes, and so its bits."""
     tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).T
-    (back,) = flower.arrays_to_tensors(flower.tensors_to_arrays({"a": tensor})).values()
+    (back,) = records.arrays_to_tensors(records.tensors_to_arrays({"a": tensor})).values()
     assert back.stride() == tensor.stride()
     assert torch.equal(back, tensor)
 
@@ -200,20 +201,20 @@ def test_every_word_of_a_plan_comes_back() -> None:
     )  # fmt: skip
     assert all(getattr(plan, f.name) != getattr(RoundPlan(), f.name) for f in fields(RoundPlan))
     job = ClientJob(1, 2, 3, {"head.bias": torch.ones(2)}, plan)
-    assert same(flower.record_to_job(travelled(flower.job_to_record(job))).plan, plan)
+    assert same(records.record_to_job(travelled(records.job_to_record(job))).plan, plan)
 
 
 def test_options_that_are_no_plain_values_are_refused() -> None:
     plan = RoundPlan(statistics=(StatisticRequest("gram", options={"mask": torch.ones(2)}),))
     with pytest.raises(TypeError, match="must be plain values, got Tensor"):
-        flower.job_to_record(ClientJob(0, 0, 0, {}, plan))
+        records.job_to_record(ClientJob(0, 0, 0, {}, plan))
 
 
 def test_what_is_shared_by_a_round_is_converted_once() -> None:
     params = {"head.bias": torch.ones(2)}
-    arrays = flower._shared_arrays()
-    records = [flower.job_to_record(ClientJob(k, 0, 0, params, RoundPlan()), arrays) for k in range(2)]
-    assert records[0]["params"] is records[1]["params"]
+    arrays = records.shared_arrays()
+    first, second = (records.job_to_record(ClientJob(k, 0, 0, params, RoundPlan()), arrays) for k in range(2))
+    assert first["params"] is second["params"]
 
 
 # ---------------------------------------------------------------- the spec's file
