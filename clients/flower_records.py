@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedsim.core.errors import ClientFailed
@@ -31,9 +32,13 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is import
 
 with warnings.catch_warnings():  # flwr's own dependencies warn on import
     warnings.simplefilter("ignore")
-    from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+    from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+    from flwr.app import Message as Message
+    from flwr.app import MessageType as MessageType
+    from flwr.app import RecordDict as RecordDict
 
 BFLOAT16 = "bfloat16"  # the type that an array says it has
+PACKED = "packed"
 CONTEXT = "context "  # before the name of who tells it: what clients are told beside the parameters
 
 
@@ -267,6 +272,52 @@ def shared_arrays() -> Any:
         return known[id(tensors)][1]
 
     return arrays
+
+
+def packed(record: RecordDict) -> RecordDict:
+    """The same content in few parts: every part of a message, such as an array, costs a SuperLink several requests.
+
+    Arrays lie behind each other in one, but for those of a job's memory: what all clients of a round are sent is one part then,
+    which travels to the SuperLink once.
+    """
+    blobs: dict[str, bytearray] = {"shared": bytearray(), "own": bytearray()}
+    arrays = []
+    for key, of_record in record.array_records.items():
+        blob = "own" if key == "memory" else "shared"
+        for name, array in of_record.items():
+            arrays.append([key, name, array.dtype, list(array.shape), array.stype, blob, len(array.data)])
+            blobs[blob] += array.data
+    plain = {key: dict(values) for key, values in (*record.config_records.items(), *record.metric_records.items())}
+    kinds = {"arrays": list(record.array_records), "metrics": list(record.metric_records)}
+    index = ConfigRecord({"kind": kind_of(record), "index": json.dumps({**kinds, "plain": plain, "each": arrays})})
+    whole = {n: Array(np.frombuffer(b, dtype=np.uint8)) for n, b in blobs.items() if b}
+    return RecordDict({PACKED: index, **({"arrays": ArrayRecord(whole)} if whole else {})})
+
+
+def unpacked(record: RecordDict) -> RecordDict:
+    """The record that `packed` was given."""
+    index = json.loads(str(record.config_records[PACKED]["index"]))
+    whole = record.array_records.get("arrays", {})
+    blobs = {name: memoryview(array.numpy()) for name, array in whole.items()}
+    arrays: dict[str, dict[str, Array]] = {key: {} for key in index["arrays"]}
+    start = dict.fromkeys(blobs, 0)
+    for key, name, dtype, shape, stype, blob, size in index["each"]:
+        data = bytes(blobs[blob][start[blob] : start[blob] + size])
+        arrays[key][name] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+        start[blob] += size
+    metrics = set(index["metrics"])
+    plain = {key: MetricRecord(v) if key in metrics else ConfigRecord(v) for key, v in index["plain"].items()}
+    return RecordDict({**{key: ArrayRecord(v) for key, v in arrays.items()}, **plain})
+
+
+def values_to_record(kind: str, **values: Any) -> RecordDict:
+    """A message of plain values."""
+    return RecordDict({kind: ConfigRecord({"kind": kind, **values})})
+
+
+def values_of(record: RecordDict) -> dict[str, Any]:
+    """The values of `values_to_record`."""
+    return dict(record.config_records[kind_of(record)])
 
 
 def kind_of(record: RecordDict) -> str:

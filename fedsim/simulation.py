@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from clients import optim
@@ -218,7 +219,9 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     probe.require_learners(config, model, spec, state.params, plan, learners)
     told += hardware.too_many_threads(config.runtime.threads)
     notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
-    spec = dataclasses.replace(spec, weights=sum(t.nbytes for t in model.backbone.encoder.state_dict().values()))
+    weights = sum(t.nbytes for t in model.backbone.encoder.state_dict().values())
+    spec = dataclasses.replace(spec, weights=weights, class_names=manifest.class_names, task_names=manifest.task_names)
+    spec = dataclasses.replace(spec, split=manifest.hash)
     plugins.load("pools", config.runtime.pool).check(spec)
     return Prepared(config, rule, manifest, spec, model, state, notes)
 
@@ -241,7 +244,7 @@ def _wired(parts: Prepared, store: ClientStore) -> Iterator[Simulation]:
             task_names=manifest.task_names,
             task_classes=manifest.task_classes,
             test_sizes=tuple(len(spec.test_of(t)) for t in range(len(manifest.task_names))),
-            shard_sizes=manifest.sizes,
+            shard_sizes=manifest.sizes if pool.by_manifest else np.maximum(2 * manifest.sizes, 1),  # the same order, nobody has 0
             num_clients=manifest.num_clients,
             store=store,
             learners=configs.build_learners(config.client.learners),

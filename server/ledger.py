@@ -38,10 +38,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedsim.core import ranks
-from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, ClientUpdate, Tensors, bytes_up
+from fedsim.core.messages import BACKGROUND, BENEATH, POSITIONS, RECEIPT, ClientJob, ClientUpdate, Tensors, bytes_up
 from server.state import ServerState, Simulation
 
-POSITIONS = "/positions"  # the end of a memory's name that stands for samples
 _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, digest): what stays is looked at once
 
 
@@ -118,6 +117,9 @@ def _digest(tensor: Tensor) -> str:
 
 def device_bytes(sim: Simulation, memory: Tensors) -> int:
     """What a device stores to remember this: for positions of samples the samples themselves, and all else as it is."""
+    if RECEIPT in memory:
+        _, held, positions = memory[RECEIPT].tolist()
+        return int(held + positions * sim.sample_bytes)
     return sum(t.numel() * sim.sample_bytes if n.endswith(POSITIONS) else t.nbytes for n, t in memory.items())
 
 

@@ -21,6 +21,8 @@ from fedsim.core.home import __version__
 # command -> what it does; the module of that name holds add_arguments(parser) and run(args)
 COMMANDS = {
     "run": "run a config, or go on with a run that was stopped",
+    "serve": "run a config with clients on machines of their own, which join",
+    "join": "be a client of a server on this or another machine, with data of one's own",
     "sweep": "run a config over axes and seeds, in parallel; what is there already is not run again",
     "tune": "try a few configurations of every method, with a fixed budget, and write the best as presets",
     "bounds": "what the numbers of a stream lie between: chance, what needs no training, joint training",

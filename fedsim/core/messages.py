@@ -20,6 +20,8 @@ from fedsim.core.errors import ClientFailed
 Tensors: TypeAlias = Mapping[str, Tensor]
 BACKGROUND = "background"  # the context of modules of past tasks
 BENEATH = "beneath"  # the context of what past rounds left beneath the module that is trained: a part of it
+RECEIPT = "receipt"  # in the place of a memory that stays on its client's own device: (its number, bytes, positions of samples)
+POSITIONS = "/positions"  # the end of a memory's name that stands for samples
 State: TypeAlias = Any  # nested dicts, lists and tuples of tensors, numbers, strings and None: what a file can hold
 
 
@@ -110,7 +112,8 @@ class ClientUpdate:
     """What a client sends back: only the tensors that were trained, the statistics asked for, and its new memory.
 
     memory: what the client remembers from now on, and is handed when it trains next; None: what it did before. So it is, whatever
-    stands here, for a client without samples and in a pass for statistics. It never travels: the run keeps it (`server.store`).
+    stands here, for a client without samples and in a pass for statistics. It never travels: the run keeps it (`server.store`),
+    and in a deployment the client's own device, of which the run keeps a receipt.
     bytes_sent: bytes by kind of object, noted before the tensors went into a sum (None: they are all here).
     encoded: bytes of tensors that a channel has encoded, by name; the others travel as they are.
     """

@@ -71,3 +71,6 @@ class WorkSpec(ShardLookup):
     task_classes: tuple[tuple[int, ...], ...]
     user_files: tuple[tuple[str, str], ...] = ()  # path and fingerprint of the user's plug-in files when the run began
     weights: int = 0  # bytes of the backbone, which every worker holds for itself
+    class_names: tuple[str, ...] = ()  # in the order of the head's rows; these three are for clients on machines of their own
+    task_names: tuple[str, ...] = ()
+    split: str = ""  # hash of the manifest

@@ -14,7 +14,7 @@ import torch
 
 from fedsim.core import hardware, plugins, presets
 from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers
-from fedsim.core.config.schema import PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
+from fedsim.core.config.schema import ONE_BY_ONE, PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
 from fedsim.core.config.text import resolved
 from fedsim.core.config.typed import typed
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
@@ -113,7 +113,7 @@ def resolve_kernels(name: str, device: str) -> str:
 
 def resolve_fused(fused: Any, device: str, pool: str) -> bool:
     """Whether clients train together: "auto" stands for yes where one client cannot fill the device, and the pool has several."""
-    return device.startswith("cuda") and pool != "flower" if fused == "auto" else bool(fused)
+    return device.startswith("cuda") and pool not in ONE_BY_ONE if fused == "auto" else bool(fused)
 
 
 def expand(kind: str, section: Any, where: str) -> dict[str, Any]:

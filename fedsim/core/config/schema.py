@@ -18,6 +18,7 @@ Section = Mapping[str, Any]  # {"name": plug-in, **options}
 
 
 MOVES_BITS = ("threads", "device", "kernels", "precision", "fused", "eval_batch")  # of `runtime`; the rest never does
+ONE_BY_ONE = ("flower", "deployment")  # pools in which every client travels by itself
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ class ServerConfig:
 class RuntimeConfig:
     """Where and how it runs. Only threads, device, kernels, precision, fused, eval_batch and a pool of your own may move bits.
 
-    pool: serial | ray | flower, or one of your own, which is part of what a run is.
+    pool: serial | ray | flower | deployment (clients on machines of their own: `fedsim serve`), or one of your own, which is part
+        of what a run is.
     workers: processes, "auto": CPU cores / threads (at most one per client, and as many as memory holds).
     threads: of one worker, the same in every pool; gpus_per_worker: may be a fraction.
     device: cpu | cuda | cuda:1 | auto (a GPU where there is one). eval_batch: test samples in one forward.
@@ -268,8 +270,10 @@ class RuntimeConfig:
         require_choice("kernels", self.kernels, ("auto", "torch", "onednn"))
         require_choice("precision", self.precision, ("fp32", "bf16"))
         _require(self.fused == "auto" or isinstance(self.fused, bool), "fused", "must be auto, true or false", self.fused)
-        if self.fused is True and self.pool == "flower":
-            raise ConfigError("fused cannot be true with the pool flower, which sends every client by itself: use false or auto")
+        if self.fused is True and self.pool in ONE_BY_ONE:
+            raise ConfigError(
+                f"fused cannot be true with the pool {self.pool}, which sends every client by itself: use false or auto"
+            )
 
     def moves_bits(self) -> dict[str, Any]:
         """What may move bits, and so is part of what a run is. fedsim's own pools give the same bits, a user's may not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.messages import Bundle, ClientJob, EvalJob, EvalResult, ServerJob, State
@@ -11,7 +12,12 @@ from fedsim.core.work import WorkSpec
 
 
 class Pool(Plugin, ABC):
-    """Runs clients somewhere. Made with one `WorkSpec`."""
+    """Runs clients somewhere. Made with one `WorkSpec`.
+
+    by_manifest: clients hold the shards that the manifest says; else one of which it says that it holds nothing may hold some.
+    """
+
+    by_manifest: ClassVar[bool] = True
 
     @classmethod
     def check(cls, spec: WorkSpec) -> None:
