@@ -287,7 +287,8 @@ def packed(record: RecordDict) -> RecordDict:
         for name, array in of_record.items():
             arrays.append([key, name, array.dtype, list(array.shape), array.stype, blob, len(array.data)])
             blobs[blob] += array.data
-    plain = {key: dict(values) for key, values in (*record.config_records.items(), *record.metric_records.items())}
+    plain: dict[str, Any] = {key: dict(values.items()) for key, values in record.config_records.items()}
+    plain |= {key: dict(values.items()) for key, values in record.metric_records.items()}
     kinds = {"arrays": list(record.array_records), "metrics": list(record.metric_records)}
     index = ConfigRecord({"kind": kind_of(record), "index": json.dumps({**kinds, "plain": plain, "each": arrays})})
     whole = {n: Array(np.frombuffer(b, dtype=np.uint8)) for n, b in blobs.items() if b}
@@ -297,12 +298,12 @@ def packed(record: RecordDict) -> RecordDict:
 def unpacked(record: RecordDict) -> RecordDict:
     """The record that `packed` was given."""
     index = json.loads(str(record.config_records[PACKED]["index"]))
-    whole = record.array_records.get("arrays", {})
-    blobs = {name: memoryview(array.numpy()) for name, array in whole.items()}
+    whole: Mapping[str, Array] = record.array_records.get("arrays") or {}
+    blobs = {name: array.numpy().tobytes() for name, array in whole.items()}
     arrays: dict[str, dict[str, Array]] = {key: {} for key in index["arrays"]}
     start = dict.fromkeys(blobs, 0)
     for key, name, dtype, shape, stype, blob, size in index["each"]:
-        data = bytes(blobs[blob][start[blob] : start[blob] + size])
+        data = blobs[blob][start[blob] : start[blob] + size]
         arrays[key][name] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
         start[blob] += size
     metrics = set(index["metrics"])

@@ -139,9 +139,8 @@ def made_ready(own: Own, offer: Offer) -> Holding:
     else:
         spec, split = own_spec(config, offer, client), ""
     require_inputs(spec.train, offer)
-    return Holding(
-        spec, Answer(client=client, split=split, counts=counts(spec, client, offer.classes), computes=computes(config))
-    )
+    answer = Answer(client=client, any=own.client is None, split=split, computes=computes(config))
+    return Holding(spec, dataclasses.replace(answer, counts=counts(spec, client, offer.classes)))
 
 
 def own_spec(config: SimConfig, offer: Offer, client: int) -> WorkSpec:

@@ -62,6 +62,8 @@ class Guests:
         known = {*self._node_of.values(), *(node for node, _ in self._asked.values()), *self._second, *self._away}
         for node in sorted(there - known):
             client = self._free()
+            if client == ANY and len(self._node_of) < self._offer.clients:
+                continue  # until those who are asked have answered
             record = values_to_record("offer", offer=to_json(replace(self._offer, client=client)))
             self._asked[self._link.send(node, record)] = node, client
         for reply in self._link.replies(list(self._asked)):
@@ -104,6 +106,8 @@ class Guests:
             if reply.record is not None:
                 self._link.send(node, values_to_record("refused", reason=str(e)))
             return
+        if client in self._node_of and answer.any and self._free() != ANY:
+            return  # it is offered another one
         if client in self._node_of:  # a node that was killed is known to have left only some seconds later
             self._second[node] = client, answer
             why = f"client {client} has its node already: a second one waits until that has left"

@@ -62,7 +62,7 @@ class Offer:
 class Answer:
     """What a node says of itself.
 
-    refused: why it does not take part; all else counts for nothing then. client: which one it is.
+    refused: why it does not take part; all else counts for nothing then. client: which one it is; any: another one would do.
     split: hash of its manifest if it holds a shard of the config's split, "" if it has data of its own.
     counts: training samples per task, by class name. computes: where and with what ("cpu, onednn, torch 2.13.0").
     """
@@ -70,6 +70,7 @@ class Answer:
     fedsim: str = __version__
     refused: str = ""
     client: int = ANY
+    any: bool = False
     split: str = ""
     counts: Sequence[Mapping[str, int]] = ()
     computes: str = ""

@@ -63,6 +63,8 @@ class Node:
         self._known: tuple[Offer, Holding, Worker] | None = None  # what was offered last, with the client that this node is
         self._memory: NodeMemory | None = None
         self._stack = ExitStack()
+        self._first = True  # the next offer is the first on this line
+        self.refused = ""  # why, in one line
 
     def run(self, open_line: Callable[[], Line], patience: float) -> None:
         """Until the server says that the run is over. patience: seconds that a server that cannot be reached is waited for.
@@ -75,7 +77,7 @@ class Node:
                     with open_line() as line:
                         if lost is not None:
                             self._tell("the server is there again")
-                        lost = None
+                        lost, self._first = None, True
                         self._serve(line)
                         return
                 except Gone as e:
@@ -94,35 +96,39 @@ class Node:
                 time.sleep(idle)
                 idle = min(idle * 1.3, IDLE_S[1])
                 continue
-            idle = IDLE_S[0]
-            content = unpacked(message.content)
+            idle, content = IDLE_S[0], unpacked(message.content)
+            line.reply(message, self.handle(content))
             kind = kind_of(content)
-            if kind == "train":
-                line.reply(message, outcome_to_record(self._trained(record_to_job(content))))
-            elif kind == "offer":
-                answer = self._answered(str(values_of(content)["offer"]))
-                line.reply(message, values_to_record("answer", answer=handshake.to_json(answer)))
-                if answer.refused:
-                    raise PoolError(f"this node takes no part: {answer.refused}")
-            else:
-                line.reply(message, values_to_record("heard"))
-                if kind == "over":
-                    if self._memory is not None:
-                        self._memory.forget()
-                    self._tell("the run is over")
-                    return
-                reason = str(values_of(content).get("reason", kind))
-                if kind == "refused":
-                    raise PoolError(f"the server refused this node: {reason}")
-                self._tell(reason)
+            if kind == "over":
+                return
+            if self.refused:
+                raise PoolError(self.refused)
+
+    def handle(self, content: RecordDict) -> RecordDict:
+        """What this node answers to a message. `refused` says so then, if that was the end."""
+        kind = kind_of(content)
+        if kind == "train":
+            return outcome_to_record(self._trained(record_to_job(content)))
+        if kind == "offer":
+            answer = self._answered(str(values_of(content)["offer"]))
+            self.refused = answer.refused and f"this node takes no part: {answer.refused}"
+            return values_to_record("answer", answer=handshake.to_json(answer))
+        reason = str(values_of(content).get("reason", ""))
+        if kind == "refused":
+            self.refused = f"the server refused this node: {reason}"
+        elif kind == "over" and self._memory is not None:
+            self._memory.forget()
+        self._tell("the run is over" if kind == "over" else reason)
+        return values_to_record("heard")
 
     def _answered(self, text: str) -> Answer:
         """What this node says to an offer, made ready for it."""
         try:
             offer = handshake.offer_from(text)
             known = self._known
-            if known is not None and offer.identity == known[0].identity:
+            if known is not None and offer.identity == known[0].identity and self._first:
                 offer = replace(offer, client=known[0].client)  # whoever was client 3 of a run remembers what client 3 does
+            self._first = False
             if known is None or offer != known[0]:
                 known = self._made_ready(offer)
             offer, holding, _ = self._known = known

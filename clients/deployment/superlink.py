@@ -291,7 +291,7 @@ class SuperLink:
 def _reply(message: Message) -> Reply:
     of = message.metadata.reply_to_message_id
     if message.has_error():
-        return Reply(of, None, message.error.reason)
+        return Reply(of, None, message.error.reason or "no reason given")
     try:
         return Reply(of, unpacked(message.content))
     except Exception as e:  # whoever is at the other end may send anything
@@ -319,7 +319,7 @@ def _whole(path: str) -> str:
 @contextmanager
 def _home() -> Iterator[str]:
     """A folder for all that Flower writes, and the environment that says so."""
-    told = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    told = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_LOG_LEVEL": "WARNING"}
     folder = tempfile.mkdtemp(prefix="fedsim-serve-")
     told["FLWR_HOME"] = folder
     before = {key: os.environ.get(key) for key in told}

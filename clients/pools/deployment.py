@@ -51,7 +51,7 @@ def served(terms: Terms) -> Iterator[None]:
 
 class Pool(contracts.Pool):
     """One node per client. A client whose node is not there, leaves, is still busy or takes too long has failed in this round, as
-    `server.on_client_failure` has it; where no node is there at all, it is waited for."""
+    `server.on_client_failure` has it; where no node is free at all, one is waited for."""
 
     by_manifest = False
 
@@ -79,11 +79,12 @@ class Pool(contracts.Pool):
         self._wait_for_nodes(1, [job.client_id for job in jobs])
         running: dict[str, int] = {}  # message -> place
         nodes: dict[str, int] = {}
-        arrays, busy = records.shared_arrays(), set(self._late.values())
+        arrays = records.shared_arrays()
         for place, job in enumerate(jobs):
-            node = self._guests.node_of(job.client_id)
-            if node is None or node in busy:
-                why = "it has no node" if node is None else "its node is still at a job that took too long"
+            node = self._free_node(job.client_id)
+            if node is None:
+                busy = self._guests.node_of(job.client_id) is not None
+                why = "its node is still at a job that took too long" if busy else "it has no node"
                 yield Bundle(place, (failed(job, why),))
                 continue
             loaded = replace(job, memory=dict(job.memory.items()))
@@ -96,7 +97,7 @@ class Pool(contracts.Pool):
                 place = running.pop(reply.of)
                 yield Bundle(place, (outcome(jobs[place], reply),))
             waited = time.monotonic() - start
-            for message, place in self._given_up(running, nodes, jobs, waited).items():
+            for message, place in self._given_up(running, nodes, waited).items():
                 del running[message]
                 yield Bundle(place, (failed(jobs[place], self._why(message, nodes)),))
             if running and not came:
@@ -118,15 +119,20 @@ class Pool(contracts.Pool):
         self._link.close()
 
     def _wait_for_nodes(self, wanted: int, clients: Sequence[int]) -> None:
-        """Until so many of these clients have their nodes."""
+        """Until so many of these clients have nodes that are free."""
         self._look()
         said = -1
-        while (there := len(set(clients) & set(self._guests.clients))) < wanted:
+        while (there := sum(self._free_node(client) is not None for client in clients)) < wanted:
             if said != there:
                 self._terms.tell(f"waiting for nodes: {there} of {wanted} are here (fedsim join)")
                 said = there
             time.sleep(LONGEST_S / 5)
             self._look()
+
+    def _free_node(self, client: int) -> int | None:
+        """The node of a client, unless it is still at a job that was given up."""
+        node = self._guests.node_of(client)
+        return None if node in self._late.values() else node
 
     def _look(self) -> None:
         self._guests.look()
@@ -135,9 +141,7 @@ class Pool(contracts.Pool):
         there = self._link.nodes()
         self._late = {message: node for message, node in self._late.items() if node in there}
 
-    def _given_up(
-        self, running: dict[str, int], nodes: dict[str, int], jobs: Sequence[ClientJob], waited: float
-    ) -> dict[str, int]:
+    def _given_up(self, running: dict[str, int], nodes: dict[str, int], waited: float) -> dict[str, int]:
         """The jobs that are waited for no longer."""
         self._look()
         there, limit = self._link.nodes(), self._terms.timeout

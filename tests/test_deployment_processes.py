@@ -1,0 +1,141 @@
+"""A deployment as it is: a SuperLink, a server and three nodes, each a process of its own, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from fedsim.runs.results import Results
+from tests.clients.test_deployment import with_failures
+from tests.tiny import final_state, plain_vit, same_bits, tiny
+
+PATIENCE_S = 240.0  # until the test gives up waiting for a line
+TIMEOUT_S = 10  # of a client, which is how long the round with the killed node takes
+
+
+class Process:
+    """A `fedsim` command in a session of its own, and what it has printed so far."""
+
+    def __init__(self, folder: Path, name: str, *words: str) -> None:
+        self.name, self._log = name, folder / f"{name}.log"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        with open(self._log, "wb") as out:
+            command = [sys.executable, "-m", "fedsim.cli", *words]
+            self._popen = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=environment, start_new_session=True)
+
+    @property
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        self.wait_until(lambda: text in self.printed, f"has said {text!r}")
+
+    def wait_until(self, there: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not there():
+            assert self._popen.poll() is None or there(), f"{self.name} has ended before it {what}:\n{self.printed}"
+            assert time.monotonic() < deadline, f"waited in vain until {self.name} {what}:\n{self.printed}"
+            time.sleep(0.02)
+
+    def ends(self) -> int:
+        return self._popen.wait(PATIENCE_S)
+
+    def send(self, what: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, what)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self._popen.wait()
+
+
+@contextmanager
+def processes(folder: Path) -> Iterator[Callable[..., Process]]:
+    """Starts processes, and ends all of them however the test ends."""
+    started: list[Process] = []
+
+    def start(name: str, *words: str) -> Process:
+        started.append(Process(folder, name, *words))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_free(port: int) -> None:
+    """The SuperLink ends with the server that started it, however that ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.05)
+    raise AssertionError("the SuperLink outlives its server")
+
+
+def test_three_nodes_one_late_one_killed_and_a_server_that_is_killed(tmp_path: Path) -> None:
+    """LoRM and SCAFFOLD over two tasks. Client 2 comes after the first round, the server is killed and started again by the same
+    command, client 1 is killed in the second task. What comes out are the bits of a simulation in which the same jobs fail."""
+    config = tiny(
+        "client.learners=[scaffold]", "server.on_client_failure=skip", output=tmp_path / "runs", model=plain_vit(), name="three"
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    port = free_port()
+    serving = ("serve", "config.yaml", "--port", str(port), "--timeout", str(TIMEOUT_S), "--output", "run")
+    with processes(tmp_path) as start:
+        server = start("server", *serving, "--wait", "2")
+        nodes = [start(f"node-{k}", "join", "--server", f"127.0.0.1:{port}", "--client", str(k)) for k in range(2)]
+        server.wait_until((tmp_path / "run" / "checkpoint.pt").exists, "has saved a round")
+        server.kill()
+        wait_until_free(port)
+        nodes.append(start("node-2", "join", "config.yaml", "--server", f"127.0.0.1:{port}", "--client", "2"))
+        server = start("server-again", *serving, "--wait", "3")
+        nodes[1].wait_for("task 1, round 0: done")
+        nodes[1].kill()
+        assert server.ends() == 0, server.printed
+        assert [nodes[0].ends(), nodes[2].ends()] == [0, 0]
+        wait_until_free(port)
+    assert "[1/4]" not in server.printed  # it went on
+    assert "the server is there again" in nodes[0].printed and "the run is over" in nodes[0].printed
+    state = final_state(tmp_path / "run", config)
+    failed = [(f.client_id, f.task, f.round) for f in state.failures]
+    assert (2, 0, 0) in failed and (1, 1, 1) in failed
+    assert same_bits(dict(state.params), dict(with_failures(config, failed, tmp_path)))
+    assert Results.load(tmp_path / "run").finished
+
+
+def test_ctrl_c_ends_either_side(tmp_path: Path) -> None:
+    """A server that waits, and a node that waits: one line each, and nothing is left behind."""
+    config = tiny(output=tmp_path / "runs", model=plain_vit())
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    port = free_port()
+    with processes(tmp_path) as start:
+        server = start("server", "serve", "config.yaml", "--port", str(port))
+        node = start("node", "join", "--server", f"127.0.0.1:{port}", "--client", "1")
+        server.wait_for("client 1 has joined")
+        node.send(signal.SIGINT)
+        assert node.ends() == 130 and node.printed.endswith("fedsim: left; the same command joins again\n")
+        server.wait_for("client 1: its node has left")
+        server.send(signal.SIGINT)
+        assert server.ends() == 130 and server.printed.endswith("fedsim: stopped; the same command goes on with it\n")
+        wait_until_free(port)
