@@ -17,13 +17,14 @@ from docs.site.links import DOCS, ROOT, Site
 from fedsim import cli
 from fedsim.cli.list import where
 from fedsim.core import config as configs
-from fedsim.core import options, plugins, presets
+from fedsim.core import contracts, options, plugins, presets
 from fedsim.core.config import schema
 from fedsim.core.contracts import Part
 from fedsim.runs.metrics import METRICS
 
 Pages = dict[str, tuple[str, Path]]  # page -> Markdown, and the file that its links are relative to
 HERE = DOCS / "index.md"  # generated pages link as if they lay in docs
+ORPHAN = "---\norphan: true\n---\n"  # in no menu: its kind's page leads to it, and a menu of all makes every page dear
 SUMMARY = {
     "aggregators": "How the server merges clients, every round.",
     "consolidators": "How modules of tasks become the model that is deployed.",
@@ -73,15 +74,15 @@ def _index(kind: str) -> str:
     for name in plugins.names(kind):
         file = _file(kind, name).relative_to(ROOT).as_posix()
         lines.append(f"| [{name}](../{file}) | {_cell(escaped(title(_module_text(kind, name))))} |")
-    toc = ["", "```{toctree}", ":hidden:", "", *plugins.names(kind), "```"]
-    return "\n".join([*lines, *toc, ""])
+    return "\n".join([*lines, ""])
 
 
 def _plugin(kind: str, name: str, used: Sequence[str]) -> str:
     """One plug-in: where it comes from, what it computes, its options, presets that name it, and its file."""
     cls = plugins.load(kind, name)
     told = options.of(cls)
-    lines = [f"# {name}", "", escaped(title(_module_text(kind, name))), ""]
+    lines = [ORPHAN, f"[{kind.capitalize()}](reference/{kind}/index.md)", "", f"# {name}", ""]
+    lines += [escaped(title(_module_text(kind, name))), ""]
     lines += prose(without_options(cls.__doc__, [o.name for o in told]))
     if told:
         lines += ["## Options", "", *_table(told), ""]
@@ -142,12 +143,15 @@ def title(text: str) -> str:
 
 
 def _table(told: Sequence[options.Option]) -> Iterator[str]:
-    yield from ("| option | type | default | meaning |", "|---|---|---|---|")
+    """Two columns, which a phone has room for: the option with its type and default, and what it means."""
+    yield from ("| option | meaning |", "|---|---|")
     for o in told:
-        default = "*must be given*" if o.default == options.MUST else f"`{o.default}`"
-        if o.type.endswith("Config"):
-            default = "a section, below"
-        yield f"| `{o.name}` | {_cell(escaped(o.type))} | {_cell(default)} | {_cell(escaped(o.meaning))} |"
+        default = f" = `{o.default}`"
+        if o.default == options.MUST:
+            default = ", must be given"
+        elif o.type.endswith("Config"):
+            default = ", a section: see below"
+        yield f"| `{o.name}`: {_cell(escaped(o.type) + default)} | {_cell(escaped(o.meaning))} |"
 
 
 # ---------------------------------------------------------------- text
@@ -254,11 +258,11 @@ def _api() -> str:
     for name in fedsim.__all__:
         found = getattr(fedsim, name)
         if inspect.isclass(found) or inspect.isfunction(found):
-            contract = found.__module__.startswith("fedsim.core.contracts")
+            contract = name in contracts.__all__
             groups.setdefault("Contracts to derive from" if contract else "Runs and results", []).append(name)
     for group in sorted(groups, reverse=True):
         lines += [f"## {group}", ""]
-        for name in groups[group]:
+        for name in sorted(groups[group], key=lambda name: (name[0].isupper(), name)):
             lines += _described(name, getattr(fedsim, name))
     return "\n".join(lines)
 
@@ -284,7 +288,7 @@ def signature(name: str, found: Any) -> str:
         said = inspect.signature(found)
     except (TypeError, ValueError):
         return name
-    shown = [str(p) for p in said.parameters.values()]
+    shown = [re.sub(r": '([^']*)'", r": \1", str(p)) for p in said.parameters.values()]
     result = "" if said.return_annotation is inspect.Signature.empty else f" -> {said.return_annotation}"
     line = f"{name}({', '.join(shown)}){result}".replace("<factory>", "...")
     if len(line) <= 90:
