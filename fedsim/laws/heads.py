@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fedsim.core.contracts import Head
-from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
+from fedsim.core.names import HEAD, HEAD_BIAS, HEAD_WEIGHT
 from fedsim.core.rng import torch_stream
+from fedsim.core.tensors import without_prefix
 from fedsim.laws.comparing import ROUNDED, expect_bits, expect_close, expect_finite, expect_unchanged
 from fedsim.laws.frame import Law, LawBroken
 
 SAMPLES, FEATURES, CLASSES, CLIENTS = 7, 6, 5, 3
 AFFINE = "an affine head"
+FORMULA = 1e-6  # of logits in float64: distances by a product of matrices are rounded more coarsely
 
 
 def fresh(head: Head) -> dict[str, Tensor]:
@@ -127,6 +129,22 @@ def _one_layer(head: Head) -> None:
     expect_close({"log softmax": got}, {"log softmax": want}, "the layer of `affine` against the head's logits")
 
 
+def _formula(head: Head) -> None:
+    told = head.formula()
+    if told is None:
+        return
+    params = moved(head)
+    scope = {"torch": torch, "features": features(), "head": without_prefix(params, HEAD)}
+    try:
+        got: Tensor = eval(told, scope)
+    except Exception as e:
+        raise LawBroken(f"formula {told!r} is no expression of features, head and torch: {type(e).__name__}: {e}") from e
+    want = head.logits(features(), params)
+    if got.shape != want.shape:
+        raise LawBroken(f"formula {told!r} gives {tuple(got.shape)}, not {tuple(want.shape)}")
+    expect_close({"logits": got}, {"logits": want}, f"formula {told!r} against logits", FORMULA)
+
+
 def _float64(head: Head) -> None:
     wide = head.logits(features(), moved(head))
     narrow = head.logits(features(dtype=torch.float32), moved(head, dtype=torch.float32))
@@ -150,6 +168,7 @@ LAWS: tuple[Law[Head], ...] = (
     Law("gradients", "a finite gradient reaches every tensor that is trained", _gradients),
     Law("affine", "logits of a head that says so are W inputs + b", _affine),
     Law("one_layer", "the linear layer that stands for the head, if one does, predicts the same", _one_layer),
+    Law("formula", "the expression that says the logits, if there is one, gives them", _formula),
     Law("float64", "float32 in gives what float64 gives, up to its rounding", _float64),
     Law("no_mutation", "tensors and features that go in are not changed", _no_mutation),
 )

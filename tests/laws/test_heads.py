@@ -48,6 +48,10 @@ class Changed(Linear):
             return out.double()
         return out.half().to(out.dtype) if self.what == "coarse" and out.dtype == torch.float32 else out
 
+    def formula(self) -> str | None:
+        told = super().formula()
+        return {"misspelt": "feature * 2", "halved": f"({told}) / 2"}.get(self.what, told)
+
     def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
         weight, bias = params["head.weight"], params["head.bias"]
         if self.what == "shifted":
@@ -83,6 +87,8 @@ def test_a_good_one_keeps_all() -> None:
         ("bent", "affine", r"logits against W inputs \+ b"),
         ("turned", "one_layer", r"affine gives \(6, 5\) and \(5,\)"),
         ("unbiased", "one_layer", "the layer of `affine` against the head's logits"),
+        ("misspelt", "formula", "is no expression of features, head and torch: NameError"),
+        ("halved", "formula", r"formula .* against logits"),
         ("coarse", "float64", "float32 against float64"),
         ("in place", "no_mutation", "the features that it was given changed"),
     ],

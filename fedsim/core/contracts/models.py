@@ -161,6 +161,11 @@ class Head(Part, ABC):
         to a number per sample that all classes have in common. None, as by default, where no such layer does."""
         return None
 
+    def formula(self) -> str | None:
+        """The logits as one expression of Python, for whoever has the tensors but no fedsim: of `features` (b, D), of `head`, a
+        dict of its tensors by their names without "head.", and of `torch`. None, as by default, where it says none."""
+        return None
+
     @abstractmethod
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         """`logits` of every client with its own tensors, (K, b, C): a tensor of `init` has a leading axis of clients, or is the

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from fedsim.core import contracts, hub
 from fedsim.core.contracts import ArraySplit, Dataset, IntArray
 from fedsim.core.errors import ConfigError, DataError, PluginError, did_you_mean, require_choice
+from fedsim.data.images import Decoder
 from fedsim.data.sources import _common
 from fedsim.data.tokenise import tokenise
 
@@ -143,9 +143,12 @@ class Source(contracts.Source):
         if image_key is None and text_key is None:
             image_key, text_key = self._input_key(parts[0], label_key)
         if image_key is not None:
-            decoder = _Decoder(self.image_size, self.background, self.path)
+            decoder = Decoder(self.image_size, self.background, self.path)
             grids = [
-                [decoder.array(value, f"{image_key} of sample {i}") for i, value in enumerate(part[_column(part, image_key)])]
+                [
+                    self._array(decoder, value, f"{image_key} of sample {i}")
+                    for i, value in enumerate(part[_column(part, image_key)])
+                ]
                 for part in parts
             ]
             return [{"pixel_values": images} for images in _alike(grids, self.path)], decoder.notes()
@@ -153,6 +156,9 @@ class Source(contracts.Source):
         texts = [_texts(part[_column(part, text_key)][:], f"{self.path}: {text_key}") for part in parts]
         encoded, notes = tokenise(texts, tokenizer_of, self.max_length)
         return [dict(one) for one in encoded], notes
+
+    def _array(self, decoder: Decoder, value: Any, where: str) -> NDArray[np.uint8]:
+        return decoder.array(_opened(value, f"{self.path}: {where}"), where)
 
     def _input_key(self, train: Any, label_key: str) -> tuple[str | None, str | None]:
         """The only image column, else the only text column."""
@@ -288,91 +294,24 @@ def _texts(values: Sequence[Any], what: str) -> list[str]:
     return [str(value) for value in values]
 
 
-@dataclass
-class _Decoder:
-    """Images as uint8, grey (H, W) or RGB (H, W, 3), and what was lost on the way."""
+def _opened(value: Any, what: str) -> Any:
+    """What a column holds of one image, as Pillow's: decoded, the bytes of a file, or rows of pixels."""
+    from PIL import Image
 
-    size: int | None
-    background: str
-    path: str
-    done: Counter[str] = field(default_factory=Counter)
-    brightest: int = 0  # of images of 16 bits
-
-    def array(self, value: Any, where: str) -> NDArray[np.uint8]:
-        """What a column holds of one image: decoded, the bytes of a file, or rows of pixels."""
-        from PIL import Image, ImageOps
-
-        image = self._eight_bits(self._opened(value, where), where)
-        if self.size is not None and image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
-        return np.asarray(image, dtype=np.uint8)
-
-    def notes(self) -> list[str]:
-        """One line for each thing that was done."""
-        return [
-            f"{count} images of {self.path}: {what.format(brightest=self.brightest)}" for what, count in sorted(self.done.items())
-        ]
-
-    def _opened(self, value: Any, where: str) -> Any:
-        from PIL import Image
-
-        if isinstance(value, bytes):
-            value = {"bytes": value}
-        try:
-            if isinstance(value, Mapping):
-                return _datasets().Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
-            if isinstance(value, list | np.ndarray):
-                return Image.fromarray(_pixels(np.asarray(value), f"{self.path}: {where}"))
-        except DataError:
-            raise
-        except Exception as e:  # Pillow's own, of the operating system, of a format that is cut short
-            raise DataError(f"{self.path}: {where} cannot be decoded: {' '.join(str(e).split())[:200]}") from e
-        if not isinstance(value, Image.Image):
-            raise DataError(f"{self.path}: {where} is not an image")
-        return value
-
-    def _eight_bits(self, image: Any, where: str) -> Any:
-        """Mode L or RGB."""
-
-        mode = image.mode
-        if getattr(image, "n_frames", 1) > 1:
-            self.done["more than one frame, of which the first is taken"] += 1
-        if mode in ("1", "L", "RGB") and "transparency" not in image.info:
-            return image.convert("L") if mode == "1" else image
-        if mode == "I" or mode.startswith("I;16"):
-            return self._scaled(np.asarray(image).astype(np.int64), where)
-        if mode == "F":
-            raise DataError(f"{self.path}: {where} holds real numbers, whose white nobody knows: save it with 8 or 16 bits")
-        if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-            return self._on_background(image, where)
-        if mode != "P":
-            self.done[f"{mode} converted to RGB"] += 1
-        plain = image.convert("RGB")
-        red, green, blue = (plain.getchannel(c).tobytes() for c in "RGB")
-        return plain.getchannel("R") if mode == "P" and red == green == blue else plain
-
-    def _scaled(self, values: NDArray[np.int64], where: str) -> Any:
-        from PIL import Image
-
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise DataError(f"{self.path}: {where} holds numbers from {low} to {high}, beyond 16 bits: save it with 8 or 16 bits")
-        self.brightest = max(self.brightest, high)
-        self.done["16 bits scaled to 8, 65535 becomes 255 (the largest value is {brightest})"] += 1
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-
-    def _on_background(self, image: Any, where: str) -> Any:
-        from PIL import Image
-
-        grey, opaque = image.mode in ("L", "LA", "La", "1"), image.convert("RGBA")
-        alpha_HW = np.asarray(opaque.getchannel("A"))
-        plain = Image.alpha_composite(Image.new("RGBA", image.size, self.background), opaque).convert("RGB")
-        if alpha_HW.min() < 255:
-            self.done[f"transparent pixels laid on {self.background}"] += 1
-        if alpha_HW.min() < alpha_HW.max() and not np.ptp(np.asarray(plain), axis=(0, 1)).any():
-            other = "black" if self.background == "white" else "white"
-            raise DataError(f"{self.path}: {where} vanishes on {self.background}: set data.background to {other}")
-        return plain.convert("L") if grey else plain
+    if isinstance(value, bytes):
+        value = {"bytes": value}
+    try:
+        if isinstance(value, Mapping):
+            return _datasets().Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
+        if isinstance(value, list | np.ndarray):
+            return Image.fromarray(_pixels(np.asarray(value), f"{what}"))
+    except DataError:
+        raise
+    except Exception as e:  # Pillow's own, of the operating system, of a format that is cut short
+        raise DataError(f"{what} cannot be decoded: {' '.join(str(e).split())[:200]}") from e
+    if not isinstance(value, Image.Image):
+        raise DataError(f"{what} is not an image")
+    return value
 
 
 def _pixels(values: NDArray[Any], what: str) -> NDArray[np.uint8]:

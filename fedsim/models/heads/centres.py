@@ -48,6 +48,10 @@ class Head(contracts.Head):
         width = centres_CD.shape[1]
         return None if self.root else (2 / width * centres_CD, -centres_CD.square().sum(dim=1) / width)
 
+    def formula(self) -> str | None:
+        distances, width = 'torch.cdist(features, head["weight"])', "features.shape[1]"
+        return f"-{distances} / {width} ** 0.5" if self.root else f"-{distances}.square() / {width}"
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return self._logits(features_KbD, params[HEAD_WEIGHT])
 

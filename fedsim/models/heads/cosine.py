@@ -45,5 +45,9 @@ class Head(contracts.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return self.scale * F.linear(self.inputs(features, params), F.normalize(params[HEAD_WEIGHT], dim=-1))
 
+    def formula(self) -> str | None:
+        normed = "torch.nn.functional.normalize"
+        return f'{self.scale} * {normed}(features) @ {normed}(head["weight"]).T'
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return self.scale * (self.inputs(features_KbD, params) @ F.normalize(params[HEAD_WEIGHT], dim=-1).mT)

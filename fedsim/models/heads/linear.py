@@ -15,6 +15,8 @@ from fedsim.core.contracts import Traits
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_BIAS, HEAD_WEIGHT
 
+FORMULA = 'features @ head["weight"].T + head["bias"]'  # `Head.formula` of a linear layer
+
 
 @dataclass(frozen=True)
 class Head(contracts.Head):
@@ -33,6 +35,9 @@ class Head(contracts.Head):
 
     def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
         return params[HEAD_WEIGHT], params[HEAD_BIAS]
+
+    def formula(self) -> str | None:
+        return FORMULA
 
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         bias = params[HEAD_BIAS]

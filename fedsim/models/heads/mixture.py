@@ -38,6 +38,9 @@ class Head(linear.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return mixture(features, params) if params[HEAD_WEIGHT].dim() == 3 else super().logits(features, params)
 
+    def formula(self) -> str | None:
+        return None
+
     def affine(self, params: Tensors) -> tuple[Tensor, Tensor] | None:
         return None if params[HEAD_WEIGHT].dim() == 3 else super().affine(params)
 

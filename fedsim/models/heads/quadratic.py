@@ -39,6 +39,10 @@ class Head(contracts.Head):
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
         return self._logits(features[None], params)
 
+    def formula(self) -> str | None:
+        off = 'features[:, None] - head["weight"]'
+        return f'head["offset"] - 0.5 * torch.einsum("bcd,cde,bce->bc", {off}, head["precision"], {off})'
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return self._logits(features_KbD[:, None], params)
 

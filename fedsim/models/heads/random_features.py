@@ -68,5 +68,9 @@ class Head(contracts.Head):
         weight_CM = params[HEAD_WEIGHT]
         return (weight_CM.double() @ params[PROJECTION].double().T).to(weight_CM.dtype), params[HEAD_BIAS]
 
+    def formula(self) -> str | None:
+        inputs = '(features @ head["projection"])' + (".relu()" if self.activation == "relu" else "")
+        return linear.FORMULA.replace("features", inputs)
+
     def stacked_logits(self, features_KbD: Tensor, params: Tensors) -> Tensor:
         return linear.Head().stacked_logits(self.inputs(features_KbD, params), params)
