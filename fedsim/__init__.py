@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from fedsim.core.errors import FedsimError
     from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
+    from fedsim.export.deployed import DeployedModel, load_model
     from fedsim.notebook import experiment
     from fedsim.runs.collection import Collection, collect
     from fedsim.runs.metrics import METRICS, Metric
@@ -71,6 +72,7 @@ __all__ = [
     "Collection",
     "Consolidator",
     "Dataset",
+    "DeployedModel",
     "Ending",
     "FedsimError",
     "FinishedRun",
@@ -102,6 +104,7 @@ __all__ = [
     "collect",
     "experiment",
     "load",
+    "load_model",
     "run",
     "sweep",
     "tune",
@@ -118,6 +121,7 @@ _MODULE_OF = {  # name -> where it lies
         ),
         "fedsim.core.errors": "FedsimError",
         "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",
+        "fedsim.export.deployed": "DeployedModel load_model",
         "fedsim.notebook": "experiment",
         "fedsim.runs.collection": "Collection collect",
         "fedsim.runs.metrics": "METRICS Metric",
@@ -128,7 +132,7 @@ _MODULE_OF = {  # name -> where it lies
     }.items()
     for name in names.split()
 }
-_ROOMS = ("merging", "report", "sweeps", "unlearning")  # packages of which a user takes more than a name
+_ROOMS = ("export", "merging", "report", "sweeps", "unlearning")  # packages of which a user takes more than a name
 
 
 if not TYPE_CHECKING:  # to which every name would be there

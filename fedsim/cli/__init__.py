@@ -30,6 +30,8 @@ COMMANDS = {
     "report": "the runs of a folder as one HTML file with charts",
     "ledger": "many methods on streams as one HTML file: table, bounds, costs, recipes",
     "merge": "merge finished runs, or the tasks of one, by any merging rule",
+    "predict": "what a finished run's model says of images or texts, as CSV",
+    "export": "a finished run's model for Hugging Face PEFT or transformers",
     "unlearn": "remove clients from a finished run, without further rounds",
     "list": "show plug-ins with their options",
     "partition": "show who holds which samples of the stream",

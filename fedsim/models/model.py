@@ -107,6 +107,13 @@ class Model:
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)
 
     @property
+    def images(self) -> Transform:
+        """What is done to images. Raises ModelError of a backbone that takes texts."""
+        if self._transform is None:
+            raise ModelError("the backbone takes text, which is not transformed")
+        return self._transform
+
+    @property
     def fixed(self) -> Tensors:
         """Tensors of the head that are neither trained nor sent."""
         return self._fixed
@@ -195,7 +202,7 @@ class Model:
         query: Tensor | None = None,
     ) -> Asked:
         """`features`, and the queries behind them."""
-        return self._asked(self._shown(inputs, augment), lean, query)
+        return self._asked(self.shown(inputs, augment), lean, query)
 
     def stacked_features(
         self, inputs: Tensors, slots: Slots, augment: Sequence[torch.Generator] | None, query: Tensor | None = None
@@ -219,7 +226,7 @@ class Model:
             parts += [own, own[:1].expand(slots.width - rows, -1, -1, -1)]
         return self._asked({"pixel_values": torch.cat(parts)}, True, query)
 
-    def _shown(self, inputs: Tensors, augment: torch.Generator | None = None) -> Tensors:
+    def shown(self, inputs: Tensors, augment: torch.Generator | None = None) -> Tensors:
         """What the encoder is given of a raw batch: normalised images, or texts as they are."""
         if self._transform is None:
             return inputs
@@ -245,7 +252,7 @@ class Model:
 
     def query(self, inputs: Tensors) -> Tensor:
         """Features (b, D) of a raw batch as it is, for which no adapter with queries is asked: the bare backbone's."""
-        return self._encoded(self._shown(inputs), lean=False)
+        return self._encoded(self.shown(inputs), lean=False)
 
     def head_inputs(self, features: Tensor, params: Tensors) -> Tensor:
         """What the head's last linear map is given, (b, M): features themselves for a linear head."""

@@ -89,7 +89,7 @@ def _plain_vit(name: str) -> tuple[nn.Module, Mapping[str, Any]] | None:
 
 def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]:
     """Encoder and preprocessor."""
-    with unseeded(), _quiet():
+    with unseeded(), quiet():
         if config.backbone == "random":
             return _random(config), {}
         if config.backbone.endswith(".safetensors"):
@@ -107,7 +107,7 @@ def _from_pretrained(name: str, pooling: str, unreachable: str = "") -> tuple[nn
     common = {"local_files_only": folder, "trust_remote_code": False}
     try:
         layout = _layout(AutoConfig.from_pretrained(name, **common), pooling)
-        cls = _encoder_class(layout)
+        cls = encoder_class(layout)
         encoder, info = cls.from_pretrained(
             name,
             config=layout,
@@ -144,7 +144,7 @@ def _layout(layout: Any, pooling: str) -> Any:
     return layout
 
 
-def _encoder_class(layout: Any) -> Any:
+def encoder_class(layout: Any) -> Any:
     """The bare encoder of an architecture; of an encoder with a decoder, the encoder alone where there is a class for it."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
@@ -197,7 +197,7 @@ def _random(config: ModelConfig) -> nn.Module:
 
     try:
         layout = _layout(AutoConfig.for_model(**(config.config or {})), config.pooling)
-        cls = _encoder_class(layout)
+        cls = encoder_class(layout)
         torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
         encoder: nn.Module = _encoder_of(cls(layout, **families.pooler_option(cls, layout)).to(torch.float32))
     except ModelError:
@@ -218,7 +218,7 @@ def unseeded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and reports of transformers: what matters in them is checked here."""
     from transformers.utils import logging
 
