@@ -19,7 +19,7 @@ from fedsim.runs.metrics import METRICS
 from fedsim.runs.results import Results
 
 SHOWN = ("final_average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer")
-MOST_CLASSES = 200  # that are listed; config.json has all
+MOST_CLASSES = 200  # that are listed
 
 
 def text(deployed: DeployedModel, to: str, adapter: peft.Adapter | None, script: Script, notes: Sequence[str]) -> str:
@@ -58,7 +58,7 @@ def _what(deployed: DeployedModel, adapter: peft.Adapter | None, script: Script)
         form = f"a LoRA adapter of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))} for PEFT"
     where = "The head is part of it." if not script.head else "The head is in `head.safetensors`; the lines below apply it."
     return (
-        f"A model of federated continual learning, as [fedsim](https://pypi.org/project/fedsim) run `{config.name}` deployed it "
+        f"A model of federated continual learning, as fedsim's run `{config.name}` deployed it "
         f"{learned}: {form}, on `{config.model.backbone}`. {where}"
     )
 
@@ -90,23 +90,24 @@ def _numbers(values: Sequence[float]) -> str:
 def _classes(deployed: DeployedModel) -> str:
     listed = [f"| {i} | {_cell(name)} |" for i, name in enumerate(deployed.classes[:MOST_CLASSES])]
     more = len(deployed.classes) - MOST_CLASSES
-    rest = [f"\nand {more} more: `id2label` in `config.json` names all."] if more > 0 else []
+    rest = [f"\nand {more} more: `id2label` of the model's config names all."] if more > 0 else []
     return "\n".join(["## Classes", "", "| logit | class |", "|---|---|", *listed, *rest])
 
 
 def _accuracy(deployed: DeployedModel) -> str:
     results = Results.load(deployed.run.dir.path)
     matrix = results.accuracy[: deployed.after_task + 1, : deployed.after_task + 1]
-    tasks = deployed.run.manifest.task_names
+    names = [_cell(name) for name in deployed.run.manifest.task_names]
+    tasks = [name if name == f"task {t}" else f"{t} {name}" for t, name in enumerate(names)]
     told = "with the task told" if results.config.stream.name == "task_incremental" else "among all classes seen"
     lines = [
         f"## Accuracy\n\nPercent of the test samples of a task (column) after learning a task (row), {told}.\n",
-        f"| after | {' | '.join(f'{j} {_cell(name)}' for j, name in enumerate(tasks[: len(matrix)]))} |",
+        f"| after | {' | '.join(tasks[: len(matrix)])} |",
         f"|{'---|' * (len(matrix) + 1)}",
     ]
     for i, row in enumerate(matrix):
         cells = ["" if j > i else "–" if math.isnan(value) else f"{value:.2f}" for j, value in enumerate(row)]
-        lines.append(f"| {i} {_cell(tasks[i])} | {' | '.join(cells)} |")
+        lines.append(f"| {tasks[i]} | {' | '.join(cells)} |")
     if deployed.after_task == len(tasks) - 1:
         found = [(METRICS[n].title, results.metrics.get(n)) for n in SHOWN if n in METRICS]
         lines += ["", *(f"- {title}: {value:.2f}" for title, value in found if value is not None)]

@@ -17,7 +17,7 @@ from fedsim.models.backbone import Backbone
 
 HERE = 'folder = "."  # where this file lies'
 HEAD_FILE = "head.safetensors"
-BACKBONE = "backbone"  # the folder beside it, where no name stands for the backbone
+BACKBONE = "backbone"  # beside an adapter: the backbone's config, with the classes, and its weights where no name stands for them
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Script:
             return [f"model = {name}.from_pretrained(folder{options}).eval()"]
         where = f'f"{{folder}}/{BACKBONE}"' if self.base is None else repr(self.base)
         return [
-            "config = AutoConfig.from_pretrained(folder)",
+            f'config = AutoConfig.from_pretrained(f"{{folder}}/{BACKBONE}")',
             *([] if self.head else ["# it says that its classifier is new: the adapter brings the run's"]),
             f"base = {name}.from_pretrained({where}, config=config, dtype=torch.float32{options})",
             "model = PeftModel.from_pretrained(base, folder).eval()",

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +84,7 @@ def write(deployed: DeployedModel, to: str, folder: Path) -> Exported:
         with _new(folder) as draft:
             named = adapter is None or encoders.found_by_name(deployed.config.model, encoder)
             if not named:
-                _save(encoder, draft / script.BACKBONE)
+                _save(encoder, draft / script.BACKBONE, deployed.classes)
             encoders.put(encoder, weights)
             parts = _parts(deployed, encoder, adapter, deployed.config.model.backbone if named else None)
             if adapter is None:
@@ -187,7 +187,7 @@ def _write_adapter(deployed: DeployedModel, adapter: peft.Adapter, parts: _Parts
     save_file(tensors, draft / peft.WEIGHTS, metadata={"format": "pt"})
     (draft / peft.CONFIG).write_text(json.dumps(adapter.config(base, found, model), indent=2) + "\n", encoding="utf-8")
     with pretrained.quiet():
-        classifier.labelled(model.config, deployed.classes).save_pretrained(draft)
+        classifier.labelled(model.config, deployed.classes).save_pretrained(draft / script.BACKBONE)
 
 
 def _write_beside(deployed: DeployedModel, to: str, adapter: peft.Adapter | None, parts: _Parts, draft: Path) -> None:
@@ -199,9 +199,9 @@ def _write_beside(deployed: DeployedModel, to: str, adapter: peft.Adapter | None
     (draft / "README.md").write_text(card.text(deployed, to, adapter, parts.script, parts.notes), encoding="utf-8")
 
 
-def _save(model: Any, folder: Path, names: tuple[str, ...] = ()) -> None:
-    if names:
-        model.config = classifier.labelled(model.config, names)
+def _save(model: Any, folder: Path, names: Sequence[str]) -> None:
+    """Weights, and a config with the classes' names."""
+    model.config = classifier.labelled(model.config, names)
     with pretrained.quiet():
         model.save_pretrained(folder)
 
@@ -234,6 +234,13 @@ def _write_preprocessing(deployed: DeployedModel, draft: Path) -> None:
     (draft / pretrained.PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
+def _let_others_read(draft: Path) -> None:
+    """As far as files that are written here by default may be read: temporary folders, and safetensors, keep them to the user."""
+    mode = (draft / "README.md").stat().st_mode & 0o777
+    for path in (draft, *draft.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
 @contextmanager
 def _new(folder: Path) -> Iterator[Path]:
     """A folder beside the one that is to be made, which takes its name when all is written; nothing is left where it is not."""
@@ -242,7 +249,7 @@ def _new(folder: Path) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             yield draft
-            draft.chmod(0o755)
+            _let_others_read(draft)
             if folder.is_dir():
                 folder.rmdir()
             draft.rename(folder)

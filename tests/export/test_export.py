@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def test_a_consolidated_run_goes_home_whole(finished: Path, after: int | None, t
         told = json.loads((made.folder / "adapter_config.json").read_text())
         assert told["r"] == (task + 1) * RANK, "the tasks' pairs, stacked"
         assert told["modules_to_save"] == ["classifier"]
-    names = json.loads((made.folder / "config.json").read_text())["id2label"]
+    beside = made.folder / "backbone" if to == "peft" else made.folder
+    names = json.loads((beside / "config.json").read_text())["id2label"]
     assert tuple(names.values()) == own.classes == opened.manifest.class_names[: 2 * (task + 1)]
 
 
@@ -106,6 +108,9 @@ def test_what_fits_a_class_of_transformers_is_one(finished: Path, tmp_path: Path
 
 def test_the_adapter_is_one_that_peft_would_have_written(finished: Path, tmp_path: Path) -> None:
     """Ranks that differ, with a pattern for those that are not the usual one; and what PEFT writes of it is what it read."""
+    from peft import AutoPeftModel
+    from transformers import AutoModelForImageClassification
+
     deployed = made_up(DeployedRun(finished), VIT, LORA, ranks=True)
     want = deployed.logits(RAW["vit"])
     folder = write(deployed, "peft", tmp_path / "out").folder
@@ -120,6 +125,10 @@ def test_the_adapter_is_one_that_peft_would_have_written(finished: Path, tmp_pat
     assert all(torch.equal(first[n], again[n]) for n in first)
     merged = scope["model"].merge_and_unload()
     assert type(merged).__name__ == "ViTForImageClassification"
+    for auto in (AutoPeftModel, AutoModelForImageClassification):  # which find the backbone by what the adapter says of it
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            same(auto.from_pretrained(folder).eval()(**seen_by(deployed, RAW["vit"])).logits, want)
 
 
 def test_more_ranks_than_a_layer_has_are_folded(finished: Path, tmp_path: Path) -> None:
@@ -170,10 +179,11 @@ def test_the_card_says_where_it_comes_from(finished: Path, tmp_path: Path) -> No
     assert told["server"]["aggregator"]["name"] == "lorm"
 
 
-def test_the_processor_makes_what_the_run_saw(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_the_processor_makes_what_the_run_saw(finished: Path, to: str, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
-    folder = export(finished, "merged", tmp_path / "out").folder
+    folder = export(finished, to, tmp_path / "out").folder
     pixels = torch.randint(0, 256, (2, 8, 8), dtype=torch.uint8)
     processor = AutoImageProcessor.from_pretrained(folder)
     got = processor([p[None].numpy() for p in pixels], return_tensors="pt", input_data_format="channels_first")["pixel_values"]

@@ -147,13 +147,15 @@ def test_a_table_of_texts_and_the_tokenizer_that_goes_along(
     assert [r["class_1"] for r in rows] == model.predict(lines)
     cut = model.logits([lines[1], " ".join(lines[1].split()[:7])])
     assert torch.equal(cut[0], cut[1]), "cut at data.max_length"
-    folder = export(reading, "merged", tmp_path / "out").folder
     from transformers import AutoTokenizer
 
-    read = AutoTokenizer.from_pretrained(folder)(lines, return_tensors="pt", padding=True, truncation=True, max_length=7)
-    inputs = {n: read[n] for n in ("input_ids", "attention_mask")}
-    same(loaded(folder)["logits"](**inputs), model.logits(lines))
+    for to in ("peft", "merged"):
+        folder = export(reading, to, tmp_path / to).folder
+        read = AutoTokenizer.from_pretrained(folder)(lines, return_tensors="pt", padding=True, truncation=True, max_length=7)
+        inputs = {n: read[n] for n in ("input_ids", "attention_mask")}
+        same(loaded(folder)["logits"](**inputs), model.logits(lines))
     same(model.logits(inputs), model.logits(lines))
+    assert not (tmp_path / "peft" / "backbone" / "model.safetensors").exists(), "the folder that it came from stands for it"
 
 
 def test_the_data_are_not_needed(reading: Path, tmp_path: Path) -> None:
