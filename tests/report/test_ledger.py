@@ -188,6 +188,20 @@ def test_recipes_that_were_run_come_first(tmp_path: Path) -> None:
     assert found.output == tmp_path / "out/page.html"
 
 
+def test_published_figures_stand_with_their_source(folder: Path, counted: object) -> None:
+    head = "stream,method,beta,figure,source,tag\n"
+    lines = "cifar100_vit,paper_lorm,0.05,82.76,A paper,read\ncub_vit,joint,,86.04,A paper,read\n"
+    (folder / "published.csv").write_text(head + lines)
+    (folder / "published.yaml").write_text("results: {fashion: fashion.csv}\npublished: published.csv\noutput: published.html\n")
+    text = ledger.write(ledger.read([folder / "published.yaml"])).path.read_text(encoding="utf-8")
+    assert "<code>fedsim run cifar100_vit paper_lorm partition.alpha=0.05</code>" in text
+    assert text.count(">not run here</td>") == 2
+    assert text.count(">A paper (read)</td>") == 2
+    (folder / "published.csv").write_text(f"{head}cifar100_vit,paper_lorm,0.05,82.76,,read\n")
+    with pytest.raises(DataError, match=r"published\.csv, line 2: source is empty"):
+        ledger.read([folder / "published.yaml"])
+
+
 def test_families_look_different() -> None:
     many = [f"family {i}" for i in range(40)]
     assert len(set(charts.looks(many).values())) == 40

@@ -35,14 +35,16 @@ def render(ledger: Ledger) -> str:
     """The whole file."""
     study = ledger.study
     families = _families(ledger)
+    sections = {"table": _table(ledger), "charts": _charts(ledger), "bounds": _bounds(ledger), "methods": _methods(ledger)}
+    sections |= {"published": _published(study.published)} if study.published else {}
     parts = {
         "title": esc(study.title),
         "lead": esc(study.lead),
         "tiles": _tiles(ledger),
         "notices": _notices(ledger),
-        "links": "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in ("table", "charts", "bounds", "methods")),
+        "links": "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in sections),
         "filters": _filters(ledger, families),
-        "sections": "\n".join([_table(ledger), _charts(ledger), _bounds(ledger), _methods(ledger)]),
+        "sections": "\n".join(sections.values()),
     }
     return document.written("ledger", parts, _data(ledger, families))
 
@@ -300,6 +302,21 @@ def _told(method: Method) -> Iterator[str]:
         name = f"text-{method.name}-{i}"
         button = f'<button type="button" class="control" data-copy="{esc(name)}">Copy</button>'
         yield f'<h4>{esc(title)}{button}</h4><pre id="{esc(name)}" tabindex="0">{esc(text.rstrip())}</pre>'
+
+
+def _published(figures: Sequence[Mapping[str, str]]) -> str:
+    """What papers say on streams whose weights and data are not at hand, and the command that would tell."""
+    heads = ["Stream", "Method", "β", "Published", "Ours", "Command", "Source"]
+    rows = []
+    for row in figures:
+        beta = [f"partition.alpha={row['beta']}"] if row["beta"] else []
+        command = f"<code>{esc(' '.join(['fedsim run', row['stream'], row['method'], *beta]))}</code>"
+        texts = [esc(row["method"]), esc(row["beta"] or "–"), esc(row["figure"]), "not run here", command]
+        cells = "".join(f'<td class="text">{text}</td>' for text in [*texts, esc(f"{row['source']} ({row['tag']})")])
+        rows.append(f'<tr><th scope="row" class="text">{esc(row["stream"])}</th>{cells}</tr>')
+    caption = "Final average accuracies in % as papers give them, on other weights and data than those above: not to be compared."
+    columns = "".join(f'<th scope="col" class="text">{esc(head)}</th>' for head in heads)
+    return _section("published", _scrolled("Figures published", caption, columns, "".join(rows)))
 
 
 # ---------------------------------------------------------------- data

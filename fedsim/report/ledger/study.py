@@ -1,22 +1,26 @@
 """What a ledger is made from: runs, or the tables that `fedsim results --csv` makes of them, and what a person says of them.
 
-fedsim ledger runs/my_sweep               # one stream; several folders, or CSVs, are several
-fedsim ledger ledger.yaml                 # the same with words of one's own:
+    fedsim ledger runs/my_sweep               # one stream; several folders, or CSVs, are several
+    fedsim ledger ledger.yaml                 # the same with words of one's own:
 
-title: The ledger
-lead: What this is, in a sentence.
-results: {fashion: fashion.csv, intents: ../runs/intents}    # stream: a CSV, or a folder of runs
-streams: {fashion: "Fashion-MNIST, 5 tasks x 2 classes"}     # a line each
-bounds: {ncm: my_ncm}                                        # where the bounds of a stream go by other names than the presets
-baselines: [fedavg, ranpac]                                  # with which all are compared, run by run
-recipes: best/{stream}/{method}.yaml                         # configs that were run, where they are not the presets
-families: {replay: [mine]}                                   # beside those of fedsim's own presets
-remarks: {er: Twenty samples a client.}
-output: index.html
+    title: The ledger
+    lead: What this is, in a sentence.
+    results: {fashion: fashion.csv, intents: ../runs/intents}    # stream: a CSV, or a folder of runs
+    streams: {fashion: "Fashion-MNIST, 5 tasks x 2 classes"}     # a line each
+    bounds: {ncm: my_ncm}                                        # where the bounds of a stream go by other names than the presets
+    baselines: [fedavg, ranpac]                                  # with which all are compared, run by run
+    recipes: best/{stream}/{method}.yaml                         # configs that were run, where they are not the presets
+    families: {replay: [mine]}                                   # beside those of fedsim's own presets
+    remarks: {er: Twenty samples a client.}
+    published: published.csv                                     # figures of papers: stream, method, beta, figure, source, tag
+    output: index.html
+
+Only `results` is needed; paths are relative to the YAML.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +43,7 @@ METHOD, SPLIT = "method", "split"  # columns of a stream's frame
 ALPHAS = ("dirichlet_alpha", "partition.alpha", "alpha")  # columns that say how heterogeneous a run's clients are
 NEEDED = ("seed", "partition_hash", HEADLINE)
 BASELINES = ("fedavg", "ranpac")
+PUBLISHED = ("stream", "method", "beta", "figure", "source", "tag")  # columns of figures that papers give
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Options:
     recipes: str = ""
     families: dict[str, list[str]] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
+    published: str = ""
     output: str = "ledger.html"
 
     def __post_init__(self) -> None:
@@ -82,7 +88,7 @@ class Stream:
 @dataclass(frozen=True)
 class Study:
     """Streams and what is said of them. families: method -> family; recipes: pattern of a config's path with {stream} and
-    {method}, empty for none; output: where the page goes by default."""
+    {method}, empty for none; published: rows of `PUBLISHED`, as text; output: where the page goes by default."""
 
     title: str
     streams: Sequence[Stream]
@@ -92,6 +98,7 @@ class Study:
     recipes: str = ""
     families: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
+    published: Sequence[Mapping[str, str]] = ()
     output: Path = Path("ledger.html")
 
 
@@ -145,8 +152,23 @@ def _study(options: Options, folder: Path, sweep: str | None = None) -> Study:
         str(folder / options.recipes) if options.recipes else "",
         families(options.families),
         options.remarks,
+        _published(folder / options.published) if options.published else (),
         folder / options.output,
     )
+
+
+def _published(path: Path) -> list[dict[str, str]]:
+    """Figures that papers give. Raises DataError for one without a source: nobody could look it up."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path} cannot be read: {one_line(e)}") from e
+    for number, row in enumerate(rows, 2):
+        lacking = [name for name in PUBLISHED if name not in row or (name != "beta" and not (row[name] or "").strip())]
+        if lacking:
+            raise DataError(f"{path}, line {number}: {', '.join(lacking)} is empty: a published figure needs all but beta")
+    return rows
 
 
 def _stream(name: str, path: Path, note: str, sweep: str | None) -> Stream:
