@@ -53,11 +53,11 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	@echo "setting up .venv (minutes on a cold machine)"
-	$(PIP) --editable .
+	$(PIP) --editable '.[report]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[flower,huggingface,tensorboard,wandb,mlflow,test]'
+	$(PIP) --editable '.[report,flower,huggingface,tensorboard,wandb,mlflow,test]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
@@ -65,5 +65,5 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(PIP) --editable '.[flower,huggingface,tensorboard,wandb,mlflow,test,dev]'
+	$(PIP) --editable '.[report,flower,huggingface,tensorboard,wandb,mlflow,test,dev]'
 	@touch $@

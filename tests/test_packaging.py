@@ -15,9 +15,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import fedsim
+from fedsim import cli
+from tests.report.factory import fake_run
+from tests.tiny import tiny
 
 ROOT = Path(fedsim.__file__).resolve().parents[1]
-EXTRAS = ("flower", "huggingface", "test", "docs", "dev")
+EXTRAS = ("report", "notebook", "flower", "huggingface", "test", "docs", "dev")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,41 @@ def test_wheel_holds_packages_data_and_command(tmp_path: Path) -> None:
     assert "License-Expression: MIT" in metadata
     assert all(f"Provides-Extra: {extra}" in metadata for extra in EXTRAS)
     assert wheel.stat().st_size < 10e6
+
+
+def test_a_run_needs_no_package_of_the_report(setup_cfg: configparser.ConfigParser) -> None:
+    core, report = (
+        {Requirement(line).name for line in text.splitlines() if line.strip()}
+        for text in (setup_cfg["options"]["install_requires"], setup_cfg["options.extras_require"]["report"])
+    )
+    assert not core & {*report, "ipywidgets"}
+    assert {"altair", "pandas", "scipy", "pyarrow", "matplotlib", "vl-convert-python"} == report
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "what"),
+    [
+        (["report", "RUN"], "altair", "fedsim report"),
+        (["results", "RUN"], "pandas", "a frame of runs"),
+        (["results", "RUN"], "scipy", "statistics over runs"),
+        (["results", "RUN", "--parquet", "runs.parquet"], "pyarrow", "a Parquet file"),
+        (["partition", "quickstart", "--picture", "split.png"], "matplotlib", "a picture"),
+    ],
+)
+def test_a_package_that_is_missing_is_asked_for_in_one_line(
+    words: list[str],
+    package: str,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = fake_run(tiny(), 20.0, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main([str(run) if word == "RUN" else word for word in words]) == 2
+    want = f"fedsim: error: {what} needs the package '{package}', which is not installed: pip install 'fedsim[report]'"
+    assert capsys.readouterr().err.strip() == want
 
 
 def test_import_arrows_point_down() -> None:

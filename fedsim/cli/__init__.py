@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fedsim.cli import completion
 from fedsim.cli.printing import fail
 from fedsim.core.errors import FedsimError
 from fedsim.core.home import __version__
@@ -38,6 +39,7 @@ COMMANDS = {
     "check": "hold a plug-in against the laws of its kind",
     "new": "write the skeleton of a plug-in or a study, to start from",
     "doctor": "show what is installed, what this machine can do, and what is missing",
+    "completion": "print the script by which bash, zsh or fish complete fedsim's words",
 }
 
 
@@ -84,7 +86,8 @@ def _terminable() -> Iterator[None]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with `command`, the function that carries them out. Files and overrides may stand before or after options."""
-    parser, _ = _parser()
+    parser, commands = _parser()
+    completion.answer(parser, commands)
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -39,6 +39,7 @@ def launch_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
+    from fedsim.core import plugins
     from fedsim.sweeps.plan import expand, finished, keep_record, verify
 
     plan = expand(args.sweep, args.overrides, args.output, **launch_options(args))
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     verify(plan, missing)
     if args.dry_run:
         return _dry_run(plan, done, missing)
+    for package in ("pandas", "scipy"):  # of the table at the end, which should not fail then
+        plugins.require(package, "fedsim sweep", "report")
     kept = keep_record(plan)
     if kept.record.name != plan.record.name:
         print_line(f"another sweep of this name lies in the folder, so this one is called {kept.record.name}")

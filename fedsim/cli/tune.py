@@ -72,6 +72,9 @@ def _show(tuning: Tuning, winners: Mapping[str, Winner]) -> None:
 
 
 def _write_csv(path: str, rows: Sequence[Mapping[str, object]]) -> None:
+    from fedsim.core import plugins
+
+    plugins.require("pandas", "fedsim tune --csv", "report")
     import pandas as pd
 
     from fedsim.core.files import write_atomic

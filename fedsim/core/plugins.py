@@ -103,14 +103,14 @@ def _defines(module: ModuleType, what: Kind) -> bool:
     return isinstance(found, type) and found is not what.contract and found.__module__ == module.__name__
 
 
-def require(package: str, who: str) -> None:
-    """Import the package of an extra of the same name. Raises PluginError that says how to install it."""
+def require(package: str, who: str, extra: str | None = None) -> None:
+    """Import a package of an extra (default: of the same name). Raises PluginError that says how to install it."""
     try:
         importlib.import_module(package)
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and e.name == package:
             raise PluginError(
-                f"{who} needs the package '{package}', which is not installed: pip install 'fedsim[{package}]'"
+                f"{who} needs the package '{package}', which is not installed: pip install 'fedsim[{extra or package}]'"
             ) from e
         raise PluginError(f"{who}: the package '{package}' does not load: {type(e).__name__}: {e}") from e
 

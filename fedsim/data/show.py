@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from fedsim.core import plugins
 from fedsim.core.contracts import IntArray
 from fedsim.core.errors import StorageError
 from fedsim.data.manifest import Manifest
@@ -53,6 +54,7 @@ def picture(manifest: Manifest, path: str | Path) -> None:
 
     The format follows the suffix (.png, .svg, .pdf). Needs matplotlib. Raises StorageError when the file cannot be written.
     """
+    plugins.require("matplotlib", "a picture", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only this needs it
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.files import held, storage_errors, write_atomic
 from fedsim.runs.collection import Collection
@@ -42,6 +43,8 @@ def write(collection: Collection, path: str | Path, figures: str | Path | None =
     """
     if format not in FORMATS:
         raise ConfigError(f"no figures as '{format}'.{did_you_mean(format, FORMATS)}")
+    for package in ("pandas", "scipy", "altair", "vl_convert"):
+        plugins.require(package, "fedsim report", "report")
     from fedsim.report import page
     from fedsim.report.data import Study
     from fedsim.report.figures import figures as figures_of

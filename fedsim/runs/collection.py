@@ -204,6 +204,7 @@ class Collection:
         digits), `dirichlet_alpha` (as asked for; inf for iid, NaN for others), the split in figures, every metric (percent; NaN
         where undefined), accuracies by task and chance, bytes by direction and kind, seconds by phase, client rounds, skipped
         clients, path."""
+        plugins.require("pandas", "a frame of runs", "report")
         import pandas as pd
 
         varying = {k: v for k, v in self.varying.items() if k not in self.factors}

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.runs.collection import Collection, Label
 from fedsim.runs.metrics import GAP, HEADLINE, INTRANSIGENCE, accuracy
@@ -59,6 +60,7 @@ def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> p
     Student's t at n−1 degrees of freedom. std, low and high are NaN for one run, mean too for none.
     Rows: settings in the order of the frame, and in each the metrics as given.
     """
+    plugins.require("scipy", "statistics over runs", "report")
     import pandas as pd
 
     rows = []
@@ -104,6 +106,7 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
 
     Raises ConfigError for an unknown factor or level, an ambiguous baseline, a setting that holds a split and seed twice.
     """
+    plugins.require("scipy", "statistics over runs", "report")
     import pandas as pd
 
     baseline = known_baseline(frame, by, baseline)

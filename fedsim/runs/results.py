@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.runs import display, metrics
@@ -201,7 +202,9 @@ class Results:
         return values
 
     def frame(self) -> pd.DataFrame:
-        """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent."""
+        """A pandas frame with one row per (task trained, round, task tested): counts, and accuracies in percent. Needs the extra
+        `report`."""
+        plugins.require("pandas", "a frame of results", "report")
         import pandas as pd
 
         frame: pd.DataFrame = pd.DataFrame(self._records(), columns=list(COLUMNS))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, product
 from typing import TYPE_CHECKING, TypeAlias
 
+from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.runs import metrics
 from fedsim.runs.collection import Label
@@ -64,6 +65,7 @@ def to_csv(frame: pd.DataFrame, path: bool = False) -> str:
 
 def to_parquet(frame: pd.DataFrame, path: bool = False) -> bytes:
     """The frame as Parquet. A column of both words and numbers, which Parquet does not know, becomes words."""
+    plugins.require("pyarrow", "a Parquet file", "report")
     frame = _published(frame, path).copy()
     for name in frame.columns:
         values = frame[name].dropna()
