@@ -55,7 +55,7 @@ def test_the_options_read_off_the_source_are_those_of_the_plug_ins(kind: str) ->
         ("partition.al", {"partition.alpha="}),
         ("server.agg", {"server.aggregator=", "server.aggregator."}),
         ("server.aggregator=lor", {"server.aggregator=lorm", "server.aggregator=lora_fair"}),
-        ("runtime.pool=", {"runtime.pool=flower", "runtime.pool=ray", "runtime.pool=serial"}),
+        ("runtime.pool=", {f"runtime.pool={name}" for name in plugins.names("pools")}),
         ("runtime.cache=", {"runtime.cache=true", "runtime.cache=false"}),
         ("server.keep=", {"server.keep=null", "server.keep=tasks"}),
         ("clint.", set()),
