@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import signal
 import socket
@@ -16,10 +18,21 @@ import pytest
 
 pytest.importorskip("flwr")
 
+import certifi
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from clients.deployment.supernode import Gone, Server, SuperNode
+from fedsim.core.errors import PoolError
 from fedsim.runs.results import Results
 from tests.clients.test_deployment import with_failures
 from tests.tiny import final_state, plain_vit, same_bits, tiny
 
+TLS = ("--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt", "--node-keys", "node.pub")
+ROOT = ("--root-certificates", "ca.crt")
 PATIENCE_S = 240.0  # until the test gives up waiting for a line
 TIMEOUT_S = 10  # of a client, which is how long the round with the killed node takes
 
@@ -124,14 +137,46 @@ def test_three_nodes_one_late_one_killed_and_a_server_that_is_killed(tmp_path: P
     assert Results.load(tmp_path / "run").finished
 
 
-def test_ctrl_c_ends_either_side(tmp_path: Path) -> None:
-    """A server that waits, and a node that waits: one line each, and nothing is left behind."""
+def certify(folder: Path) -> None:
+    """A certificate of this machine, signed by an authority of its own (server.pem, server.key, ca.crt), and a node's key pair
+    (node, node.pub)."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("ca", "us")]
+    authority, own, of_node = (ec.generate_private_key(ec.SECP384R1()) for _ in range(3))
+
+    def certificate(subject: x509.Name, key: ec.EllipticCurvePrivateKey, what: x509.ExtensionType) -> bytes:
+        built = x509.CertificateBuilder().subject_name(subject).issuer_name(names[0]).public_key(key.public_key())
+        built = (
+            built.serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + datetime.timedelta(1))
+        )
+        return built.add_extension(what, critical=True).sign(authority, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    (folder / "ca.crt").write_bytes(certificate(names[0], authority, x509.BasicConstraints(ca=True, path_length=None)))
+    (folder / "server.pem").write_bytes(certificate(names[1], own, here))
+    (folder / "server.key").write_bytes(own.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / "node").write_bytes(of_node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    (folder / "node.pub").write_bytes(of_node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+
+
+def test_tls_and_keys_and_ctrl_c_on_either_side(tmp_path: Path) -> None:
+    """Over TLS, with a node that the server knows by its key. A server that waits and a node that waits end with one line each,
+    and nothing is left behind."""
     config = tiny(output=tmp_path / "runs", model=plain_vit())
+    certify(tmp_path)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     port = free_port()
     with processes(tmp_path) as start:
-        server = start("server", "serve", "config.yaml", "--port", str(port))
-        node = start("node", "join", "--server", f"127.0.0.1:{port}", "--client", "1")
+        server = start("server", "serve", "config.yaml", "--port", str(port), *TLS)
+        node = start("node", "join", "--server", f"127.0.0.1:{port}", "--client", "1", *ROOT, "--key", "node")
+        server.wait_for("waiting for nodes")
+        address, root = f"127.0.0.1:{port}", str(tmp_path / ROOT[1])
+        with pytest.raises(PoolError, match=r"SuperNode authentication is enabled.*--node-keys"):
+            SuperNode(Server(address, root)).__enter__()
+        with pytest.raises(PoolError, match=r"no TLS with the server.*CERTIFICATE_VERIFY_FAILED"):
+            SuperNode(Server(address, certifi.where())).__enter__()
+        with pytest.raises(Gone, match=r"has it TLS\? then give --root-certificates"):
+            SuperNode(Server(address, insecure=True)).__enter__()
         server.wait_for("client 1 has joined")
         node.send(signal.SIGINT)
         assert node.ends() == 130 and node.printed.endswith("fedsim: left; the same command joins again\n")

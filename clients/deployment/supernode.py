@@ -7,6 +7,7 @@ the server sends. Here one process stays, and nothing that a server sends is run
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 import warnings
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class SuperNode:
         signed: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
         with _reached(), contextlib.ExitStack() as stack:
             client = FleetHttpClient.from_server_address(
-                self._server.address, plain, roots and str(Path(roots).expanduser()), interceptors=signed
+                self._server.address, plain, roots and Path(roots).expanduser().read_bytes(), interceptors=signed
             )
             self._client = stack.enter_context(client)
             self._node = stack.enter_context(self._active(public))
@@ -179,13 +180,12 @@ def _reached() -> Iterator[None]:
         code = e.response.status_code
         if code >= 500 or code in (401, 404):  # 401: a SuperLink that was started again knows nobody
             raise Gone(said) from e
-        raise PoolError(f"the server does not let this node in: {said}") from e
-    except httpx.HTTPError as e:
-        if "CERTIFICATE" in str(e).upper() or "SSL" in str(e).upper():
-            raise PoolError(
-                f"no TLS with the server: {one_line(e)} (--root-certificates, or --insecure where it has none)"
-            ) from e
-        raise Gone(one_line(e)) from e
+        raise PoolError(f"the server does not let this node in: {said} (is its --key among the server's --node-keys?)") from e
+    except (httpx.HTTPError, ssl.SSLError) as e:
+        if isinstance(e, ssl.SSLError) or "SSL" in str(e).upper():
+            raise PoolError(f"no TLS with the server: {one_line(e)} (see --root-certificates and --insecure)") from e
+        hint = " (has it TLS? then give --root-certificates)" if isinstance(e, httpx.RemoteProtocolError) else ""
+        raise Gone(f"{one_line(e)}{hint}") from e
     except (RuntimeError, ValueError, OSError) as e:  # what Flower makes of answers that it does not expect
         raise Gone(one_line(e)) from e
     except Exception as e:
