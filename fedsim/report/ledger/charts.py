@@ -25,7 +25,7 @@ def ranking(families: Sequence[str]) -> alt.LayerChart:
     """Every method, the best first: mean and 95 % interval, with the stream's bounds as lines."""
     axis = alt.Axis(labelLimit=220, labelColor="var(--ink)", labelOverlap=False)
     y = alt.Y("method:N", sort=alt.EncodingSortField("mean", order="descending"), title=None, axis=axis)
-    x = alt.X("mean:Q", title=ACCURACY, axis=alt.Axis(grid=True), scale=alt.Scale(zero=False, padding=8))
+    x = alt.X("mean:Q", title=ACCURACY, axis=alt.Axis(grid=True), scale=alt.Scale(zero=True))
     base = _base().encode(y=y, color=_colour(families))
     return _over(
         _lines("x"),
@@ -40,7 +40,7 @@ def front(families: Sequence[str], column: str, title: str) -> alt.LayerChart:
     x = alt.X(
         f"{column}:Q", title=title, scale=alt.Scale(type="log", padding=16), axis=alt.Axis(grid=True, format="~s", tickCount=6)
     )
-    y = alt.Y("mean:Q", title=ACCURACY, scale=alt.Scale(zero=False, padding=12))
+    y = alt.Y("mean:Q", title=ACCURACY, scale=alt.Scale(zero=True))
     cheapest: Any = [alt.SortField(column), alt.SortField("mean", order="descending")]
     best = base.transform_window(best="max(mean)", frame=[None, 0], sort=cheapest)
     best = best.transform_window(before="lag(best)", sort=cheapest).transform_filter(BETTER)
@@ -50,7 +50,7 @@ def front(families: Sequence[str], column: str, title: str) -> alt.LayerChart:
         best.mark_line(interpolate="step-after", color="var(--axis)").encode(x=x, y=y, order=f"{column}:Q"),
         base.mark_point(size=80, opacity=0.9).encode(x=x, y=y, color=_colour(families), shape=_shape(families), tooltip=tips),
         best.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(x=x, y=y, text="method:N"),
-    )
+    ).properties(height=380)
 
 
 def curve() -> alt.LayerChart:

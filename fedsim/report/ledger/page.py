@@ -224,8 +224,8 @@ def _points(value: float | None) -> str:
 
 def _charts(ledger: Ledger) -> str:
     cards = [
-        _card("ranking", "All methods", "Mean over seeds, 95 % interval, the best first; lines are the stream's bounds.", True),
-        *(_card(name, title, note, False) for name, (title, note, _) in _fronts(ledger).items()),
+        _card("ranking", "All methods", "Mean over seeds, 95 % interval, the best first; lines are the stream's bounds."),
+        *(_card(name, title, note) for name, (title, note, _) in _fronts(ledger).items()),
     ]
     return _section("charts", f'<div class="grid">{"".join(cards)}</div>')
 
@@ -240,9 +240,9 @@ def _fronts(ledger: Ledger) -> dict[str, tuple[str, str, str]]:
     return {name: (titles[name][0], note, titles[name][1]) for name, column in present.items() if column in ledger.columns}
 
 
-def _card(name: str, title: str, note: str, wide: bool) -> str:
+def _card(name: str, title: str, note: str) -> str:
     return (
-        f'<figure class="card{" wide" if wide else ""}" id="figure-{name}"><div class="title"><h3>{esc(title)}</h3>'
+        f'<figure class="card wide" id="figure-{name}"><div class="title"><h3>{esc(title)}</h3>'
         f'<span class="chosen badge"></span></div><div class="chart" role="img" aria-label="{esc(f"{title}. {note}")}"></div>'
         f'<figcaption>{esc(note)}</figcaption><div class="tools"><button type="button" data-save="svg" '
         f'aria-label="{esc(title)} as SVG">SVG</button><button type="button" data-save="png" '
