@@ -20,7 +20,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ADVICE = "free space, then try again (a run goes on with fedsim run --resume)"
 
 
-def write_atomic(path: str | Path, data: bytes, advice: str = ADVICE, lasting: bool = True) -> None:
+def write_atomic(path: str | Path, data: bytes | memoryview, advice: str = ADVICE, lasting: bool = True) -> None:
     """Replace the file `path` by one with this content; whoever reads it, or a crash, sees the old bytes or the new.
 
     Written beside the target, flushed to the disk, then renamed. Not `lasting`: without waiting for the disk, which makes no

@@ -24,6 +24,7 @@ from fedsim.core.numbers import IntArray
 from fedsim.data.sources import _common
 
 Array = NDArray[Any]
+AT_ONCE = 1024  # images that are looked at in float64
 EXACT = 1e-3  # of a level of 256: how far a float may be from one to be the same
 
 
@@ -50,19 +51,16 @@ def section(
     if len({type(one) for one in inputs.values()}) > 1:
         raise DataError("data and test must be of one kind: images are arrays, texts are lists of strings")
     names, ids = _common.numbered({f"{what}: labels": _known(of, named, what) for what, of in labels.items()}, named)
-    notes = _gaps(labels, named)
-    if isinstance(inputs["data"], list):
-        halves: Any = inputs
-    else:
-        halves, note = _as_bytes(inputs)
-        notes += note
-    train, tested = (halves["data"], ids[0]), (halves["test"], ids[1]) if test is not None else (None, None)
+    are_texts = isinstance(inputs["data"], list)
+    plain, lost = (inputs, []) if are_texts else _as_bytes(inputs)
     if test is None:
-        kept_N, note = _held_out(ids[0], test_share)
-        notes += note
-        train, tested = ((_some(halves["data"], place), ids[0][place]) for place in (~kept_N, kept_N))
-    write = _write_texts if isinstance(inputs["data"], list) else _write_images
-    return write(folder, train, tested, names, notes)
+        held_N, held_out = _held_out(ids[0], test_share)
+        splits = [(_some(plain["data"], place), ids[0][place]) for place in (~held_N, held_N)]
+    else:
+        splits, held_out = list(zip(plain.values(), ids, strict=True)), []
+    notes = [*_gaps(labels, named), *lost, *held_out]
+    write = _write_texts if are_texts else _write_images
+    return write(folder, splits[0], splits[1], names, notes)
 
 
 def _pair(pair: Any, what: str) -> tuple[Any, Any]:
@@ -186,11 +184,13 @@ def _as_bytes(images: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]
         for what, of in images.items():  # says how to convert what has this range
             _common.check_images(of, f"{what}: images")
     scale = 255.0 if high <= 1 and kind in "fb" else 1.0
-    lost, made = False, {}
+    lost, made = False, {what: np.empty(of.shape, dtype=np.uint8) for what, of in images.items()}
     for what, of in images.items():
-        levels = of * np.float64(scale)
-        made[what] = levels.round().astype(np.uint8)
-        lost = lost or bool((np.abs(levels - made[what]) > EXACT).any())
+        for start in range(0, len(of), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            levels = of[some] * np.float64(scale)
+            made[what][some] = levels.round()
+            lost = lost or bool((np.abs(levels - made[what][some]) > EXACT).any())
     return made, [f"images of {_range(low, high)} are rounded to 256 levels"] if lost else []
 
 
@@ -230,7 +230,7 @@ def _write_images(folder: Path, train: Any, test: Any, names: Sequence[str], not
     if not _is_whole(path):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_atomic(path, buffer.getvalue(), "free some space, or choose another folder by runtime.output")
+        write_atomic(path, buffer.getbuffer(), "free some space, or choose another folder by runtime.output")
     return {"source": "npz", "path": str(path)}
 
 
