@@ -237,6 +237,8 @@ def test_a_table_that_lacks_something_says_what(tmp_path: Path) -> None:
     pd.concat([frame, frame]).to_csv(tmp_path / "twice.csv")
     with pytest.raises(ConfigError, match="holds two runs of seed 0 on the same split"):
         Ledger.of(ledger.read([tmp_path / "twice.csv"]))
+    frame.rename(columns={"method": "rule"}).to_csv(tmp_path / "rules.csv")  # an axis by another usual name
+    assert set(ledger.read([tmp_path / "rules.csv"]).streams[0].frame["method"]) == {*LEVELS}
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigError, match="two streams would be called 'a'"):
         ledger.read([tmp_path / "a.csv", tmp_path / "x" / ".." / "a.csv"])

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 from fedsim.core import config as configs
 from fedsim.core.config import SimConfig, text
 from fedsim.core.errors import ConfigError, DataError, did_you_mean, one_line
+from fedsim.report.data import METHOD_NAMES
+from fedsim.report.data import Study as Named
 from fedsim.runs.bounds import REFERENCES
 from fedsim.runs.collection import collect
 from fedsim.runs.metrics import HEADLINE
@@ -182,13 +184,12 @@ def _of_table(name: str, path: Path, note: str) -> Stream:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} cannot be read: {one_line(e)}") from e
-    alphas = [column for column in ALPHAS if column in frame]
-    missing = [column for column in (METHOD, *NEEDED) if column not in frame]
-    if missing or not alphas:
-        lacking = ", ".join([*missing, *([] if alphas else ["dirichlet_alpha"])])
-        raise DataError(f"{path} has no column {lacking}: write it with fedsim results RUNS --csv {path.name}")
+    names, alphas = ([column for column in known if column in frame] for known in (METHOD_NAMES, ALPHAS))
+    lacking = [*([] if names else [METHOD]), *(c for c in NEEDED if c not in frame), *([] if alphas else ALPHAS[:1])]
+    if lacking:
+        raise DataError(f"{path} has no column {', '.join(lacking)}: write it with fedsim results RUNS --csv {path.name}")
     splits = [_split(alpha) for alpha in frame[alphas[0]]]
-    frame[METHOD] = frame[METHOD].astype(str)
+    frame[METHOD] = frame[names[0]].astype(str)
     frame[SPLIT] = splits
     return Stream(name, frame, note)
 
@@ -199,8 +200,6 @@ def _split(alpha: float) -> str:
 
 def _of_runs(name: str, path: Path, note: str, sweep: str | None) -> Stream:
     """Methods and splits are named as in the report."""
-    from fedsim.report.data import Study as Named
-
     collection = collect([path], sweep)
     named = Named.of(collection)
     joint = [run.results.config.partition["name"] == "joint" for run in named.runs]
