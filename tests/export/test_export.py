@@ -164,6 +164,34 @@ def test_heads(finished: Path, head: Any, beside: bool, to: str, tmp_path: Path)
     assert any("up to a number per sample" in note for note in made.notes) == shared
 
 
+@pytest.mark.parametrize(
+    ("calibrator", "head"),
+    [
+        ("lda", "linear"),
+        ("ridge", {"name": "random_features", "size": 24}),
+        ("nearest_mean", "centres"),
+        ("nearest_mean", "cosine"),
+        ("qda", "quadratic"),
+    ],
+)
+def test_heads_in_closed_form(calibrator: str, head: Any, tmp_path: Path) -> None:
+    """Predictions on the test split are those that the run counted."""
+    rules = {"aggregator": "frozen", "consolidator": "none", "calibrator": calibrator, "rounds": 1}
+    sections: dict[str, Any] = {"model": plain_vit(), "adapter": "none", "head": head, "server": rules}
+    path = run(tiny("partition.clients=2", **sections), output=tmp_path / "run").path
+    assert path is not None
+    opened, own, made = OpenedRun(path), load_model(path), export(path, "merged", tmp_path / "out")
+    spec, results = opened.parts.spec, Results.load(path)
+    for task in opened.tasks:
+        pixels = spec.test.inputs["pixel_values"][spec.test_of(task)]
+        got = loaded(made.folder)["logits"](**seen_by(own, {"pixel_values": torch.from_numpy(pixels)}))
+        apart, wanted = (z - z.mean(dim=1, keepdim=True) for z in (got, own.logits(pixels)))
+        torch.testing.assert_close(apart / wanted.std(), wanted / wanted.std(), atol=1e-2, rtol=0)  # logits may be 10⁵ and more
+        right = (got.argmax(dim=1).numpy() == spec.test.labels[spec.test_of(task)]).mean()
+        np.testing.assert_allclose(100 * right, results.accuracy[-1, task])
+    assert made.script.head == (head not in ("linear", "centres"))
+
+
 def test_the_card_says_where_it_comes_from(finished: Path, tmp_path: Path) -> None:
     folder = export(finished, "peft", tmp_path / "out").folder
     card, results = (folder / "README.md").read_text(), Results.load(finished)
