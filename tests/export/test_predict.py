@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.messages import EvalJob
+from fedsim.export.inputs import Reader
 from fedsim.export.write import export
 from fedsim.finished import OpenedRun
 from fedsim.simulation import run
@@ -99,6 +101,24 @@ def test_the_same_image_however_it_comes(seeing: Path, pictures: tuple[Path, np.
     both = model.logits([pixels[0], Image.open(folder / "large.PNG"), pixels[2]])
     same(both[[0, 2]], want[[0, 2]])
     same(both[1:], model.logits([folder / "large.PNG", pixels[2]]))
+
+
+def test_images_are_read_as_the_source_reads_them(seeing: Path, tmp_path: Path) -> None:
+    """Turned as the camera says, cut to `data.image_size`, transparency on `data.background`: as of Hugging Face's data sets."""
+    model, pixels = load_model(seeing), np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
+    turned, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(turned, exif=exif)
+    assert np.array_equal(model.reader.image(turned), pixels)
+    wide = Image.fromarray(np.concatenate([pixels, pixels], axis=1))
+    clear = Image.new("LA", wide.size, (0, 0))
+    clear.paste(Image.merge("LA", [wide, wide.point(lambda v: 255 * (v > 100))]))
+    clear.save(tmp_path / "clear.png")
+    data = {"source": "huggingface", "path": "x", "image_size": 8, "background": "black", "max_length": 64}
+    reader = Reader(dataclasses.replace(model.config, data=data), model.model.backbone)
+    middle = np.concatenate([pixels, pixels], axis=1)[:, 4:12]
+    assert np.array_equal(reader.image(tmp_path / "clear.png"), np.where(middle > 100, middle, 0))
+    assert model.reader.image(tmp_path / "clear.png").shape == (8, 16), "other sources cut nothing"
 
 
 def test_top_and_probabilities(seeing: Path, pictures: tuple[Path, np.ndarray[Any, Any]]) -> None:
