@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -39,7 +39,7 @@ from fedsim.runs.results import Results
 from fedsim.watch import tracking
 from fedsim.watch.progress import showing
 from server import checkpoint, loop, planning, sampling
-from server.state import ServerState, Simulation
+from server.state import PROCESSOR, ServerState, Simulation
 from server.store import ClientStore
 
 
@@ -61,7 +61,7 @@ def run(
     notebook; a function is called with every event.
     Raises the errors of `fedsim.core.errors`, those that can be known beforehand before any training.
     """
-    start = time.perf_counter()
+    start = Clocks.now()
     if asked and config is not None:
         raise ConfigError(f"give a config or the words of one, not both: a config and {', '.join(asked)}")
     if asked:
@@ -80,7 +80,7 @@ def _begun(
     resume: str | Path | None,
     aggregator: Aggregator | None,
     progress: Callable[[Event], None] | None,
-    start: float,
+    start: Clocks,
 ) -> Results:
     """In a new run directory, or in the one to resume."""
     if config is None and resume is None:
@@ -110,8 +110,8 @@ def _begun(
         return _run(parts, begun, progress, start)
 
 
-def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | None, start: float) -> Results:
-    """From the last checkpoint, if there is one, to the end. start: when the clock was at which all began."""
+def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | None, start: Clocks) -> Results:
+    """From the last checkpoint, if there is one, to the end. start: where the clocks stood when all began."""
     config, state = parts.config, parts.state
     if run_dir.checkpoint.exists():
         with torch_defaults(config.runtime.threads):
@@ -122,18 +122,18 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         progress(RunDirOpened(str(run_dir.path)))
         for note in parts.notes:
             progress(Note(note))
-    saving = 0.0  # seconds
+    saving, before = 0.0, state.seconds.get(PROCESSOR, 0.0)  # seconds
     hardware.forget_peak()
     opened = ClientStore(parts.manifest.num_clients, run_dir.store, run_dir.identity, state.stored, run_dir.advice)
     with opened as store, tracking.tracked(config, run_dir) as record:
         with _wired(parts, store) as sim:
-            state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start))
+            state = dataclasses.replace(state, seconds=state.spent("start_up", time.perf_counter() - start.wall))
             for step in _steps(sim, state):
                 if isinstance(step, TensorsKept):
                     run_dir.keep(step)
                     continue
                 if isinstance(step, ServerState):
-                    state, saving = _keep(run_dir, store, step, saving)
+                    state, saving = _keep(run_dir, store, step, saving, before - start.processor)
                 elif progress is not None:
                     progress(step)
                 record(step)
@@ -151,6 +151,17 @@ def once(config: SimConfig, path: Path) -> Results:
         return run(config, output=path)
     found = RunDir.open(path, config)
     return Results.load(path) if found.finished else run(config, resume=path)
+
+
+class Clocks(NamedTuple):
+    """In seconds: of the wall, and of the processors that worked for this process."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Clocks:
+        return cls(time.perf_counter(), time.process_time())
 
 
 def rehearse(config: SimConfig, rounds: int | None = None) -> Results:
@@ -367,16 +378,23 @@ def check_statistics(requests: Sequence[StatisticRequest]) -> None:
         configs.build("statistics", {"name": request.name, **request.options})
 
 
-def _keep(run_dir: RunDir, store: ClientStore, state: ServerState, saving: float) -> tuple[ServerState, float]:
+def _keep(run_dir: RunDir, store: ClientStore, state: ServerState, saving: float, before: float) -> tuple[ServerState, float]:
     """Save after a round: first what clients remember, then the checkpoint that says so. What was saved, and the seconds that all
-    saving of this process has taken, of which the loop knows nothing (`saving`: before this)."""
+    saving of this process has taken, of which the loop knows nothing (`saving`: before this). before: what is to be added to the
+    processor time of this process, so that it is the run's."""
     clock = time.perf_counter()
-    saved = dataclasses.replace(state, stored=store.commit(), seconds=state.spent("checkpoint", saving))
+
+    def spent() -> dict[str, float]:
+        alone = run_dir.config.runtime.pool == "serial"
+        processor = {PROCESSOR: before + time.process_time()} if alone else {}
+        return {**state.spent("checkpoint", saving), **processor}
+
+    saved = dataclasses.replace(state, stored=store.commit(), seconds=spent())
     checkpoint.save(run_dir.checkpoint, saved, run_dir.identity, run_dir.advice)
     store.prune()
     _results(run_dir.config, saved).write_progress(run_dir, lasting=False)
     saving += time.perf_counter() - clock
-    return dataclasses.replace(saved, seconds=state.spent("checkpoint", saving)), saving
+    return dataclasses.replace(saved, seconds=spent()), saving
 
 
 def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> Results:
@@ -384,7 +402,7 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
     return Results(
         config,
         state.rows,
-        {"bytes": state.bytes, "seconds": dict(state.seconds), "client_rounds": state.client_rounds, **_memory(config, state)},
+        _costs(config, state),
         manifest_hash=manifest_hash,
         failures=tuple(map(str, state.failures)),
         notes=state.notes,
@@ -394,13 +412,18 @@ def _results(config: SimConfig, state: ServerState, manifest_hash: str = "") -> 
     )
 
 
-def _memory(config: SimConfig, state: ServerState) -> dict[str, Any]:
-    """What devices must store beside the model: how many of them, bytes of one on average, and the most of any at any time. And
-    the most memory of this process at any time, where all happens in it."""
+def _costs(config: SimConfig, state: ServerState) -> dict[str, Any]:
+    """Bytes, seconds by phase, and what devices must store beside the model: how many of them, bytes of one on average, and the
+    most of any at any time. Where all happens in this process also its processor seconds, and the most memory that it held."""
+    seconds = dict(state.seconds)
+    processor = seconds.pop(PROCESSOR, None)
+    costs = {"bytes": state.bytes, "seconds": seconds, "client_rounds": state.client_rounds}
     stored = state.stored
-    each = {"clients": stored.clients, "mean": stored.bytes / max(1, stored.clients), "max": stored.most}
-    peak = {"peak_memory": hardware.peak_memory()} if config.runtime.pool == "serial" else {}
-    return ({"stored": each} if stored.most else {}) | peak
+    if stored.most:
+        costs["stored"] = {"clients": stored.clients, "mean": stored.bytes / max(1, stored.clients), "max": stored.most}
+    if processor is not None:
+        costs |= {"processor_seconds": processor, "peak_memory": hardware.peak_memory()}
+    return costs
 
 
 def _with_rule_object(config: SimConfig, rule: Aggregator) -> SimConfig:

@@ -17,6 +17,7 @@ from server.beneath import Beneath
 from server.store import ClientStore, Stored
 
 ROWS: Mapping[str, type[Any]] = {"rows": Row, "classes": ClassRow, "drifts": DriftRow}
+PROCESSOR = "processor"  # among the seconds, but no phase: of the processors, where one process did all the work
 Bytes = Mapping[str, Mapping[str, int]]  # direction -> kind of object -> bytes
 
 
@@ -93,7 +94,7 @@ class ServerState:
     failures: tuple[ClientFailed, ...] = ()
     notes: tuple[str, ...] = ()  # see `events.Note`; each is said once
     bytes: Bytes = field(default_factory=lambda: {"down": {}, "up": {}})
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase; of the processors, under PROCESSOR
     client_rounds: int = 0
 
     def beginning(self, start: TaskStart) -> ServerState:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim import simulation
 from fedsim.core import config as configs
 from fedsim.core import files
 from fedsim.core.config import SimConfig
@@ -22,7 +24,8 @@ from fedsim.core.events import ClassRow, DriftRow, Row
 from fedsim.runs.collection import flatten
 from fedsim.runs.directory import Holding, RunDir
 from fedsim.runs.results import Results
-from tests.tiny import tiny
+from server import checkpoint
+from tests.tiny import stopping, tiny
 
 COSTS = {
     "bytes": {"down": {"adapter": 1200, "head": 80}, "up": {"adapter": 600}},
@@ -454,3 +457,21 @@ def test_write_atomic_replaces_and_cleans_up_when_interrupted(tmp_path: Path, mo
         files.write_atomic(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_processor_seconds_go_on_where_a_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one process does it all; workers have clocks of their own."""
+    config, clock = tiny(), time.process_time()
+    monkeypatch.setattr(checkpoint, "save", stopping(after=3))
+    with pytest.raises(KeyboardInterrupt):
+        simulation.run(config, output=tmp_path / "run")
+    monkeypatch.undo()
+    before = Results.load(tmp_path / "run").costs
+    first = time.process_time() - clock
+    after = simulation.run(config, resume=tmp_path / "run").costs
+    both = time.process_time() - clock
+    assert both / 2 < after["processor_seconds"] <= both
+    assert 0 < before["processor_seconds"] <= first < after["processor_seconds"]
+    assert "processor" not in after["seconds"]
+    assert after["peak_memory"] > 50e6
+    assert "processor_seconds" not in simulation.rehearse(config, rounds=1).costs

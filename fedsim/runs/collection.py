@@ -369,9 +369,9 @@ def chance(results: Results) -> float:
 
 
 def cost_figures(results: Results) -> dict[str, float]:
-    """bytes_up, bytes_down and each by kind, seconds and each by phase, client_rounds, and stored_clients, stored_mean and
-    stored_max (bytes) where clients remember anything, and peak_memory (bytes) where one process did it all. Raises KeyError
-    where there are no costs."""
+    """bytes_up, bytes_down and each by kind, seconds and each by phase, client_rounds, stored_clients, stored_mean and
+    stored_max (bytes) where clients remember anything, and where one process did it all processor_seconds and
+    peak_memory (bytes). Raises KeyError where there are no costs."""
     figures: dict[str, float] = {}
     for direction, kinds in results.costs["bytes"].items():
         figures[f"bytes_{direction}"] = sum(kinds.values())
@@ -380,7 +380,7 @@ def cost_figures(results: Results) -> dict[str, float]:
     figures["seconds"] = sum(seconds.values())
     figures |= {f"seconds_{phase}": value for phase, value in seconds.items()}
     figures |= {f"stored_{name}": value for name, value in results.costs.get("stored", {}).items()}
-    figures |= {name: results.costs[name] for name in ("peak_memory",) if name in results.costs}
+    figures |= {name: results.costs[name] for name in ("processor_seconds", "peak_memory") if name in results.costs}
     return figures | {"client_rounds": results.costs["client_rounds"]}
 
 

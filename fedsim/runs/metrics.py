@@ -324,6 +324,7 @@ _OF_COSTS = (
     Metric("bytes_up", "Bytes up", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf, parts=True),
     Metric("bytes_down", "Bytes down", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf, parts=True),
     Metric("seconds", "Seconds", None, "lower", "costs", unit="", most=math.inf, parts=True),
+    Metric("processor_seconds", "Processor seconds", None, "lower", "costs", unit="", most=math.inf),
     Metric("peak_memory", "Peak memory", None, "lower", "costs", unit="MB", scale=1e6, most=math.inf),
     Metric("skipped_clients", "Skipped clients", None, "lower", unit="", most=math.inf),
 )

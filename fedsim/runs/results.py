@@ -31,7 +31,7 @@ Costs: TypeAlias = Mapping[
     str, Any
 ]  # {"bytes": {"down": {kind: int}, "up": {...}}, "seconds": {phase: float}, "client_rounds": int}, and if clients remember
 # anything "stored": {"clients": how many do at the end, "mean": bytes of each of them then, "max": of any at any time}; and where
-# one process did it all "peak_memory": the most bytes that it held since it began or went on
+# one process did it all "processor_seconds", and "peak_memory": the most bytes that it held since it began or went on
 
 # file -> the field of Results that holds its rows
 TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "classes", "drift.csv": "drifts"}
