@@ -66,6 +66,15 @@ def counted(folder: Path) -> tuple[Ledger, pd.DataFrame]:
 # ---------------------------------------------------------------- what is counted
 
 
+def test_processor_seconds_stand_for_seconds_where_all_runs_have_them(tmp_path: Path) -> None:
+    """Those of the wall depend on what else the machine does."""
+    frame = table(tmp_path / "one.csv").assign(processor_seconds=20.0)
+    frame.to_csv(tmp_path / "one.csv", index=False)
+    frame.assign(processor_seconds=[np.nan, *[20.0] * (len(frame) - 1)]).to_csv(tmp_path / "two.csv", index=False)
+    found = Ledger.of(ledger.read([tmp_path / "one.csv", tmp_path / "two.csv"]))
+    assert {(s.stream, s.means["seconds"].mean) for s in found.settings} == {("one", 20.0), ("two", 50.0)}
+
+
 def test_means_and_differences_are_those_of_the_runs(counted: tuple[Ledger, pd.DataFrame]) -> None:
     found, frame = counted
     er = next(s for s in found.settings if (s.method, s.split) == ("er", "0.1"))

@@ -119,6 +119,8 @@ def _splits(stream: Stream) -> list[str]:
 
 def _settings(stream: Stream, baselines: Sequence[str]) -> Iterator[Setting]:
     frame = stream.frame.assign(**{c: math.nan for c in COLUMNS if c not in stream.frame})
+    if "processor_seconds" in frame and frame["processor_seconds"].notna().all():
+        frame["seconds"] = frame["processor_seconds"]  # which other work on the machine does not change
     parts = {kind: _numbered(frame, kind) for kind in ("learning_curve_", "final_accuracy_")}
     by = [METHOD, SPLIT]
     summed = compare.summary(frame, by, [*COLUMNS, *(c for columns in parts.values() for c in columns)])
