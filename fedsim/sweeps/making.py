@@ -26,7 +26,7 @@ def sweep(
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    name: str = "sweep",
+    name: str | None = None,
     output: str | Path | None = None,
     launch: Mapping[str, Any] | None = None,
     progress: bool | None = None,
@@ -36,8 +36,9 @@ def sweep(
 
     file: a sweep YAML; or in its place, axes: the keys of such a YAML (`fedsim.sweeps.plan`), which are base, set, list, grid,
         zip and seeds; base may be a config too.
-    overrides: for every run, such as "client.epochs=1"; name: of a sweep without a file; output: folder of the runs (default:
-        runs/<name>); launch: {"jobs": 2, …}, where and how; progress: show how it goes (default: in a notebook).
+    overrides: for every run, such as "client.epochs=1"; name: of a sweep without a file (default: the folder's, else study);
+        output: folder of the runs (default: runs/<name>); launch: {"jobs": 2, …}, where and how; progress: show how it goes
+        (default: in a notebook).
     A run that failed is in `absent` of the collection, with the reason. Raises ConfigError or PluginError before anything runs,
     with the labels of the run that is wrong, and RunDirError when every run failed.
     """
@@ -46,7 +47,7 @@ def sweep(
             raise ConfigError(f"give a sweep file or its keys, not both: {file} and {', '.join(axes)}")
         plan = plans.expand(file, overrides, output, **(launch or {}))
     else:
-        plan = _planned(axes, name, overrides, output, launch or {})
+        plan = _planned(axes, name or (Path(output).absolute().name if output else "study"), overrides, output, launch or {})
     done = plans.finished(plan)
     missing = plan.missing(done)
     plans.verify(plan, missing)
@@ -96,8 +97,8 @@ def _planned(
     axes: Mapping[str, Any], name: str, overrides: Sequence[str], output: str | Path | None, launch: Mapping[str, Any]
 ) -> SweepPlan:
     """The plan of a sweep from its keys, as if they stood in a YAML of that name in the working directory."""
-    if not name.strip(".") or set(name) & set("/\\"):
-        raise ConfigError(f"name must be a plain word, by which the sweep goes in its folder, got {name!r}")
+    if name == "sweep" or not name.strip(".") or set(name) & set("/\\"):
+        raise ConfigError(f"name must be a plain word other than sweep, by which it goes in its folder, got {name!r}")
     keys = {key: value.to_dict() if isinstance(value, SimConfig) else value for key, value in axes.items()}
     keys = configs.anchored(text.plain(keys, ""), Path.cwd())
     plans.require_keys(keys, "the sweep")

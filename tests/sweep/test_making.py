@@ -61,7 +61,8 @@ def test_variants_may_be_a_list_of_presets(tmp_path: Path, made: list[str]) -> N
 
 def test_nothing_is_shown_unless_asked_for(tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny(*FAST, model=plain_vit())
-    fedsim.sweep(base=base, output=tmp_path)
+    runs = fedsim.sweep(base=base, output=tmp_path / "mine")
+    assert runs.sweep is not None and runs.sweep.name == "mine", "the folder's name, where none is given"
     assert capsys.readouterr().out == ""
     fedsim.sweep(base=base, seeds=[7], output=tmp_path, progress=True)
     assert "[1/1] seed=7: accuracy" in capsys.readouterr().out
@@ -94,6 +95,7 @@ def test_a_run_that_fails_is_absent_with_its_reason(tmp_path: Path, made: list[s
         ({"base": "fashion", "gird": {}}, "unknown key 'gird' in the sweep. Did you mean 'grid'?"),
         ({"base": "fashion", "list": {"method": ["lrom"]}}, "no config file and no preset 'lrom'. Did you mean 'lorm'?"),
         ({"base": "fashion", "name": "a/b"}, "name must be a plain word"),
+        ({"base": "fashion", "name": "sweep"}, "name must be a plain word other than sweep"),
         ({"base": object()}, "base"),
     ],
 )
