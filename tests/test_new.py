@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedsim import cli, laws
-from fedsim.cli import doctor, new
+from fedsim.cli import new
 from fedsim.core import plugins
+from fedsim.runs import environment
 from fedsim.sweeps.plan import expand
 
 PLUGINS = [kind for kind in new.kinds() if kind != "study"]
@@ -62,8 +63,8 @@ def test_doctor_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkey
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert {"fedsim", "presets", "python", "machine", "runtime", "packages", "flower"} <= set(lines)
     assert "torch " in lines["packages"] and "pytest" not in "".join(lines.values())
-    has = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda package: None if package in ("flwr", "ray") else has(package))
+    has = environment.version
+    monkeypatch.setattr(environment, "version", lambda package: None if package in ("flwr", "ray") else has(package))
     assert cli.main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "flwr not installed: pip install 'fedsim[flower]'" in told and "Missing: ray." in told

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import re
 from collections.abc import Iterator, Mapping
 
 from fedsim.cli.printing import console, human_bytes, line_printer
 from fedsim.core.home import ROOT
-from fedsim.runs.environment import environment, version
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -19,6 +17,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim doctor: line by line; exit code 1 if a package is missing that every run needs."""
+    from fedsim.runs.environment import version
+
     print_line = line_printer(console())
     wanted = requirements()
     missing = [name for name in wanted.get("", ()) if version(name) is None]
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _machine() -> Iterator[tuple[str, str]]:
     """Where fedsim lies and what runs it."""
     from fedsim.core import hardware, presets
+    from fedsim.runs.environment import environment
 
     told = environment()
     git = told["git"]
@@ -65,6 +66,8 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _packages(wanted: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     """Versions, of the packages of every run and of each extra; what is missing, and how to get it."""
+    from fedsim.runs.environment import version
+
     for extra, names in wanted.items():
         found = {name: version(name) for name in names}
         there = ", ".join(f"{name} {number}" for name, number in found.items() if number is not None)
@@ -75,15 +78,17 @@ def _packages(wanted: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
 
 def requirements() -> dict[str, list[str]]:
     """Names of packages by extra, as this fedsim was installed with; "" for those of every run. Developers' are left out."""
+    from importlib import metadata
+
     found: dict[str, list[str]] = {"": []}
     try:
-        lines = importlib.metadata.requires("fedsim") or []
-    except importlib.metadata.PackageNotFoundError:
+        lines = metadata.requires("fedsim") or []
+    except metadata.PackageNotFoundError:
         lines = []
     for line in lines:
         name = re.match(r"[\w.-]+", line)
         extra = re.search(r"""extra == ["']([\w-]+)["']""", line)
-        if name and (extra is None or extra[1] not in ("test", "dev")):
+        if name and (extra is None or extra[1] not in ("test", "docs", "dev")):
             found.setdefault("" if extra is None else extra[1], []).append(name[0])
     return found
 

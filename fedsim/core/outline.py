@@ -66,7 +66,7 @@ def options(kind: str) -> tuple[str, ...]:
 
 def _place_of(path: Path, name: str) -> Path:
     """The file that defines a class: this one, or the one that it imports it from."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _lines(path):
         if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
             return Path(ROOT).joinpath(*node.module.split(".")).with_suffix(".py")
     return path
@@ -87,15 +87,19 @@ def plugin_keys() -> dict[str, str]:
 
 
 @cache
+def _lines(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
+
+@cache
 def _classes(path: Path) -> dict[str, Class]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name: _read(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: _read(node) for node in _lines(path) if isinstance(node, ast.ClassDef)}
 
 
 def _constants(path: Path) -> dict[str, Any]:
     """Names in capitals that stand for plain dictionaries."""
     found = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _lines(path):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = ast.literal_eval(node.value)
     return found
