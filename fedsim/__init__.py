@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     )
     from fedsim.core.errors import FedsimError
     from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
-    from fedsim.export.deployed import DeployedModel, load_model
+    from fedsim.exports.deployed import DeployedModel, load_model
+    from fedsim.exports.write import export
     from fedsim.notebook import experiment
     from fedsim.runs.collection import Collection, collect
     from fedsim.runs.metrics import METRICS, Metric
@@ -103,6 +104,7 @@ __all__ = [
     "__version__",
     "collect",
     "experiment",
+    "export",
     "load",
     "load_model",
     "run",
@@ -121,7 +123,8 @@ _MODULE_OF = {  # name -> where it lies
         ),
         "fedsim.core.errors": "FedsimError",
         "fedsim.core.messages": "ClientUpdate RoundPlan State StatisticRequest Tensors",
-        "fedsim.export.deployed": "DeployedModel load_model",
+        "fedsim.exports.deployed": "DeployedModel load_model",
+        "fedsim.exports.write": "export",
         "fedsim.notebook": "experiment",
         "fedsim.runs.collection": "Collection collect",
         "fedsim.runs.metrics": "METRICS Metric",
@@ -132,7 +135,7 @@ _MODULE_OF = {  # name -> where it lies
     }.items()
     for name in names.split()
 }
-_ROOMS = ("export", "merging", "report", "sweeps", "unlearning")  # packages of which a user takes more than a name
+_ROOMS = ("merging", "report", "sweeps", "unlearning")  # packages of which a user takes more than a name
 
 
 if not TYPE_CHECKING:  # to which every name would be there

@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim export: write the folder, and say how it is loaded."""
-    from fedsim.export.write import export
+    from fedsim.exports.write import export
 
     made = export(args.run, args.to, args.folder, args.after_task)
     print_line = line_printer(console())

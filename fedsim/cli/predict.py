@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsim.export.deployed import DeployedModel
+    from fedsim.exports.deployed import DeployedModel
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """fedsim predict: a row per file or line, the likeliest class first."""
-    from fedsim.export.deployed import load_model
-    from fedsim.export.inputs import images_in, lines_of
+    from fedsim.exports.deployed import load_model
+    from fedsim.exports.inputs import images_in, lines_of
 
     names, inputs = _images(images_in(args.images), args.images) if args.images else _texts(lines_of(args.text))
     model = load_model(args.run, args.after_task, args.device)

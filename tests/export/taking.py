@@ -15,8 +15,8 @@ from torch import Tensor
 from fedsim.core import config as configs
 from fedsim.core.config import ModelConfig
 from fedsim.core.messages import Tensors
-from fedsim.export.deployed import DeployedModel
-from fedsim.export.write import plain
+from fedsim.exports.deployed import DeployedModel
+from fedsim.exports.write import plain
 from fedsim.finished import DeployedRun
 from fedsim.models import model as models
 

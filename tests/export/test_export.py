@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from fedsim.cli import main
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError
-from fedsim.export.deployed import load_model
-from fedsim.export.write import export, write
+from fedsim.exports.deployed import load_model
+from fedsim.exports.write import export, write
 from fedsim.finished import DeployedRun, OpenedRun
 from fedsim.runs.results import Results
 from fedsim.simulation import run

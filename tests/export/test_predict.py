@@ -20,8 +20,8 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.messages import EvalJob
-from fedsim.export.inputs import Reader
-from fedsim.export.write import export
+from fedsim.exports.inputs import Reader
+from fedsim.exports.write import export
 from fedsim.finished import OpenedRun
 from fedsim.simulation import run
 from tests.export.taking import loaded, same

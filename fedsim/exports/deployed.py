@@ -22,7 +22,7 @@ from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import with_prefix
 from fedsim.core.work import seen_classes
-from fedsim.export.inputs import Reader
+from fedsim.exports.inputs import Reader
 from fedsim.finished import DeployedRun
 from fedsim.models import model as models
 from fedsim.models.logits import columns

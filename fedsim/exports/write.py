@@ -25,11 +25,11 @@ from fedsim.core.errors import ModelError, RunDirError, require_choice
 from fedsim.core.files import storage_errors
 from fedsim.core.names import HEAD
 from fedsim.core.tensors import without_prefix
-from fedsim.export import card, classifier, peft, script
-from fedsim.export import encoder as encoders
-from fedsim.export.classifier import Classifier
-from fedsim.export.deployed import DeployedModel, opened
-from fedsim.export.script import Script
+from fedsim.exports import card, classifier, peft, script
+from fedsim.exports import encoder as encoders
+from fedsim.exports.classifier import Classifier
+from fedsim.exports.deployed import DeployedModel, opened
+from fedsim.exports.script import Script
 from fedsim.models import pretrained
 
 FORMS = ("peft", "merged")
@@ -56,7 +56,7 @@ def export(run: str | Path, to: str, target: str | Path, after_task: int | None 
     after_task: see `load_model`. Raises ConfigError for another form, RunDirError for a target that holds something, and
     ModelError for what the form cannot hold, before anything is written.
     """
-    require_choice("--to", to, FORMS)
+    require_choice("to", to, FORMS)
     folder = Path(os.path.expanduser(target)).absolute()
     require_free(folder)
     return write(opened(run, after_task, plain), to, folder)

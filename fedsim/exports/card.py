@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.core import config as configs
-from fedsim.export import peft
-from fedsim.export.deployed import DeployedModel
-from fedsim.export.script import Script
+from fedsim.exports import peft
+from fedsim.exports.deployed import DeployedModel
+from fedsim.exports.script import Script
 from fedsim.runs.directory import damage
 from fedsim.runs.metrics import METRICS
 from fedsim.runs.results import Results

@@ -15,9 +15,9 @@ from torch import Tensor
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, folded, without_prefix
-from fedsim.export import encoder as encoders
-from fedsim.export.classifier import Classifier
-from fedsim.export.deployed import DeployedModel
+from fedsim.exports import encoder as encoders
+from fedsim.exports.classifier import Classifier
+from fedsim.exports.deployed import DeployedModel
 from fedsim.models import inject
 from fedsim.models.model import ADAPTER
 
