@@ -61,7 +61,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(PIP) --editable '.[docs]'
+	$(PIP) --editable '.[report,flower,huggingface,tensorboard,wandb,mlflow,docs]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test

@@ -77,12 +77,24 @@ def test_overrides_may_stand_anywhere(config_file: Path, calls: list[dict[str, A
     assert (config.seed, config.partition["alpha"], config.client.lr, calls[0]["output"]) == (3, 0.1, 0.5, "out")
 
 
-@pytest.mark.parametrize("words", [["run", "--quite"], ["run", "a.yaml", "--out"], ["list", "pools", "seed=1"], [], ["rnu"]])
+@pytest.mark.parametrize("words", [["run", "--quite"], ["run", "a.yaml", "--out"], ["list", "pools", "seed=1"], ["rnu"]])
 def test_unknown_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 2
     assert "usage: fedsim" in capsys.readouterr().err
+
+
+def test_without_a_command_it_says_where_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in cli.COMMANDS) and "fedsim run quickstart" in out
+
+
+def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["swep", "x.yaml"])
+    assert "there is no command 'swep'. Did you mean 'sweep'?" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fedsim.core import config as configs
 from fedsim.core import contracts, options, plugins, presets
 from fedsim.core.config import schema
 from fedsim.core.contracts import Part
+from fedsim.core.errors import PluginError
 from fedsim.runs.metrics import METRICS
 
 Pages = dict[str, tuple[str, Path]]  # page -> Markdown, and the file that its links are relative to
@@ -45,19 +48,30 @@ SUMMARY = {
 def pages(site: Site) -> Pages:
     """All pages of the reference. What links to a plug-in's file is led to the plug-in's page."""
     for kind in plugins.KINDS:
-        for name in plugins.names(kind):
+        for name in _names(kind):
             site.page_of[_file(kind, name)] = f"reference/{kind}/{name}"
     out: Pages = {}
     used = _presets_of()
     for kind in plugins.KINDS:
         out[f"reference/{kind}/index"] = (_index(kind), HERE)
-        for name in plugins.names(kind):
+        for name in _names(kind):
             out[f"reference/{kind}/{name}"] = (_plugin(kind, name, used.get((kind, name), [])), HERE)
     out["reference/config"] = (_config(), HERE)
     out["reference/commands"] = (_commands(), HERE)
     out["reference/metrics"] = (_metrics(), HERE)
     out["reference/api"] = (_api(), HERE)
     return out
+
+
+@cache
+def _names(kind: str) -> list[str]:
+    """The plug-ins of a kind, but for those whose package is not installed here."""
+    found = []
+    for name in plugins.names(kind):
+        with suppress(PluginError):
+            plugins.load(kind, name)
+            found.append(name)
+    return found
 
 
 def _file(kind: str, name: str) -> Path:
@@ -71,7 +85,7 @@ def _index(kind: str) -> str:
     """All plug-ins of a kind, a line each."""
     lines = [f"# {kind.capitalize()}", "", SUMMARY[kind], "", f"Named by `{where(kind)}`; see also `fedsim list {kind}`.", ""]
     lines += ["| name | what it is |", "|---|---|"]
-    for name in plugins.names(kind):
+    for name in _names(kind):
         file = _file(kind, name).relative_to(ROOT).as_posix()
         lines.append(f"| [{name}](../{file}) | {_cell(escaped(title(_module_text(kind, name))))} |")
     return "\n".join([*lines, ""])

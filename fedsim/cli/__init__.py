@@ -12,11 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fedsim.cli import completion
 from fedsim.cli.printing import fail
-from fedsim.core.errors import FedsimError
+from fedsim.core.errors import FedsimError, did_you_mean
 from fedsim.core.home import __version__
 
 # command -> what it does; the module of that name holds add_arguments(parser) and run(args)
@@ -41,6 +42,12 @@ COMMANDS = {
     "doctor": "show what is installed, what this machine can do, and what is missing",
     "completion": "print the script by which bash, zsh or fish complete fedsim's words",
 }
+
+ABOUT = "Federated continual learning with parameter-efficient modules."
+FIRST = """begin with
+  fedsim run quickstart     federated continual learning on real data, under a minute
+  fedsim run                all methods and streams, a line each
+  fedsim COMMAND --help     what a command takes"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +95,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with `command`, the function that carries them out. Files and overrides may stand before or after options."""
     parser, commands = _parser()
     completion.answer(parser, commands)
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"there is no command '{words[0]}'.{did_you_mean(words[0], commands)}")
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -102,6 +112,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _show_help(parser: argparse.ArgumentParser) -> int:
+    """`fedsim` alone: what there is, and where to begin."""
+    parser.print_help()
+    return 0
+
+
 def _is_override(word: str) -> bool:
     """key=value; a path may hold a = as well."""
     return "=" in word and not os.path.isfile(word)
@@ -113,9 +129,11 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(prog="fedsim", description="Federated continual learning with parameter-efficient modules.")
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=16)
+    parser = argparse.ArgumentParser(prog="fedsim", description=ABOUT, epilog=FIRST, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    parser.set_defaults(command=lambda _: _show_help(parser), debug=False)
     each = {}
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"fedsim.cli.{name}")
