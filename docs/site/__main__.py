@@ -24,14 +24,18 @@ def main() -> int:
     source = BUILD / "source"
     shutil.rmtree(BUILD, ignore_errors=True)
     source.mkdir(parents=True)
+    site = Site(source)
     try:
-        assemble(Site(source))
+        assemble(site)
     except BrokenLink as e:
         print(f"broken link: {e}", file=sys.stderr)
         return 1
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(DOCS / "site")]
     done = subprocess.run([*command, "-d", str(BUILD / "doctrees"), str(source), str(BUILD / "html")], cwd=ROOT)
     if done.returncode == 0:
+        for place, file in site.ready.items():
+            (BUILD / "html" / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, BUILD / "html" / place)
         print(f"{BUILD.relative_to(ROOT)}/html/index.html")
     return done.returncode
 

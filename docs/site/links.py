@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".toml": "toml", ".sh": "bash", ".json": "json"}
 PICTURES = (".svg", ".png", ".jpg")
-LINK = re.compile(r"(?P<open>!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()(?P<target>[^()\s]+)\)")
+LINK = re.compile(r"(?P<open>!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\()(?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})")
 
 
@@ -41,6 +41,7 @@ class Site:
     """The pages of the site as far as they are known. source: the folder of Markdown that Sphinx will read.
 
     made: pages that are generated; shown: files that have a page which shows them as they are.
+    ready: pages that are HTML already, where they go to.
     page_of: files that have a page of their own, another one.
     """
 
@@ -48,6 +49,7 @@ class Site:
     page_of: dict[Path, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     shown: list[Path] = field(default_factory=list)
+    ready: dict[str, Path] = field(default_factory=dict)
 
     def write(self, page: str, text: str, origin: Path) -> None:
         """A page (a path without suffix) whose links are relative to the file that it is made from."""
@@ -58,9 +60,15 @@ class Site:
     def relinked(self, text: str, origin: Path, page: str) -> str:
         """The same text with every relative link as it must be on the page; code is left alone."""
         return "".join(
-            part if is_code else LINK.sub(lambda m: f"{m['open']}{self._target(m['target'], origin, page)})", part)
-            for is_code, part in chunks(text)
+            part if is_code else LINK.sub(lambda m: self._link(m, origin, page), part) for is_code, part in chunks(text)
         )
+
+    def _link(self, found: re.Match[str], origin: Path, page: str) -> str:
+        """One link; to a page that is HTML already, as HTML, since Sphinx would offer it as a download."""
+        target = self._target(found["target"], origin, page)
+        if target.endswith(".html") and not re.match(r"[a-z]+:", target):
+            return f'<a href="{target}">{found["text"]}</a>'
+        return f"{found['open']}{target})"
 
     def _target(self, target: str, origin: Path, page: str) -> str:
         if re.match(r"[a-z]+:", target) or target.startswith("#"):
@@ -84,6 +92,9 @@ class Site:
         if file.is_relative_to(DOCS) and file.suffix == ".md":
             return file.relative_to(DOCS).as_posix()
         told = file.relative_to(ROOT).as_posix()
+        if file.suffix == ".html":
+            self.ready[f"repository/{told}"] = file
+            return f"repository/{told}"
         if file.suffix in PICTURES:
             picture = self.source / "repository" / told
             picture.parent.mkdir(parents=True, exist_ok=True)
