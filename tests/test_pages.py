@@ -38,7 +38,7 @@ def commands(block: Block) -> Iterator[list[str]]:
     for line in block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
         words = shlex.split(line, comments=True)
         if words and words[0] == "fedsim":
-            yield words[1:]
+            yield words[1 : next((i for i, word in enumerate(words) if word in (">", "|")), None)]  # the rest is the shell's
 
 
 @pytest.fixture
