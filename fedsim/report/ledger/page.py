@@ -173,19 +173,22 @@ def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str],
     cells = [
         f'<th scope="row" class="text" data-value="{esc(method.name)}">{link}</th>',
         f'<td data-value="{setting.seeds}">{setting.seeds}</td>',
-        _accuracy(setting.means[HEADLINE], setting.seeds),
+        _accuracy(HEADLINE, setting.means[HEADLINE], setting.seeds),
         *(_difference(setting.differences.get(baseline)) for baseline in baselines),
-        *(_cost(c, setting.means[c]) if c in COSTS else _accuracy(setting.means[c], setting.seeds) for c in rest),
+        *(_cost(c, setting.means[c]) if c in COSTS else _accuracy(c, setting.means[c], setting.seeds) for c in rest),
         *(f'<td class="text" data-value="{esc(text)}">{esc(text)}</td>' for text in (method.family, sees)),
     ]
     return f'<tr {_where(setting.stream, split)} data-method="{esc(method.name)}">{"".join(cells)}</tr>'
 
 
-def _accuracy(mean: Mean, seeds: int) -> str:
+def _accuracy(column: str, mean: Mean, seeds: int) -> str:
+    """An interval is cut at what the metric can be."""
     if not mean.n:
         return _NONE
     main = f"{mean.mean:.1f}" + ("" if math.isnan(mean.std) else f" ± {mean.std:.1f}")
-    note = "" if math.isnan(mean.low) else f"<small>{mean.low:.1f} to {mean.high:.1f}</small>"
+    metric = metric_of(column)
+    low, high = max(metric.least, mean.low), min(metric.most, mean.high)
+    note = "" if math.isnan(mean.low) else f"<small>{low:.1f} to {high:.1f}</small>"
     note += f"<small>of {mean.n} seeds</small>" if mean.n != seeds else ""
     return _value(mean.mean, main + note)
 
