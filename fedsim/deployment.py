@@ -7,9 +7,11 @@ process such a node. Which bits come out does not depend on where clients run, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +37,27 @@ if TYPE_CHECKING:
     from clients.deployment.supernode import Server
 
 POOL = "runtime.pool=deployment"
+TRIED = "flwr 1.41"
 
 
 def require_flower() -> None:
-    """Raise PluginError where Flower is not installed, or is another than the one that is known here."""
+    """Raise PluginError where Flower is not installed."""
     try:
-        from clients.deployment import guests, node, superlink, supernode  # noqa: F401
+        import clients.flower_records  # noqa: F401
     except ImportError as e:
         raise PluginError(f"a deployment needs Flower, which cannot be imported ({e}): pip install 'fedsim[flower]'") from e
+
+
+@contextmanager
+def known_flower() -> Iterator[None]:
+    """Raise PluginError for a Flower in which parts lie elsewhere than in those that were tried: not all of them are public."""
+    require_flower()
+    try:
+        yield
+    except ImportError as e:
+        if not (e.name or "").startswith("flwr"):
+            raise
+        raise PluginError(f"Flower {version('flwr')} is not one that fedsim can deploy with: {e} (tried: {TRIED})") from e
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ def serve(
     path = Path(output) if output is not None else Path(config.runtime.output) / f"{config.name}-{config.identity()[:8]}"
     address.require_free()  # before the data are read
     nodes = config.partition["clients"] if waiting.nodes is None else waiting.nodes
-    with served(Terms(partial(SuperLink, address), nodes, waiting.timeout, tell)):
+    with known_flower(), served(Terms(partial(SuperLink, address), nodes, waiting.timeout, tell)):
         if not (path / "status.json").is_file():
             return simulation.run(config, output=path, progress=progress)
         found = RunDir.open(path, config)
@@ -118,7 +133,8 @@ def join(server: Server, own: Own, memory: str | Path, patience: float, tell: Ca
     from clients.deployment.node import Node
     from clients.deployment.supernode import SuperNode
 
-    Node(partial(made_ready, own), Path(memory), tell).run(partial(SuperNode, server), patience)
+    with known_flower():
+        Node(partial(made_ready, own), Path(memory), tell).run(partial(SuperNode, server), patience)
 
 
 def made_ready(own: Own, offer: Offer) -> Holding:

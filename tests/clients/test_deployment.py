@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -375,6 +376,35 @@ def test_own_samples_that_do_not_fit_are_refused(offer: Offer, tmp_path: Path) -
     assert "stream.noise" in lines(Own(data=mine(tmp_path / "c.npz", fine)), noisy)
 
 
+def test_own_samples_go_to_the_tasks_of_their_domains(tmp_path: Path) -> None:
+    names, domains = np.repeat(["a", "b"], 4), np.tile(["x", "y", "x", "z"], 2)
+
+    def npz(path: Path, kept: np.ndarray[Any, Any]) -> Path:
+        images = np.zeros((int(kept.sum()), 8, 8), dtype=np.uint8)
+        told = {"images": images, "labels": names[kept], "domain": domains[kept]}
+        np.savez(path, **{f"{split}_{key}": value for split in ("train", "test") for key, value in told.items()})
+        return path
+
+    whole = npz(tmp_path / "whole.npz", domains != "")
+    stream = {"name": "domain_incremental", "tasks": 2, "order": ["y", "x"]}
+    partition = {"name": "iid", "clients": 1, "min_samples": 1}
+    config = tiny(model=plain_vit(), data={"source": "npz", "path": str(whole)}, stream=stream, partition=partition)
+    offered = replace(Offer.of(prepare(config).spec), client=0)
+    own = ["source=npz", f"path={npz(tmp_path / 'own.npz', (names == 'b') & (domains != 'y'))}"]
+    assert made_ready(Own(data=own), offered).answer.counts == [{}, {"b": 2}]  # of z the server knows no task
+
+
+def test_plug_in_files_are_known_by_what_is_in_them(offer: Offer, tmp_path: Path) -> None:
+    rules = [tmp_path / "a" / "rule.py", tmp_path / "b" / "mine.py", tmp_path / "c" / "rule.py"]
+    for path, more in zip(rules, ("", "", "# other"), strict=True):
+        path.parent.mkdir()
+        path.write_text(Path("server/aggregators/fairavg.py").read_text() + more)
+    here, same, other = (tiny("server.aggregator.name=" + str(path), model=plain_vit()) for path in rules)
+    handshake.require_same(same, handshake.told(here)[0])
+    with pytest.raises(Refused, match=r"server\.aggregator\.name is"):
+        handshake.require_same(other, handshake.told(here)[0])
+
+
 def test_nodes_with_data_of_their_own_train(tmp_path: Path) -> None:
     """Whatever the server's own split says: client 0 holds task 0 alone here, client 1 both."""
     config = tiny(*SCAFFOLD, SKIP, "partition.name=iid", "partition.clients=2", output=tmp_path / "runs", model=plain_vit())
@@ -504,14 +534,19 @@ def test_loopback() -> None:
 
 
 def test_without_flower_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for name in [n for n in sys.modules if n.startswith(("clients.deployment", "clients.flower_records"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
     monkeypatch.setitem(sys.modules, "flwr.app", None)
     with pytest.raises(FedsimError, match=r"a deployment needs Flower.*pip install 'fedsim\[flower\]'"):
         deployment.require_flower()
+
+
+def test_another_flower_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Parts that are not public may lie elsewhere in the next release."""
+    monkeypatch.setitem(sys.modules, "flwr.supernode.fleet_http_client", None)
+    with pytest.raises(FedsimError, match=r"Flower \d.* is not one that fedsim can deploy with: .*fleet_http_client"):
+        deployment.join(Server("127.0.0.1:1", insecure=True), Own(client=0), tmp_path, 0.0, print)
 
 
 def test_the_pool_is_a_pool() -> None:
