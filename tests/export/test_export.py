@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,7 @@ def test_bad_input_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.Ca
     full.mkdir()
     (full / "thesis.tex").write_text("x")
     file.write_text("x")
-    unfinished = run(config(), output=tmp_path / "unfinished").path
-    assert unfinished is not None
+    unfinished = Path(shutil.copytree(finished, tmp_path / "unfinished"))
     status = json.loads((unfinished / "status.json").read_text())
     (unfinished / "status.json").write_text(json.dumps(status | {"state": "running"}))
     out = str(tmp_path / "out")
