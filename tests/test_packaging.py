@@ -6,6 +6,7 @@ import configparser
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_wheel_holds_packages_data_and_command(tmp_path: Path) -> None:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    program = "from setuptools import build_meta; build_meta.build_wheel('out')"
+    program = "from setuptools import build_meta; build_meta.build_wheel('out'); build_meta.build_sdist('out')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wheel = next((source / "out").glob("*.whl"))
@@ -121,6 +122,11 @@ def test_wheel_holds_packages_data_and_command(tmp_path: Path) -> None:
     assert "License-Expression: MIT" in metadata
     assert all(f"Provides-Extra: {extra}" in metadata for extra in EXTRAS)
     assert wheel.stat().st_size < 10e6
+    with tarfile.open(next((source / "out").glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
+    assert {*wanted, *configs, "setup.cfg", "pyproject.toml", "README.md", "constraints.txt"} <= packed
+    assert not any(name.startswith(("tests/", "experiments/")) for name in packed)
 
 
 def test_a_run_needs_no_package_of_the_report(setup_cfg: configparser.ConfigParser) -> None:
