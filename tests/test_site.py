@@ -57,6 +57,11 @@ def test_a_docstring_becomes_markdown() -> None:
     assert "\n".join(reference.prose(text)) == made
 
 
+def test_what_hangs_below_a_name_flows_with_it() -> None:
+    text = "data: images\n    and labels\nseed: of draws\n\nAn equation\n    y = x"
+    assert "\n".join(reference.prose(text)) == "data: images and labels\n\nseed: of draws\n\nAn equation\n\n```text\ny = x\n```\n"
+
+
 def test_what_the_table_says_is_not_said_twice() -> None:
     text = "What it does.\n\nBefore. size: how many. rate: η. Raises ConfigError.\n\nBehind."
     assert reference.without_options(text, ["size", "rate"]) == "What it does.\n\nBefore.\nRaises ConfigError.\n\nBehind."

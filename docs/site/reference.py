@@ -28,6 +28,7 @@ from fedsim.runs.metrics import METRICS
 Pages = dict[str, tuple[str, Path]]  # page -> Markdown, and the file that its links are relative to
 HERE = DOCS / "index.md"  # generated pages link as if they lay in docs
 ORPHAN = "---\norphan: true\n---\n"  # in no menu: its kind's page leads to it, and a menu of all makes every page dear
+NAMED = re.compile(r"[a-z_*]+(, [a-z_*]+)*: ")
 SUMMARY = {
     "aggregators": "How the server merges clients, every round.",
     "consolidators": "How modules of tasks become the model that is deployed.",
@@ -193,9 +194,17 @@ def prose(text: str) -> list[str]:
 
 
 def _runs(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
-    """Lines in a row that are set as they are, or that flow."""
-    for as_it_is, block in itertools.groupby(lines, lambda line: "  " in line.rstrip()):
-        yield as_it_is, [*block]
+    """Lines in a row that are set as they are, or that flow; what hangs below `name: meaning` flows with it, by itself."""
+    hanging, place, placed = False, 0, []
+    for line in lines:
+        indented = line.startswith("  ")
+        begins = not indented and NAMED.match(line) is not None
+        hanging = begins or (hanging and indented)
+        as_it_is = "  " in line.strip() or (indented and not hanging)
+        place += begins
+        placed.append((as_it_is, place, line))
+    for (as_it_is, _), block in itertools.groupby(placed, lambda one: one[:2]):
+        yield as_it_is, [line for *_, line in block]
 
 
 def escaped(text: str) -> str:
