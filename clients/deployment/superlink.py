@@ -32,6 +32,7 @@ from fedsim.core.errors import ConfigError, PoolError, one_line
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.05
+LOST = "could not be found"  # what Flower says of a part that does not come any more
 LOOK_S = 1.0  # between two looks at who is there
 # The process ends when the other end of its standard input does: with the server that started it, however that ends.
 COMMAND = """
@@ -133,6 +134,7 @@ class SuperLink:
         address.require_free()
         self._address, self._stack = address, contextlib.ExitStack()
         self._nodes, self._looked = set[int](), 0.0
+        self._coming: dict[str, Any] = {}  # replies of which parts are missing yet, by the message that they answer
         try:
             self._home = Path(self._stack.enter_context(_home()))
             self._process = self._stack.enter_context(self._started())
@@ -158,11 +160,8 @@ class SuperLink:
         return str(message)
 
     def replies(self, messages: Collection[str]) -> list[Reply]:
-        if not messages:
-            return []
         with self._errors():
-            came = list(self._grid.pull_messages(messages))
-        return [_reply(message) for message in came]
+            return _replies(self._grid, messages, self._coming)
 
     def close(self) -> None:
         """End the process. May be called twice."""
@@ -288,8 +287,40 @@ class SuperLink:
         return f": {' '.join(wrong[-1].split())[-300:]}" if wrong else ""
 
 
-def _reply(message: Message) -> Reply:
-    of = message.metadata.reply_to_message_id
+def _replies(grid: Any, messages: Collection[str], coming: dict[str, Any]) -> list[Reply]:
+    """The replies that are there as a whole. Flower's Grid would wait for missing parts, minutes if a node died at sending them.
+
+    coming: heads of replies that are not there as a whole, and the trees of their parts; kept from one look to the next."""
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+    from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+
+    client, run = grid._runtime_client, grid.run.run_id
+    if asked := [message for message in messages if message not in coming]:
+        came = client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        for head, tree in zip(came.messages_list, came.message_object_trees, strict=True):
+            coming[head.metadata.reply_to_message_id] = tree
+    found = []
+    for of in [message for message in messages if message in coming]:
+        parts = [part.object_id for part in iterate_object_tree(coming[of])]
+        try:
+            contents = pull_objects(
+                parts, make_pull_object_fn_protobuf(client.PullObject, grid.node, run), max_tries_per_object=1
+            )
+        except ObjectPullError as e:
+            if LOST in str(e):
+                del coming[of]
+                found.append(Reply(of, None, "its reply did not come as a whole"))
+            continue
+        whole = coming.pop(of).object_id
+        client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=whole))
+        found.append(_reply(of, inflate_object_from_contents(whole, contents)))
+    return found
+
+
+def _reply(of: str, message: Any) -> Reply:
     if message.has_error():
         return Reply(of, None, message.error.reason or "no reason given")
     try:

@@ -101,6 +101,7 @@ class SuperNode:
                 make_pull_object_fn_protobuf(self._client.PullObject, self._node, run),
                 make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, self._node, run),
                 return_type=Message,
+                initial_backoff=0.05,  # the server may be at sending the parts
             )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message

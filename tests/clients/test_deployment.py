@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from clients.deployment.guests import Guests, Reply
 from clients.deployment.handshake import Answer, Offer, Refused
 from clients.deployment.memory import NodeMemory, receipt
 from clients.deployment.node import Node
-from clients.deployment.superlink import Address, is_loopback
+from clients.deployment.superlink import Address, _replies, is_loopback
 from clients.deployment.supernode import Server
 from clients.pools import serial
 from clients.pools.deployment import Pool, Terms, served
@@ -478,6 +480,51 @@ def test_a_second_node_takes_over_when_the_first_has_left(offer: Offer) -> None:
     assert found.node_of(1) == 11 and "client 1: its node has left" in told
     found.dismiss()
     assert not found.leaving() and saying[1].heard[-1] == "over"
+
+
+class Halfway:
+    """What the SuperLink says of a reply whose last part the node has not sent yet, or never will."""
+
+    def __init__(self, answer: records.RecordDict) -> None:
+        from flwr.app import Metadata
+        from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+        metadata = Metadata(1, "", 5, 1, "asked", "", 0.0, 60.0, "train")
+        message = records.Message(content=records.packed(answer), metadata=metadata)  # type: ignore[call-overload]
+        self.tree = get_object_tree(message)
+        self.objects = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+        self.missing, self.lost, self.confirmed = {next(iter(self.objects))}, False, list[str]()
+
+    def PullMessages(self, request: Any) -> Any:
+        head = SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id="asked"))
+        return SimpleNamespace(messages_list=[head], message_object_trees=[self.tree])
+
+    def PullObject(self, request: Any) -> Any:
+        there = request.object_id not in self.missing
+        return SimpleNamespace(
+            object_found=not self.lost, object_available=there, object_content=self.objects[request.object_id] if there else b""
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:
+        self.confirmed.append(request.message_object_id)
+
+
+def test_a_reply_that_is_not_there_as_a_whole_is_not_waited_for() -> None:
+    answer = records.values_to_record("answer", answer="yes")
+    superlink = Halfway(answer)
+    from flwr.proto.node_pb2 import Node as FlowersNode
+
+    grid = SimpleNamespace(_runtime_client=superlink, run=SimpleNamespace(run_id=1), node=FlowersNode(node_id=1))
+    coming: dict[str, Any] = {}
+    start = time.monotonic()
+    assert _replies(grid, ["asked", "other"], coming) == [] and list(coming) == ["asked"]
+    superlink.missing.clear()
+    (reply,) = _replies(grid, ["asked", "other"], coming)
+    assert reply.of == "asked" and reply.record is not None and records.values_of(reply.record)["answer"] == "yes"
+    assert superlink.confirmed == [superlink.tree.object_id] and not coming
+    assert time.monotonic() - start < 1.0  # one try of Flower's is followed by a pause of a second
+    superlink.lost = True
+    assert [r.reason for r in _replies(grid, ["asked"], coming)] == ["its reply did not come as a whole"]
 
 
 # ---------------------------------------------------------------- bad input
