@@ -8,7 +8,7 @@ from fedsim.report.data import Study
 from fedsim.runs.collection import Collection, Run
 from fedsim.runs.results import Results
 
-NEEDS = ("altair", "vl_convert", "pandas")
+NEEDS = ("altair", "vl_convert", "pandas", "scipy")
 
 
 def curve(results: Results) -> str:
