@@ -84,12 +84,13 @@
   }
 
   async function drawCurve(fold) {
-    const place = $(".chart", fold);
-    const data = curves.filter((row) => here(row, false) && row.method === fold.dataset.method)
+    const found = curves.filter((row) => here(row, false) && row.method === fold.dataset.method)
       .map((row) => ({ ...row, split: DATA.splitNames[row.split] ?? row.split }));
-    if (data.length) await show(place, spec("curve", data, bounds.filter((b) => here(b)), place.clientWidth));
-    else place.innerHTML = `<p class="empty">No run on ${choice("stream")} has a learning curve here.</p>`;
-    place.dataset.drawn = choice("stream") + choice("split");
+    for (const place of $$(".chart", fold)) {
+      const data = found.filter((row) => row.kind === place.dataset.kind);
+      if (data.length) await show(place, spec(place.dataset.kind, data, bounds.filter((b) => here(b)), place.clientWidth));
+      else place.textContent = "";
+    }
   }
 
   async function update() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ def test_recipes_that_were_run_come_first(tmp_path: Path) -> None:
     er, lorm = methods.known("er", found), methods.known("lorm", found)
     assert list(er.recipes) == ["fashion, as it was run", "the preset"]
     assert [part.name for part in er.parts] == ["scaffold"]  # of what was run
-    assert (er.remark, er.command, list(lorm.recipes)) == ("Said of er.", "fedsim run fashion er", ["the preset"])
+    assert er.command == f"fedsim run fashion {os.path.relpath(tmp_path / 'best/fashion/er.yaml')}"
+    assert (er.remark, lorm.command, list(lorm.recipes)) == ("Said of er.", "fedsim run fashion lorm", ["the preset"])
     assert found.output == tmp_path / "out/page.html"
 
 
@@ -346,7 +348,9 @@ def test_streams_splits_files_and_folds(opened: Opened) -> None:
     assert sorted(line[0] for line in lines[1:]) == sorted(rows(opened))
     page.click("#table tr:visible a:text-is('er')")
     page.wait_for_selector("#method-er[open] .chart svg")
-    assert page.locator("#method-er .mark-symbol.role-mark path").count() == 6  # three tasks, two splits
+    page.wait_for_selector("#method-er [data-kind=final] svg")
+    for kind in ("curve", "final"):  # three tasks, two splits
+        assert page.locator(f"#method-er [data-kind={kind}] .mark-symbol.role-mark path").count() == 6
     assert page.locator("#method-er pre").first.inner_text().strip()
 
 

@@ -53,17 +53,17 @@ def front(families: Sequence[str], column: str, title: str) -> alt.LayerChart:
     ).properties(height=380)
 
 
-def curve() -> alt.LayerChart:
-    """Mean accuracy over the tasks seen, after every task, of one method on the splits of a stream."""
+def by_task(x: str, title: str) -> alt.LayerChart:
+    """An accuracy for every task, of one method on the splits of a stream."""
     legend = alt.Legend(title=None, symbolOpacity=1)
     colour: Any = alt.Color("split:N", scale=alt.Scale(range=[*theme.SERIES]), legend=legend)
     shape: Any = alt.Shape("split:N", scale=alt.Scale(range=[*theme.SHAPES]), legend=legend)
-    base = _base().encode(x=alt.X("task:O", title="After task", axis=alt.Axis(labelAngle=0)), color=colour)
-    y = alt.Y("mean:Q", title="Accuracy on tasks seen (%)", scale=alt.Scale(zero=False, nice=True))
-    tips = [alt.Tooltip("split:N"), alt.Tooltip("task:O", title="after task"), *_number("mean", "accuracy (%)")]
+    base = _base().encode(x=alt.X("task:O", title=x, axis=alt.Axis(labelAngle=0)), color=colour)
+    y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False, nice=True))
+    tips = [alt.Tooltip("split:N"), alt.Tooltip("task:O", title=x.lower()), *_number("mean", "accuracy (%)")]
     return _over(
         _lines("y"),
-        base.mark_area(opacity=0.12, line=False).encode(y=alt.Y("from:Q", title="Accuracy on tasks seen (%)"), y2="to:Q"),
+        base.mark_area(opacity=0.12, line=False).encode(y=alt.Y("from:Q", title=title), y2="to:Q"),
         base.mark_line().encode(y=y),
         base.mark_point().encode(y=y, shape=shape, tooltip=tips),
     ).properties(height=220)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ def known(name: str, study: Study) -> Method:
     """A method by the name that the tables give it: a preset's, or one whose config was at hand with the runs."""
     own = next((stream.configs[name] for stream in study.streams if name in stream.configs), None)
     preset = presets.folder() / presets.METHODS / f"{name}{presets.SUFFIX}"
-    files = {f"{stream}, as it was run": path for stream, path in _run_from(name, study)}
+    own_files = dict(_run_from(name, study))
+    files = {f"{stream}, as it was run": path for stream, path in own_files.items()}
     files |= {"the preset": preset} if preset.is_file() else {}
     recipes = {title: path.read_text(encoding="utf-8") for title, path in files.items()}
     if not recipes and own is not None:
@@ -83,8 +85,17 @@ def known(name: str, study: Study) -> Method:
         () if config is None else sees(config),
         () if config is None else tuple(parts(config)),
         recipes,
-        f"fedsim run {_stream_preset(study)}{name}" if preset.is_file() else "",
+        "\n".join(_commands(name, study, own_files, preset.is_file())),
     )
+
+
+def _commands(name: str, study: Study, own_files: Mapping[str, Path], is_preset: bool) -> Iterator[str]:
+    """On every stream that it was run on and that is a preset: of the config that was run there, else of the method's preset."""
+    ran = [stream.name for stream in study.streams if (stream.frame["method"] == name).any()]
+    for stream in [s for s in ran if s in presets.names(presets.STREAMS)] or [""]:
+        word = os.path.relpath(own_files[stream]) if stream in own_files else name if is_preset else ""
+        if word:
+            yield " ".join(filter(None, ("fedsim run", stream, word)))
 
 
 def _run_from(name: str, study: Study) -> Iterator[tuple[str, Path]]:
@@ -93,12 +104,6 @@ def _run_from(name: str, study: Study) -> Iterator[tuple[str, Path]]:
         path = Path(study.recipes.format(stream=stream.name, method=name))
         if path.is_file():
             yield stream.name, path
-
-
-def _stream_preset(study: Study) -> str:
-    """The first stream, as a word of a command, if it is a preset."""
-    name = study.streams[0].name
-    return f"{name} " if name in presets.names(presets.STREAMS) else ""
 
 
 def _config(path: Path | None) -> SimConfig | None:

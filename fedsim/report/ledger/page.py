@@ -28,6 +28,10 @@ HEADS: Mapping[str, str] = dict(
     )
 )
 COSTS = COLUMNS[COLUMNS.index("bytes_up") :]
+CURVES: Mapping[str, tuple[str, str]] = {  # kind -> what the axes say
+    "curve": ("After task", "Accuracy on tasks seen (%)"),
+    "final": ("Task", "Accuracy after the last task (%)"),
+}
 MEGABYTES = ("bytes_up", "bytes_down", "stored_mean", "peak_memory")
 
 
@@ -288,9 +292,13 @@ def _method(method: Method, ledger: Ledger) -> str:
     score = f'<span class="value">{" to ".join(ends)} %</span>' if scores else ""
     tags = "".join(f"<li>{esc(tag)}</li>" for tag in (method.family, *method.sees))
     name = esc(method.name)
+    curves = "".join(
+        f'<div class="chart" data-kind="{kind}" role="img" aria-label="{esc(f"{title}: {method.name}")}"></div>'
+        for kind, (_, title) in CURVES.items()
+    )
     return (
         f'<details class="run" id="method-{name}" data-method="{name}"><summary><span>{name}</span>{score}</summary>'
-        f'<ul class="tags">{tags}</ul><div class="chart" role="img" aria-label="Learning curves of {name}"></div>'
+        f'<ul class="tags">{tags}</ul><div class="grid">{curves}</div>'
         f"{''.join(_told(method))}</details>"
     )
 
@@ -329,7 +337,7 @@ def _data(ledger: Ledger, families: Sequence[str]) -> dict[str, Any]:
     """What the script draws from."""
     import pandas as pd
 
-    specs = {"ranking": charts.ranking(families), "curve": charts.curve()}
+    specs = {"ranking": charts.ranking(families), **{kind: charts.by_task(*titles) for kind, titles in CURVES.items()}}
     specs |= {name: charts.front(families, name, axis) for name, (_, _, axis) in _fronts(ledger).items()}
     return {
         "light": dict(theme.LIGHT),
@@ -358,8 +366,8 @@ def _point(setting: Setting) -> dict[str, Any]:
 
 def _curve(setting: Setting) -> Iterator[dict[str, Any]]:
     where = {"stream": setting.stream, "split": setting.split, "method": setting.method}
-    for task, mean in enumerate(setting.curve):
-        yield where | {"task": task} | _interval(mean)
+    for kind, means in (("curve", setting.curve), ("final", setting.final)):
+        yield from (where | {"kind": kind, "task": task} | _interval(mean) for task, mean in enumerate(means))
 
 
 def _interval(mean: Mean) -> dict[str, Any]:
