@@ -95,8 +95,8 @@ def _pooling(backbone: Backbone) -> list[str]:
     if backbone.pooling == "last":
         return [
             'mask = inputs["attention_mask"]',
-            "last = (mask * torch.arange(mask.shape[1])).argmax(dim=1)",
-            f"features = {states}[torch.arange(len(last)), last]",
+            "last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)",
+            f"features = {states}[torch.arange(len(last), device=last.device), last]",
         ]
     return [
         'mask = inputs["attention_mask"][..., None].float()',

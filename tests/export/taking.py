@@ -24,14 +24,19 @@ EXACT = 1e-5  # of logits, relative to the largest
 
 
 def made_up(
-    run: DeployedRun, layout: Mapping[str, Any], adapter: Any, head: Any = "linear", ranks: bool = False
+    run: DeployedRun,
+    layout: Mapping[str, Any],
+    adapter: Any,
+    head: Any = "linear",
+    ranks: bool = False,
+    pooling: str = "auto",
 ) -> DeployedModel:
     """A model on a random encoder of this layout, with the classes of a run, whose tensors are as after training.
 
     ranks: every other LoRA pair has twice the rank.
     """
     sections = {"adapter": configs.expand("adapters", adapter, "adapter"), "head": configs.expand("heads", head, "head")}
-    model = ModelConfig(backbone="random", config=dict(layout))
+    model = ModelConfig(backbone="random", config=dict(layout), pooling=pooling)
     config = dataclasses.replace(run.config, model=model, **sections, runtime=plain(run.config.runtime))
     built = models.build(config, len(run.manifest.class_order))
     draw = torch.Generator().manual_seed(4)

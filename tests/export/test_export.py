@@ -100,6 +100,19 @@ def test_families(finished: Path, name: str, adapter: str, to: str, tmp_path: Pa
         assert (bare - want).abs().max() > 1e-2, "the adapter counts"
 
 
+@pytest.mark.parametrize(
+    ("name", "pooling", "beside"),
+    [("vit", "mean", True), ("yolos", "mean", True), ("dinov2", "mean", False), ("bert", "cls", True), ("bert", "last", True)],
+)
+def test_poolings(finished: Path, name: str, pooling: str, beside: bool, tmp_path: Path) -> None:
+    """Other than the family's own: the card's lines pool so, or the classifier has a place for it."""
+    layout, raw = (LAYOUTS[name], RAW[name]) if name in LAYOUTS else (FAMILIES[name].layout, batch(FAMILIES[name]))
+    deployed = made_up(DeployedRun(finished), layout, LORA, pooling=pooling)
+    want, made = deployed.logits(raw), write(deployed, "merged", tmp_path / "out")
+    same(loaded(made.folder)["logits"](**seen_by(deployed, raw)), want)
+    assert made.script.head == beside
+
+
 def test_what_fits_a_class_of_transformers_is_one(finished: Path, tmp_path: Path) -> None:
     for name, expected in (("vit", "ViTForImageClassification"), ("bert", "BertModel")):
         made = write(made_up(DeployedRun(finished), LAYOUTS[name], LORA), "merged", tmp_path / name)
