@@ -42,7 +42,7 @@ class Process:
 
     def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.name, self._log = name, folder / f"{name}.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "TMPDIR": str(folder)}
         with open(self._log, "wb") as out:
             command = [sys.executable, "-m", "fedsim.cli", *words]
             self._popen = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=environment, start_new_session=True)
@@ -121,6 +121,7 @@ def test_three_nodes_one_late_one_killed_and_a_server_that_is_killed(tmp_path: P
         server.wait_until((tmp_path / "run" / "checkpoint.pt").exists, "has saved a round")
         server.kill()
         wait_until_free(port)
+        assert not list(tmp_path.glob("fedsim-serve-*"))  # nor is there anything left of it
         nodes.append(start("node-2", "join", "config.yaml", "--server", f"127.0.0.1:{port}", "--client", "2"))
         server = start("server-again", *serving, "--wait", "3")
         nodes[1].wait_for("task 1, round 0: done")

@@ -36,8 +36,12 @@ LOST = "could not be found"  # what Flower says of a part that does not come any
 LOOK_S = 1.0  # between two looks at who is there
 # The process ends when the other end of its standard input does: with the server that started it, however that ends.
 COMMAND = """
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+import os, shutil, sys, threading
+def end():
+    sys.stdin.buffer.read()
+    shutil.rmtree(os.environ["FLWR_HOME"], ignore_errors=True)
+    os._exit(0)
+threading.Thread(target=end, daemon=True).start()
 from flwr.superlink.cli import flower_superlink
 flower_superlink()
 """
