@@ -8,7 +8,7 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
