@@ -9,6 +9,7 @@ import pytest
 from fedsim.core.config import SimConfig, load
 from fedsim.runs import bounds
 from fedsim.runs.results import Results
+from fedsim.simulation import run
 from tests import run_dirs
 from tests.tiny import tiny
 
@@ -63,3 +64,14 @@ def test_the_mean_over_seeds() -> None:
     found = bounds.mean([bounds.Bounds(10.0, 60.0, joint=80.0), bounds.Bounds(10.0, 64.0)])
     assert found == bounds.Bounds(10.0, 62.0, None, 80.0)
     assert bounds.mean([]) is None
+
+
+def test_what_comes_with_the_package_is_what_a_run_finds(tmp_path: Path) -> None:
+    """For the stream of the quickstart; a run elsewhere, with no reference beside it, is held against the same."""
+    config = load("omniglot", ["runtime.pool=serial", "runtime.kernels=torch"])
+    found = run(bounds.reference(config, "ncm"), output=tmp_path / "ncm")
+    known = bounds.shipped(found)
+    assert known is not None
+    assert found.metrics["final_average_accuracy"] == pytest.approx(known.ncm, abs=1e-3)
+    assert bounds.chance(found) == known.chance == 1.0
+    assert {entry["name"] for entry in bounds._shipped()} <= set(STREAMS)
