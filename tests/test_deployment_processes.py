@@ -28,6 +28,7 @@ from cryptography.x509.oid import NameOID
 from clients.deployment.supernode import Gone, Server, SuperNode
 from fedsim.core.errors import PoolError
 from fedsim.runs.results import Results
+from tests import interrupts
 from tests.clients.test_deployment import with_failures
 from tests.tiny import final_state, plain_vit, same_bits, tiny
 
@@ -43,7 +44,7 @@ class Process:
     def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.name, self._log = name, folder / f"{name}.log"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "TMPDIR": str(folder)}
-        with open(self._log, "wb") as out:
+        with open(self._log, "wb") as out, interrupts.heard_by_children():
             command = [sys.executable, "-m", "fedsim.cli", *words]
             self._popen = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=environment, start_new_session=True)
 

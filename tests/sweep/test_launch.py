@@ -26,6 +26,7 @@ from fedsim.sweeps import launch
 from fedsim.sweeps.job import lock_of
 from fedsim.sweeps.launch import Begun, Ended
 from fedsim.sweeps.plan import PlannedRun, SweepPlan, expand, finished, verify
+from tests import interrupts
 from tests.tiny import TINY, final_state, learned, plain_vit, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -327,11 +328,8 @@ def test_a_run_without_costs_is_made_again(one_ray: None, tmp_path: Path) -> Non
 def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = (sys.executable, "-m", "fedsim.cli", "sweep", "sweep.yaml", "--output", "out", *words)
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to Ctrl-C
-    try:
+    with interrupts.heard_by_children():
         return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    finally:
-        signal.signal(signal.SIGINT, heard)
 
 
 def merges(folder: Path) -> int:
