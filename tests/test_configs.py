@@ -19,7 +19,8 @@ from tests.tiny import TINY, VIT
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")])
-SWEEPS = [path for path in FILES if "base" in configs.read_yaml(path)]
+LEDGER = ROOT / "experiments" / "ledger"  # all methods once more, and their tuning: see test_ledger_study.py
+SWEEPS = [path for path in FILES if "base" in configs.read_yaml(path) and path.parent != LEDGER]
 PRESETS, METHODS, STREAMS = (sorted((ROOT / "configs" / part).glob("*.yaml")) for part in (".", "methods", "streams"))
 DEEP = {**VIT, "num_hidden_layers": 6}  # as many blocks as the embedded backbone has, which methods may name
 OF_A_STREAM = {"data", "stream", "partition", "model", "transform"}
@@ -144,7 +145,7 @@ def test_every_sweep_runs_a_tiny_round(path: Path, tmp_path: Path) -> None:
 def tiny_round(config: SimConfig, tmp_path: Path) -> None:
     """Its rules, adapter and client on synthetic data and a random backbone of the same family."""
     plain = config.to_dict()
-    text = config.data["source"] == "text"
+    text, by_domain = config.data["source"] == "text", config.stream.name == "domain_incremental"
     enough = max(2, configs.build_aggregator(plain["server"]["aggregator"]).least)
     learners = [{**one, **dict.fromkeys(MANY & {*one}, FEW)} for one in plain["client"]["learners"]]
     bert = {
@@ -156,7 +157,7 @@ def tiny_round(config: SimConfig, tmp_path: Path) -> None:
         "vocab_size": 500,
     }
     small: dict[str, Any] = {
-        "data": {**TINY["data"], "train_per_class": 6, "kind": "tokens" if text else "image"},
+        "data": {**TINY["data"], "train_per_class": 6, "kind": "tokens" if text else "image", "domains": 2 * by_domain},
         "stream": {**plain["stream"], "tasks": min(2, plain["stream"]["tasks"] or 2), "classes_per_task": None, "group": None},
         "partition": {**plain["partition"], "clients": min(enough, plain["partition"]["clients"]), "min_samples": 1},
         "model": {**TINY["model"], "config": bert if text else DEEP, "pooling": plain["model"]["pooling"]},

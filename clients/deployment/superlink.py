@@ -286,7 +286,7 @@ class SuperLink:
 
     def _last_words(self) -> str:
         """What it logged last as an error."""
-        lines = (self._home / "log").read_text(errors="replace").splitlines()
+        lines = (self._home / "log").read_text(encoding="utf-8", errors="replace").splitlines()
         wrong = [line for line in lines if "ERROR" in line or "Error" in line]
         return f": {' '.join(wrong[-1].split())[-300:]}" if wrong else ""
 
@@ -376,10 +376,10 @@ def _app(folder: Path) -> bytes:
         from flwr.cli.build import build_fab_from_disk
 
     (folder / "app").mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(APP)
-    (folder / "app" / "__init__.py").write_text("")
+    (folder / "pyproject.toml").write_text(APP, encoding="utf-8")
+    (folder / "app" / "__init__.py").write_text("", encoding="utf-8")
     imports = "from flwr.clientapp import ClientApp\nfrom flwr.serverapp import ServerApp\n"
-    (folder / "app" / "app.py").write_text(f"{imports}client, server = ClientApp(), ServerApp()\n")
+    (folder / "app" / "app.py").write_text(f"{imports}client, server = ClientApp(), ServerApp()\n", encoding="utf-8")
     return bytes(build_fab_from_disk(folder))
 
 

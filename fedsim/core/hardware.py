@@ -112,13 +112,13 @@ def _numbers(path: Path) -> dict[str, int]:
 def forget_peak() -> None:
     """Begin to measure the most memory of this process anew, where the system can (Linux)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
     """The most memory that this process has held at once, in bytes; since `forget_peak` where the system can tell."""
     with suppress(OSError, ValueError, StopIteration):
-        status = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
     import resource
 

@@ -68,7 +68,7 @@ def test_l2p_by_hand(reads: str) -> None:
     params = trained(built)
     prompt, key = params["adapter.layers.0.pool_prompt"], params["adapter.layers.0.pool_key"]
     encoder: Any = built.backbone.encoder
-    pixels = built._shown(inputs)["pixel_values"].double()
+    pixels = built.shown(inputs)["pixel_values"].double()
     query = queries(4)
     nearest = np.argsort(-cosines_by_hand(query, key), axis=1)[:, :2]
     for opened in (built.applied, built.merged):
