@@ -14,7 +14,7 @@ run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	@echo "Next, after '. $(VENV)/bin/activate':"
 	@echo "  fedsim run                              all methods and streams, a line each"
 	@echo "  fedsim run lorm partition.alpha=0.1     clients that have less in common"
-	@echo "  fedsim run fashion er                   another stream, another method"
+	@echo "  fedsim run fashion er                   a stream that tells methods apart"
 	@echo "  fedsim report runs                      what was run, as one HTML file with charts"
 
 test: $(VENV)/.installed-test  ## run the tests
