@@ -45,7 +45,7 @@ def one(table: pd.DataFrame, **levels: object) -> pd.Series:
 # ---------------------------------------------------------------- summary
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 100), min_size=2, max_size=10))
 def test_summary_is_students_interval(values: list[float]) -> None:
     got = compare.summary(frame(({"method": "a"}, values)), ["method"], [FAA]).iloc[0]
@@ -131,7 +131,7 @@ def test_paired_is_scipys_test() -> None:
     assert got["p_holm"] == got["p"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-40, 40), min_size=2, max_size=8))
 def test_sign_flip_is_the_exact_permutation_test(quarters: list[int]) -> None:
     """Multiples of 1/4: sums are exact, so scipy and we see the same ties."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests import fuzz
 
-BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(BOUNDED, max_examples=500)

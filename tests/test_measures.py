@@ -81,7 +81,7 @@ def test_counts_by_class_are_those_of_the_predictions(tmp_path: Path) -> None:
     assert results.metrics["newest_share"] == pytest.approx(100 * newest / matrix.sum())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=30))
 def test_class_counts_are_the_confusion_matrix(pairs: list[tuple[int, int]]) -> None:
     guess, labels = (np.array([p[i] for p in pairs], dtype=np.int64) for i in (0, 1))

@@ -126,7 +126,7 @@ def test_past_modules_travel_once_and_never_if_they_were_had_as_parameters(sim: 
     assert state.bytes["down"] == {"adapter": 280, "background": 160}  # module 1 to all three; module 0 all had
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_ledger_is_that_of_clients_that_keep_their_messages(data: st.DataObject) -> None:
     """Against clients that each hold a set of contents: those of the last message, and of the last that looked at the past."""

@@ -94,7 +94,7 @@ def count_matrices(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return correct, np.tril(np.ones((tasks, tasks), dtype=int)) * np.array(sizes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(count_matrices())
 def test_relations(counts: tuple[np.ndarray, np.ndarray]) -> None:
     """max-drop ≥ 0 and ≥ −BWT; BWT = −T/(T−1) · diagonal; macro = micro where all tasks have the same size."""
@@ -135,7 +135,7 @@ def test_without_holdings_no_client_has_an_accuracy() -> None:
     np.testing.assert_array_equal(metrics.client_accuracy([], 2, [1], [2]), [np.nan, np.nan])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 10_000))
 def test_client_accuracy_is_the_expected_accuracy(clients: int, classes: int, seed: int) -> None:
     """Dense, in one line; and clients weighted by what they hold give the accuracy on the pooled classes."""
@@ -182,7 +182,7 @@ def test_a_decile_is_rounded_up(clients: int, tenth: int) -> None:
     assert got["client_accuracy_best_decile"] == np.arange(clients - tenth + 1, clients + 1).mean()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 997).map(lambda right: 100 * right / 997), min_size=1, max_size=30))
 def test_fairness_of_any_accuracies(values: list[float]) -> None:
     """min ≤ worst decile ≤ mean ≤ best decile; 1/K ≤ Jain ≤ 1; entropy as scipy has it; std is the population's."""

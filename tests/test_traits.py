@@ -75,7 +75,7 @@ def clashes(parts: list[Chosen], run: Collection[str]) -> list[set[str]]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(traits, min_size=1, max_size=6), words)
 def test_refused_is_exactly_what_brute_force_refuses(every: list[Traits], run: frozenset[str]) -> None:
     parts = parts_of(every)

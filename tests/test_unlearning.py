@@ -370,7 +370,7 @@ def test_a_model_that_is_composed_drops_sources(tmp_path: Path, capsys: pytest.C
     assert "without client 1 of task 0" in " ".join(printed.split())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=20),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=20),

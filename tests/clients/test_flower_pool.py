@@ -148,19 +148,19 @@ def travelled(record: Any) -> Any:
     return recorddict_from_proto(type(recorddict_to_proto(record)).FromString(sent))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(job=jobs)
 def test_a_job_comes_back(job: ClientJob) -> None:
     assert same(records.record_to_job(travelled(records.job_to_record(job))), job)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(update=updates)
 def test_an_update_comes_back(update: ClientUpdate) -> None:
     assert same(records.record_to_update(travelled(records.update_to_record(update))), update)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(job=st.builds(EvalJob, task=small, start=small, stop=small, params=tensors(), seen=st.lists(small, max_size=4)))
 def test_an_evaluation_comes_back(job: EvalJob) -> None:
     assert same(records.record_to_eval_job(travelled(records.eval_job_to_record(job))), job)

@@ -78,7 +78,7 @@ def descend(form: str, lr: float, steps: int, clip: float | None = None) -> tupl
     return follower.result(), seen
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(lr=st.floats(1e-3, 0.9), steps=st.integers(1, 6))
 def test_gradient_descent_has_a_closed_form(lr: float, steps: int) -> None:
     """w moves by −lr·g, so a step's movement is lr·‖g‖², and g is w − t."""

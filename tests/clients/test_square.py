@@ -34,7 +34,7 @@ def test_square_of_a_worked_example() -> None:
     assert float(loss(square.Learner(kappa=5.0, classes="all"), *told)) == everything
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     kappa=st.floats(0.5, 30),
     classes=st.lists(st.integers(0, 6), min_size=1, max_size=7, unique=True),

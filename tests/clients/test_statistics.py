@@ -343,7 +343,7 @@ def test_features_far_from_zero_keep_their_variance() -> None:
 
 
 @pytest.mark.parametrize("form", ["full", "covariance", "within"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, 20), max_size=4), seed=st.integers(0, 100))
 def test_moments_do_not_depend_on_the_batches(form: str, cuts: list[int], seed: int) -> None:
     generator = torch_stream(9, "cuts", seed)

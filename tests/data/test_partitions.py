@@ -38,7 +38,7 @@ def test_all_four_are_found() -> None:
     alpha=st.sampled_from([1e-300, 0.01, 0.5, 3.0, 1e300]),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_disjoint_cover_or_clear_error(name: str, sizes: list[int], clients: int, floor: int, alpha: float, seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     clients = clients if name in SPLIT else 1
@@ -299,7 +299,7 @@ def test_estimate_equals_scipys_optimum_and_recovers_alpha(alpha: float) -> None
 
 
 @given(counts=st.lists(st.lists(st.integers(0, 40), min_size=4, max_size=4), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_estimate_is_where_the_likelihood_is_highest(counts: list[list[int]]) -> None:
     table = np.array(counts)
     estimate = estimate_alpha(table)

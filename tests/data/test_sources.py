@@ -44,7 +44,7 @@ def test_all_six_are_found() -> None:
 
 
 @given(labels=st.lists(st.integers(0, 5), max_size=40), count=st.integers(1, 5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_first_per_class_is_what_a_loop_keeps(labels: list[int], count: int) -> None:
     seen: dict[int, int] = {}
     expected = []

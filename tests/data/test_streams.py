@@ -92,7 +92,7 @@ def test_shuffle_follows_the_seed_and_nothing_else() -> None:
 
 
 @given(classes=st.integers(1, 12), tasks=st.integers(1, 12), shuffle=st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_sample_is_in_one_task_and_sizes_are_as_array_split_cuts(classes: int, tasks: int, shuffle: bool) -> None:
     dataset = synthetic_data(classes=classes)
     options: dict[str, Any] = {"tasks": tasks, "order": "shuffle" if shuffle else "given"}

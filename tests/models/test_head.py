@@ -29,7 +29,7 @@ from fedsim.simulation import prepare, rehearse, run
 from tests.tiny import final_state, tiny
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(classes=st.lists(st.integers(0, 6), min_size=1, unique=True), seed=st.integers(0, 99))
 def test_cross_entropy_is_over_the_chosen_classes_alone(classes: list[int], seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -273,7 +273,7 @@ def by_hand(features: Tensor, params: dict[str, Tensor]) -> list[list[float]]:
     return out
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), prototypes=st.booleans())
 def test_mixture_is_a_weighted_mean_of_probabilities(seed: int, prototypes: bool) -> None:
     features, params = sources(seed, prototypes=prototypes)
@@ -283,7 +283,7 @@ def test_mixture_is_a_weighted_mean_of_probabilities(seed: int, prototypes: bool
     assert torch.equal(torch.isneginf(got), unknown.expand_as(got))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), s=st.integers(0, 3))
 def test_one_source_alone_keeps_its_own_prediction(seed: int, s: int) -> None:
     features, params = sources(seed)
@@ -295,7 +295,7 @@ def test_one_source_alone_keeps_its_own_prediction(seed: int, s: int) -> None:
     assert torch.equal(of_logits.predict(got, range(5)), of_logits.predict(own, held))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), order=st.permutations(range(4)), left=st.integers(1, 4))
 def test_sources_do_not_depend_on_the_others(seed: int, order: list[int], left: int) -> None:
     features, params = sources(seed)

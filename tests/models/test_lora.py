@@ -131,7 +131,7 @@ def test_applied_merged_and_dense_agree(
     assert torch.allclose(merged, want, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3), alpha=st.sampled_from([None, 1.5]))
 def test_stacked_modules_act_as_their_weighted_sum(weights: list[float], alpha: float | None) -> None:
     built = model(VIT, lora_of(alpha=alpha))

@@ -158,7 +158,7 @@ def test_gradients_are_those_of_autograd_through_jvp(kind: str) -> None:
         assert b.abs().max() > 1e-6, name
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     weights=st.lists(st.floats(-3, 3), min_size=1, max_size=3),

@@ -90,7 +90,7 @@ def test_flip_mirrors_about_half() -> None:
     assert 70 < sum(mirrored) < 130
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), height=st.integers(4, 30), width=st.integers(4, 30))
 def test_crops_lie_inside_with_the_area_and_ratio_promised(seed: int, height: int, width: int) -> None:
     theta = transform.crop_boxes(torch.zeros(50, 1, height, width), torch.Generator().manual_seed(seed)).double()
@@ -105,7 +105,7 @@ def test_crops_lie_inside_with_the_area_and_ratio_promised(seed: int, height: in
     assert bool(((ratio >= 3 / 4 - 1e-5) & (ratio <= 4 / 3 + 1e-5)).all())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), height=st.integers(4, 30), width=st.integers(4, 30))
 def test_affine_changes_are_small_similarities_in_pixels(seed: int, height: int, width: int) -> None:
     theta = transform.affine_changes(torch.zeros(50, 1, height, width), torch.Generator().manual_seed(seed)).double()

@@ -319,7 +319,7 @@ def test_when_ccvr_works() -> None:
     assert NearestMean().can_be_told(held_KC).tolist() == [True, True, True, False]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=5),
     covariance=st.sampled_from(["diagonal", "full"]),
@@ -504,7 +504,7 @@ def test_gradient_is_autograds(temperature: float | None, seed: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
 def test_the_normalised_loss_does_not_see_the_heads_scale(seed: int, scale: float) -> None:
     """Its gradient is orthogonal to the head, and 1/c as long for a head c times as long."""
@@ -533,7 +533,7 @@ def test_a_head_of_zeros_takes_steps_of_ordinary_length() -> None:
     assert 0.01 < longest < 10
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     head=st.sampled_from([0.0, 1e-38, 1e-20, 1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6]),
@@ -589,7 +589,7 @@ def test_training_is_torchs_sgd_on_the_same_draws(options: dict[str, Any]) -> No
         torch.testing.assert_close(after[name][list(classes)], want.detach(), rtol=1e-9, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     held=st.dictionaries(st.integers(0, CLASSES - 1), st.integers(0, 4), max_size=CLASSES),
     others=st.dictionaries(st.integers(0, CLASSES - 1), st.integers(0, 4), max_size=CLASSES),

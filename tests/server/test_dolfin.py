@@ -106,7 +106,7 @@ def published(basis: Array | None, mode: str, gram: Array, eps: float, guarantee
     return basis, mode, near
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(grams, thresholds, st.booleans())
 def test_memory_is_the_published_rule(tasks: list[Tensor], eps: float, guarantee: bool) -> None:
     size = len(tasks[0])
@@ -121,7 +121,7 @@ def test_memory_is_the_published_rule(tasks: list[Tensor], eps: float, guarantee
         assert span.mode == mode or 2 * basis.shape[1] == size  # at exactly a half, both modes are right
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(grams, thresholds)
 def test_memory_stays_orthonormal_small_and_only_grows(tasks: list[Tensor], eps: float) -> None:
     size = len(tasks[0])
@@ -138,7 +138,7 @@ def test_memory_stays_orthonormal_small_and_only_grows(tasks: list[Tensor], eps:
         assert float((kept @ gram).square().sum() / gram.square().sum()) >= eps - 1e-12
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(grams, thresholds)
 def test_both_modes_are_one_memory(tasks: list[Tensor], eps: float) -> None:
     span = gpm.updated(gpm.empty(len(tasks[0])), tasks[0], eps)

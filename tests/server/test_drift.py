@@ -72,7 +72,7 @@ def measured(params: Params, updates: Sequence[ClientUpdate], group: str = "adap
     return row
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.integers(2, 6), st.sampled_from([1e-3, 0.3, 10.0]))
 def test_measures_are_what_they_are_defined_to_be(seed: int, clients: int, scale: float) -> None:
     params = draw(seed)
@@ -84,7 +84,7 @@ def test_measures_are_what_they_are_defined_to_be(seed: int, clients: int, scale
             assert getattr(row, name) == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.lists(st.integers(1, 50), min_size=2, max_size=5))
 def test_what_averaging_the_factors_loses(seed: int, samples: list[int]) -> None:
     """Dense O×I products in float64, all layers in one Frobenius norm."""

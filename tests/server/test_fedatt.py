@@ -54,7 +54,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize("norm", ["spectral", "frobenius"])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), step=st.sampled_from([0.3, 1.0, 1.2]))
 def test_a_merge_written_out(norm: str, seed: int, step: float) -> None:
     """numpy's norms, and a softmax as it is written."""
@@ -112,7 +112,7 @@ def test_equal_distances_and_a_whole_step_are_fairavg() -> None:
             close(got[name], want[name])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), shift=st.floats(-5, 5))
 def test_attention_sums_to_one_in_every_tensor(seed: int, shift: float) -> None:
     """A whole step ends among the clients, number by number; and what is added to all of them and to w is added to the result."""

@@ -44,7 +44,7 @@ def merge(rule: Aggregator, start: float, updates: list[ClientUpdate], state: St
     return state, float(out["head.bias"])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     samples=st.lists(st.integers(1, 10_000), min_size=1, max_size=6),
     shape=st.sampled_from([(), (3,), (2, 5), (0, 4)]),

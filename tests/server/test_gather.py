@@ -49,7 +49,7 @@ FLOATS = st.one_of(st.none(), st.floats(-1e9, 1e9, allow_nan=False))
 
 
 @given(values=st.lists(FLOATS, max_size=70), size=st.sampled_from([1, BLOCK]), seed=st.integers(0, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_terms_and_blocks_in_any_order_give_the_same_bits(values: list[float | None], size: int, seed: int) -> None:
     """Blocks are summed apart, as workers do, and arrive shuffled."""
     expected = by_hand(values)
@@ -214,7 +214,6 @@ def test_large_updates_are_watched_within_a_bound() -> None:
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
-@settings(deadline=None)
 def test_longest_first(sizes: list[int]) -> None:
     clients = list(range(0, len(sizes), 2))
     order = sampling.longest_first(clients, np.array(sizes))

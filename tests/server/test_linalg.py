@@ -63,7 +63,7 @@ def test_rounding_noise_of_float32_grams_is_not_inverted() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 12), inputs=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_normal_equations_hold_for_any_rank(rows: int, inputs: int, seed: int) -> None:
     x, w = draw(rows, inputs, address=f"x{seed}"), draw(3, inputs, address=f"w{seed}")

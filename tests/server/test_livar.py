@@ -154,7 +154,7 @@ signals = st.integers(0, 10_000).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(case=signals)
 def test_weights_are_those_of_the_sheet(case: tuple[int, int, int, bool]) -> None:
     """Also with many ties (signals of few values), where quantiles are clients' own numbers. Oracle (a): columns sum to 1."""
@@ -168,7 +168,7 @@ def test_weights_are_those_of_the_sheet(case: tuple[int, int, int, bool]) -> Non
     np.testing.assert_allclose(got.sum(dim=0).numpy(), 1, rtol=0, atol=1e-15)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), scale_a=st.sampled_from([2.0**-20, 0.5, 1024.0]), scale_b=st.sampled_from([2.0**-9, 64.0]))
 def test_only_the_order_of_signals_counts(seed: int, scale_a: float, scale_b: float) -> None:
     """Scaled signals give the same weights, and clients in another order the same weights in that order."""
@@ -236,7 +236,7 @@ def test_equal_signals_give_the_uniform_mean() -> None:
         close(got[name], torch.stack([u.params[name] for u in updates]).mean(0))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(order=st.permutations(range(K)))
 def test_the_order_of_clients_does_not_matter(order: list[int]) -> None:
     """Oracle (b)."""

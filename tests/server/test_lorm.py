@@ -157,7 +157,7 @@ def test_small_form_equals_wide_form(decay: float) -> None:
     close(merge(Lorm(decay=decay, gram="full"), "B", clients())[B], wide)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-3, 1e-1, 10.0]))
 def test_perturbations_only_raise_the_error(seed: int, size: float) -> None:
     rule, who, start = Lorm(decay=1.0), clients(), params()

@@ -101,7 +101,7 @@ def brute_force(rows: Sequence[Sequence[float]], density: float, scale: float) -
     return out
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(data=st.data(), count=st.integers(1, 5), size=st.integers(1, 12))
 def test_ties_is_what_loops_give(data: st.DataObject, count: int, size: int) -> None:
     """Whole numbers, so that ties and cancellations are frequent and sums are exact."""
@@ -111,7 +111,7 @@ def test_ties_is_what_loops_give(data: st.DataObject, count: int, size: int) -> 
     np.testing.assert_allclose(out.numpy(), brute_force(rows, density, scale), rtol=0, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(order=st.permutations(range(1, 6)), density=st.sampled_from([0.1, 0.5, 1.0]))
 def test_ties_does_not_hang_on_the_order(order: list[int], density: float) -> None:
     base = tensors(0)

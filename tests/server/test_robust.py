@@ -155,7 +155,7 @@ def test_distances_are_those_of_all_tensors_together() -> None:
     assert torch.equal(got, got.T) and not got.diagonal().any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), f=st.integers(0, 3), extra=st.integers(0, 4))
 def test_bulyans_mean_is_that_of_the_nearest_numbers(data: st.DataObject, f: int, extra: int) -> None:
     """Against sorting by distance; whole numbers, so that many are equal, and as far on one side as on the other: then the lower

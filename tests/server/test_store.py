@@ -55,7 +55,7 @@ def contents(of: ClientStore) -> dict[int, dict[str, list[float]]]:
 # ---------------------------------------------------------------- tensors
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=9), st.tuples(st.sampled_from(DTYPES), st.sampled_from(((), (3,), (0, 4), (2, 3))))

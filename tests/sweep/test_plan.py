@@ -76,7 +76,7 @@ def test_every_combination_is_a_run(tmp_path: Path) -> None:
 axis = st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(epochs=axis, batch=axis, seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True))
 def test_runs_are_the_product_of_the_axes(tmp_path: Path, epochs: list[int], batch: list[int], seeds: list[int]) -> None:
     plan = plan_of(tmp_path, grid={"client.epochs": epochs, "client.batch_size": batch}, seeds=seeds)
