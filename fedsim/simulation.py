@@ -142,15 +142,15 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
     return results
 
 
-def once(config: SimConfig, path: Path) -> Results:
+def once(config: SimConfig, path: Path, progress: Callable[[Event], None] | None = None) -> Results:
     """The results of a config in a run directory of its own: loaded if it is finished, gone on with if it was stopped, else made.
 
     Raises RunDirError when the folder is damaged or belongs to another config.
     """
     if not (path / "status.json").is_file():
-        return run(config, output=path)
+        return run(config, output=path, progress=progress)
     found = RunDir.open(path, config)
-    return Results.load(path) if found.finished else run(config, resume=path)
+    return Results.load(path) if found.finished else run(config, resume=path, progress=progress)
 
 
 class Clocks(NamedTuple):

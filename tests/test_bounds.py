@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedsim.cli import main
 from fedsim.core.config import SimConfig, load
 from fedsim.runs import bounds
 from fedsim.runs.results import Results
@@ -75,3 +78,31 @@ def test_what_comes_with_the_package_is_what_a_run_finds(tmp_path: Path) -> None
     assert found.metrics["final_average_accuracy"] == pytest.approx(known.ncm, abs=1e-3)
     assert bounds.chance(found) == known.chance == 1.0
     assert {entry["name"] for entry in bounds._shipped()} <= set(STREAMS)
+
+
+def test_the_command_makes_what_is_missing_and_runs_find_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(output=tmp_path / "runs")
+    (tmp_path / "mine.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    made = []
+    for _ in range(2):
+        assert main(["bounds", str(tmp_path / "mine.yaml"), "--untrained", "--quiet"]) == 0
+        made.append({path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/status.json")})
+    assert len(made[0]) == 2 and made[1] == made[0]
+    found = bounds.find(run(config))
+    assert found is not None and found.ncm is not None and found.ranpac is not None
+    told = capsys.readouterr().out
+    assert f"{found.ncm:.2f}" in told and f"{found.ranpac:.2f}" in told and f"{found.chance:.2f}" in told
+    assert main(["bounds"]) == 2
+    assert "name a stream, e.g. fedsim bounds fashion" in capsys.readouterr().err
+
+
+def test_a_table_is_of_one_stream(tmp_path: Path) -> None:
+    """Joint runs and single passes stand beside the others; other data or tasks do not."""
+    one = beside(tmp_path, run_dirs.method("fedavg", seed=3), ncm=[[50], [50, 54]])
+
+    def other(**keys: Any) -> Results:
+        return replace(one, config=replace(one.config, stream=replace(one.config.stream, **keys)))
+
+    found = bounds.common([one, other(joint=True), other(keep=False)])
+    assert found is not None and found.ncm == pytest.approx(52)
+    assert bounds.common([one, other(tasks=1)]) is None

@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
             made.append(_made(bounds.reference(config, name), folder, args.quiet))
         except KeyboardInterrupt:
             return fail("stopped; what is finished is kept: go on with the same command", 130)
-    found = bounds.find(made[0], {run.config.identity(): run for run in made})
+    found = bounds.find(made[0])
     assert found is not None
     screen = console()
-    screen.print(_table(config, found, made))
+    screen.print(_table(config, found))
     for line in found.lines[1:]:
         line_printer(screen)(line)
     return 0
@@ -59,15 +59,11 @@ def _made(wanted: SimConfig, folder: Path, quiet: bool) -> Results:
     identity = wanted.identity()
     if (done := bounds.beside(folder, identity)) is not None:
         return done
-    path = folder / identity[:16]
-    begun = (path / "status.json").is_file()
     with ProgressDisplay(quiet=quiet) as display:
-        if begun:
-            return simulation.run(resume=path, progress=display)
-        return simulation.run(wanted, output=path, progress=display)
+        return simulation.once(wanted, folder / identity[:16], display)
 
 
-def _table(config: SimConfig, found: Bounds, runs: list[Results]) -> Table:
+def _table(config: SimConfig, found: Bounds) -> Table:
     table = new_table(f"What {config.name} lies between, in %")
     table.add_column("")
     table.add_column("final average\naccuracy", justify="right")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +41,7 @@ REFERENCES = {  # preset -> what it is called
 LITTLE = 5.0  # points of headroom below which a stream says little about methods
 SHIPPED = Path(ROOT) / "fedsim" / "assets" / "bounds.json"
 OF_THE_STREAM = ("data", "transform", "model", "stream")  # sections that say which samples are told apart, and by what
+NOT_OF_IT = ("online", "keep", "joint")  # keys of the stream that no bound depends on
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,24 @@ def reference(config: SimConfig, name: str) -> SimConfig:
     Raises ConfigError where they do not go together.
     """
     plain = config.to_dict()
-    joint = name == "joint"
     kept = {key: plain[key] for key in ("seed", "manifest", "partition", "runtime", *OF_THE_STREAM)}
     kept |= {"name": f"{config.name}-{name}", "client": {"batch_size": config.client.batch_size}, "server": {"evaluate": "task"}}
     kept["stream"] |= {"online": False, "keep": True, "joint": False}
-    if joint:
+    if name == "joint":
         kept["manifest"] = None  # of the clients of the stream
     return compose([kept, *read_layers(presets.folder() / presets.METHODS / f"{name}{presets.SUFFIX}")], begun=True)
 
 
-def find(results: Results, among: Mapping[str, Results] | None = None) -> Bounds | None:
-    """The bounds of a run's stream, as finished runs tell them: those by identity in `among`, else those in the folder of its run
-    directory, else what comes with the package; None where nothing but chance is known."""
+def find(results: Results) -> Bounds | None:
+    """The bounds of a run's stream, as finished runs in the folder of its run directory tell them, else what comes with the
+    package; None where nothing but chance is known."""
     found: dict[str, float] = {}
     for name in REFERENCES:
         try:
             wanted = reference(results.config, name).identity()
         except FedsimError:  # a stream for which there is no such run
             continue
-        run = (among or {}).get(wanted) or (None if results.path is None else beside(results.path.parent, wanted))
+        run = None if results.path is None else beside(results.path.parent, wanted)
         if run is not None and (value := reached(results, run)) is not None:
             found[name] = value
     if not found:
@@ -112,10 +112,9 @@ def common(runs: Sequence[Results]) -> Bounds | None:
         config = run.config
         more = [config.seed, config.manifest, config.partition, config.client.batch_size, config.runtime.moves_bits()]
         asked.setdefault(json.dumps(more), run)
-    if len({json.dumps(of_stream(run.config)) for run in runs}) != 1:
+    if not all(_same_stream(run.config, runs[0].config) for run in runs):
         return None
-    among = {run.config.identity(): run for run in runs}
-    return mean([known for run in asked.values() if (known := find(run, among)) is not None])
+    return mean([known for run in asked.values() if (known := find(run)) is not None])
 
 
 def mean(bounds: Sequence[Bounds]) -> Bounds | None:
@@ -151,7 +150,7 @@ def of_stream(config: SimConfig) -> dict[str, Any]:
     depends on the split as well)."""
     plain = config.to_dict()
     found: dict[str, Any] = {key: plain[key] for key in OF_THE_STREAM}
-    for key in ("online", "keep", "joint"):
+    for key in NOT_OF_IT:
         del found["stream"][key]
     return found
 
@@ -172,6 +171,12 @@ def beside(folder: Path, identity: str) -> Results | None:
         if run.finished and run.config.identity() == identity:
             return run
     return None
+
+
+def _same_stream(one: SimConfig, other: SimConfig) -> bool:
+    """Whether `of_stream` is the same, without a copy of either: there may be many runs."""
+    stream = replace(one.stream, **{key: getattr(other.stream, key) for key in NOT_OF_IT})
+    return stream == other.stream and all(getattr(one, key) == getattr(other, key) for key in OF_THE_STREAM if key != "stream")
 
 
 @cache
