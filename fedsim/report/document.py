@@ -1,7 +1,7 @@
 """One HTML file that holds all that it shows: data, charts, and the libraries that draw them. Its content policy forbids to fetch
 anything, and scripts are allowed by their hash, so that nothing else in the file can run.
 
-A page is a template with parts, a script of its own, and data; `shared.js` is what all pages do.
+A page is `page.html` with parts, a script of its own, and data; `shared.js` is what all pages do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def written(name: str, parts: Mapping[str, str], data: Any) -> str:
-    """The file of the page `<name>.html`, whose script is `<name>.js`. parts: HTML already; data: what the script reads."""
+    """The file of a page whose script is `<name>.js`. parts: HTML already, for the places of `page.html`; data: what the script
+    reads."""
     scripts = {"bundle": _bundle(), "shared": _file("shared.js"), "script": _file(f"{name}.js")}
     frame = {
         "hashes": " ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values()),
@@ -34,7 +35,7 @@ def written(name: str, parts: Mapping[str, str], data: Any) -> str:
         "style": _style(_file("style.css")),
         "data": _json(data),
     }
-    return Template(_file(f"{name}.html")).substitute({**frame, **scripts, **parts})
+    return Template(_file("page.html")).substitute({**frame, **scripts, **parts})
 
 
 def esc(text: object) -> str:

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { $, $$, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured } = pages;
+  const { $, $$, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured, whenResized } = pages;
   const DATA = pages.read();
   const rows = unpack(DATA.rows);
   const curves = unpack(DATA.curves);
@@ -139,14 +139,7 @@
     }
   }
 
-  let resized;
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (innerWidth === width) return;
-    width = innerWidth;
-    clearTimeout(resized);
-    resized = setTimeout(update, 200);
-  });
+  whenResized(update);
   fillSplits();
   update().then(follow);
 })();

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { $, $$, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured, csv } = pages;
+  const { $, $$, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured, csv, whenResized } = pages;
   const DATA = pages.read();
   const shown = new Set(DATA.series.slice(0, DATA.shown).map((s) => s.text));
   const figures = DATA.figures.map((figure) => ({ ...figure, card: document.getElementById(`figure-${figure.name}`), view: null, turn: 0 }));
@@ -160,13 +160,6 @@
   addEventListener("beforeprint", () => relayout(true));
   addEventListener("afterprint", () => relayout(false));
 
-  let resized;
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (innerWidth === width) return;
-    width = innerWidth;
-    clearTimeout(resized);
-    resized = setTimeout(() => drawAll(), 200);
-  });
+  whenResized(() => drawAll());
   drawAll();
 })();

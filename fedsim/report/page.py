@@ -35,12 +35,15 @@ FORMATS = (("svg", "SVG"), ("png", "PNG"), ("csv", "CSV"), ("json", "Source"))
 def render(study: Study, figures: Sequence[Figure]) -> str:
     """The whole file."""
     parts = {
+        "kind": "Report",
+        "first": "charts",
+        "unscripted": "The charts need JavaScript; the table and the runs below do not.",
         "title": esc(study.title),
         "lead": esc(_lead(study)),
         "tiles": _tiles(study),
         "notices": _notices(study),
         "links": _links(figures, len(study.runs)),
-        "toolbar": _toolbar(study),
+        "controls": _toolbar(study),
         "sections": "\n".join([*_sections(study, figures), _table(study), _runs(study)]),
     }
     return document.written("page", parts, _data(study, figures))

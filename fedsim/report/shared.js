@@ -82,6 +82,18 @@ const pages = (() => {
     });
   }
 
+  // ---- the width: charts are drawn anew once it stays
+  function whenResized(draw) {
+    let waiting;
+    let width = innerWidth;
+    addEventListener("resize", () => {
+      if (innerWidth === width) return;
+      width = innerWidth;
+      clearTimeout(waiting);
+      waiting = setTimeout(draw, 200);
+    });
+  }
+
   // ---- texts
   async function copy(button) {
     const source = document.getElementById(button.dataset.copy);
@@ -97,5 +109,5 @@ const pages = (() => {
   }
   $$("button[data-copy]").forEach((button) => button.addEventListener("click", () => copy(button)));
 
-  return { $, $$, read, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured, csv };
+  return { $, $$, read, unpack, walk, formatTooltip, OPTIONS, save, saveText, recoloured, csv, whenResized };
 })();

@@ -42,12 +42,15 @@ def render(ledger: Ledger) -> str:
     sections = {"table": _table(ledger), "charts": _charts(ledger), "bounds": _bounds(ledger), "methods": _methods(ledger)}
     sections |= {"published": _published(study.published)} if study.published else {}
     parts = {
+        "kind": "Ledger",
+        "first": "table",
+        "unscripted": "The charts and filters need JavaScript; the tables and the methods below do not.",
         "title": esc(study.title),
         "lead": esc(study.lead),
         "tiles": _tiles(ledger),
         "notices": _notices(ledger),
         "links": "".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in sections),
-        "filters": _filters(ledger, families),
+        "controls": _filters(ledger, families),
         "sections": "\n".join(sections.values()),
     }
     return document.written("ledger", parts, _data(ledger, families))
