@@ -1,13 +1,15 @@
-# make run | test | matrix | check: each sets up what it needs in .venv first, and only once.
+# make run | test | processes | matrix | check: each sets up what it needs in .venv first, and only once.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14 python3.10 python, \
 	$(shell $(p) -c 'import sys; sys.version_info >= (3, 10) and print("$(p)")' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# bytecode is written even where the environment says otherwise: tests start many processes
+TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test matrix check format docs tables clean help
+.PHONY: run test processes matrix check format docs tables clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run quickstart
@@ -18,10 +20,13 @@ run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	@echo "  fedsim report runs                      what was run, as one HTML file with charts"
 
 test: $(VENV)/.installed-test  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(TESTS) tests
+
+processes: $(VENV)/.installed-test  ## run the tests that start, kill and drive other processes: Ray, Flower, browsers, kill -9
+	$(TESTS) -m processes tests
 
 matrix: $(VENV)/.installed-test  ## play every mix of parts, where the tests play every pair
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m matrix tests
+	$(TESTS) -m matrix tests
 
 check: $(VENV)/.installed-dev  ## lint, format, types, import arrows
 	$(BIN)/ruff check .

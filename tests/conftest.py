@@ -65,9 +65,13 @@ def run_dirs(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray first, those that need it to run before those that need it not to: of two processes that share the tests one
-    has all of them, and starts it once."""
+    """Tests on Ray and in a browser have the mark `processes`. Those on Ray come first, those that need it to run before those
+    that need it not to: of two processes that share the tests one has all of them, and starts it once."""
+    for item in items:
+        if {"rays", "browser"} & set(getattr(item, "fixturenames", ())) and not item.get_closest_marker("always"):
+            item.add_marker("processes")
 
     def turn(item: pytest.Item) -> int:
         needs = getattr(item, "fixturenames", ())

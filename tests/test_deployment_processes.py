@@ -32,6 +32,7 @@ from tests import interrupts
 from tests.clients.test_deployment import with_failures
 from tests.tiny import final_state, plain_vit, same_bits, tiny
 
+pytestmark = pytest.mark.processes
 TLS = ("--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt", "--node-keys", "node.pub")
 ROOT = ("--root-certificates", "ca.crt")
 PATIENCE_S = 240.0  # until the test gives up waiting for a line

@@ -21,6 +21,7 @@ SOURCES = [p for package in ("fedsim", "clients", "server") for p in sorted((ROO
 ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+@pytest.mark.processes
 def test_names_beyond_ascii_in_a_locale_that_has_none(tmp_path: Path) -> None:
     """One process, since starting takes longest: run, read again, show, table, resume."""
     images, labels = np.random.default_rng(0).integers(0, 255, (72, 8, 8), dtype=np.uint8), np.tile(np.arange(6), 12)

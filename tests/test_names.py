@@ -38,6 +38,7 @@ def test_what_is_imported_after_fedsim_is_ours(first: str, tmp_path: Path) -> No
     assert (done.stdout.split(), done.stderr) == ([str(ROOT / p / "__init__.py") for p in ("clients", "server")], "")
 
 
+@pytest.mark.processes
 def test_a_script_beside_files_of_these_names_runs_in_every_pool(tmp_path: Path) -> None:
     done = script(tmp_path, "POOLS = ['serial', 'ray']\n" + RUN)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

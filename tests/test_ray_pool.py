@@ -27,6 +27,7 @@ from fedsim.simulation import run
 from tests.pages import median_rule
 from tests.tiny import final_state, kept, learned, plain_vit, same_bits, tiny
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[1]
 MEDIAN = median_rule()
 

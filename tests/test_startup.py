@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fedsim
 
+pytestmark = pytest.mark.processes
 ROOT = Path(fedsim.__file__).resolve().parents[1]
 HEAVY = {
     "ray", "flwr", "transformers", "pandas", "pyarrow", "scipy", "sympy", "altair", "matplotlib", "vl_convert", "datasets",

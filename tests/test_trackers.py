@@ -570,6 +570,7 @@ if "mlflow" in found:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("trackers", [[], ["mlflow", "tensorboard", "wandb"]], ids=["none", "all"])
 def test_only_what_is_asked_for_is_loaded_and_nothing_calls_home(trackers: list[str], tmp_path: Path) -> None:
     """In a process that does not look like a test or CI: MLflow's telemetry is off in those by itself."""

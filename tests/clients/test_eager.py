@@ -60,6 +60,7 @@ def test_a_differentiable_step_keeps_torchs_wrapper() -> None:
     assert optimizer.step == before
 
 
+@pytest.mark.processes
 def test_making_and_stepping_loads_no_compiler_and_compiling_still_works() -> None:
     program = """
 import sys, torch

@@ -425,7 +425,7 @@ def test_a_cluster_elsewhere_is_refused() -> None:
         prepare(tiny("runtime.pool=flower", "runtime.address=10.0.0.1:6379"))
 
 
-def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch, no_ray: None) -> None:
     def broken(*args: object) -> None:
         try:
             raise ValueError("ActorPool is empty.\nStopping.")
@@ -438,7 +438,9 @@ def test_an_engine_that_breaks_is_a_pool_error(spec: WorkSpec, monkeypatch: pyte
     assert not logging.getLogger("flwr").filters
 
 
-def test_a_folder_that_takes_no_data_is_a_pool_error(spec: WorkSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_data_is_a_pool_error(
+    spec: WorkSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_ray: None
+) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -492,6 +492,7 @@ for where, what, at in ((ClientStore, "commit", 2), (checkpoint, "save", 2), (Cl
 """
 
 
+@pytest.mark.processes
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     """Before a round's rows are written; then after them and before the checkpoint; then after that and before the pruning.
     Clients count their rounds, and make smaller steps in each."""

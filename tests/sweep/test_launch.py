@@ -336,6 +336,7 @@ def merges(folder: Path) -> int:
     return len((folder / "log").read_text().split()) if (folder / "log").exists() else 0
 
 
+@pytest.mark.processes
 def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
     """The first sweep is killed in its second run; then two are started at once over the same folder. Every merge of every run is
     made once, but for the round that was going when the process died."""
@@ -361,6 +362,7 @@ def test_kill_9_in_the_middle_and_two_sweeps_at_once(tmp_path: Path) -> None:
         assert alone.rows == Results.load(path_of(plan, planned)).rows
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("how", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_ctrl_c(tmp_path: Path, how: signal.Signals, jobs: int) -> None:
     sweep(tmp_path, set=logging(tmp_path, wait_s=0.3), seeds=4, launch={"jobs": jobs})
