@@ -19,7 +19,7 @@ from fedsim.core import presets
 from fedsim.core.errors import ConfigError, DataError
 from fedsim.report import ledger
 from fedsim.report.ledger import charts, methods, study
-from fedsim.report.ledger.rows import Ledger
+from fedsim.report.ledger.rows import Ledger, agreement
 from fedsim.report.ledger.study import ANY
 from tests.report.browsing import Opened
 from tests.report.factory import METHODS, fake_sweep
@@ -108,6 +108,19 @@ def test_bounds_of_every_split_and_the_headroom(counted: tuple[Ledger, pd.DataFr
         assert bounds.headroom == pytest.approx(level["joint", -1] - level["ncm", alpha])
     assert [s.method for s in found.shown("fashion", "0.1")] == ["joint", "ranpac", "er", "ncm", "lorm", "fedavg"]
     assert [s.split for s in found.shown("fashion", "0.5")].count(ANY) == 1
+
+
+def test_the_order_of_methods_over_seeds(counted: tuple[Ledger, pd.DataFrame]) -> None:
+    """Of five methods two neighbours change places from seed 0 to 1: 1 of 10 pairs. Seed 2 has the order of seed 0, and one
+    method less: 1 of 6 pairs against seed 1."""
+    found, _ = counted
+    assert set(found.agreement) == {("fashion", "0.1"), ("fashion", "0.5")}
+    assert [*found.agreement.values()] == pytest.approx([1.0, 1.0])
+    orders = {0: [10.0, 20.0, 30.0, 40.0, 50.0], 1: [20.0, 10.0, 30.0, 40.0, 50.0], 2: [1.0, 2.0, 3.0, 4.0]}
+    rows = [(f"m{i}", seed, value) for seed, values in orders.items() for i, value in enumerate(values)]
+    frame = pd.DataFrame(rows, columns=["method", "seed", "final_average_accuracy"])
+    assert agreement(frame) == pytest.approx((8 / 10 + 1 + 4 / 6) / 3)
+    assert np.isnan(agreement(frame[frame.seed == 0])) and np.isnan(agreement(frame[frame.method == "m0"]))
 
 
 def test_a_stream_without_headroom_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

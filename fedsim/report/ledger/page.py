@@ -263,18 +263,22 @@ def _card(name: str, title: str, note: str) -> str:
 def _bounds(ledger: Ledger) -> str:
     """Of every stream and split: what a number there is worth."""
     notes = {stream.name: stream.note for stream in ledger.study.streams}
-    heads = ["Stream", "Split", *(title[0].upper() + title[1:] for title in charts.BOUNDS.values()), "Headroom"]
+    known = [title[0].upper() + title[1:] for title in charts.BOUNDS.values()]
+    heads = ["Stream", "Split", *known, "Headroom", "Order over seeds, τ"]
     rows = []
     for (stream, split), bounds in ledger.bounds.items():
         values = [*(getattr(bounds, name) for name in charts.BOUNDS), bounds.headroom]
+        tau = ledger.agreement[stream, split]
         cells = "".join(f"<td>{_points(value)}</td>" for value in values)
+        cells += "<td>–</td>" if math.isnan(tau) else f"<td>{tau:.2f}</td>".replace("-", "−")
         note = f"<small>{esc(notes[stream])}</small>" if notes[stream] else ""
         head = f'<th scope="row" class="text">{esc(stream)}{note}</th>'
         rows.append(f'<tr>{head}<td class="text">{esc(split_option(split))}</td>{cells}</tr>')
     caption = (
         "Final average accuracy in %: guessing; the nearest class mean of the bare backbone, for which nothing is trained; ridge "
         "regression on random features, in closed form; training on all data at once. Headroom: joint training minus nearest "
-        f"class mean, in points. A stream with less than {LITTLE:g} says little about methods."
+        f"class mean, in points. A stream with less than {LITTLE:g} says little about methods. Order over seeds: Kendall's τ of "
+        "the methods' accuracies, mean over pairs of seeds; 1 where every seed puts them in the same order."
     )
     columns = "".join(f'<th scope="col" class="{"text" if i < 2 else ""}">{esc(h)}</th>' for i, h in enumerate(heads))
     return _section("bounds", _scrolled("Bounds of the streams", caption, columns, "".join(rows)))

@@ -5,6 +5,7 @@ A *setting* is one method on one split of one stream; its runs differ in the see
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,13 +72,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that the page shows. splits: of every stream, the most heterogeneous first; bounds: by stream and split."""
+    """All that the page shows. splits: of every stream, the most heterogeneous first; bounds and agreement (see `agreement`): by
+    stream and split."""
 
     study: Study
     methods: Sequence[Method]
     settings: Sequence[Setting]
     splits: Mapping[str, Sequence[str]]
     bounds: Mapping[tuple[str, str], Bounds]
+    agreement: Mapping[tuple[str, str], float]
     columns: Sequence[str]
     runs: int
 
@@ -88,12 +91,14 @@ class Ledger:
         columns = [c for c in COLUMNS if any(setting.means[c].n for setting in settings)]
         names = sorted({setting.method for setting in settings})
         splits = {stream.name: _splits(stream) for stream in study.streams}
+        places = [(stream, split) for stream in study.streams for split in splits[stream.name]]
         return cls(
             study,
             [known(name, study) for name in names],
             settings,
             splits,
-            {(s.name, split): _bounds(s, split, study.bounds) for s in study.streams for split in splits[s.name]},
+            {(stream.name, split): _bounds(stream, split, study.bounds) for stream, split in places},
+            {(stream.name, split): agreement(_of_split(stream, split)) for stream, split in places},
             columns,
             sum(len(stream.frame) for stream in study.streams),
         )
@@ -102,6 +107,26 @@ class Ledger:
         """The settings of a split, and those to which no split applies; the best first."""
         found = [s for s in self.settings if s.stream == stream and s.split in (split, ANY)]
         return sorted(found, key=lambda s: -math.inf if math.isnan(m := s.means[HEADLINE].mean) else m, reverse=True)
+
+
+def agreement(frame: pd.DataFrame) -> float:
+    """How far two seeds put methods in the same order: Kendall's τ_b of final average accuracy over the methods that both seeds
+    have, mean over all pairs of seeds; 1: the same order, 0: none. NaN where no two seeds have two methods that differ."""
+    from scipy import stats
+
+    scores = frame.pivot_table(index=METHOD, columns="seed", values=HEADLINE)
+    found = []
+    for one, other in itertools.combinations(scores.columns, 2):
+        both = scores[[one, other]].dropna()
+        if len(both) > 1:
+            found.append(float(stats.kendalltau(both[one], both[other]).statistic))
+    known = [tau for tau in found if not math.isnan(tau)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _of_split(stream: Stream, split: str) -> pd.DataFrame:
+    """With the runs to which no split applies."""
+    return stream.frame[stream.frame[SPLIT].isin((split, ANY))]
 
 
 def _splits(stream: Stream) -> list[str]:
@@ -153,7 +178,7 @@ def _records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _bounds(stream: Stream, split: str, methods: Mapping[str, str]) -> Bounds:
-    frame = stream.frame[stream.frame[SPLIT].isin((split, ANY))]
+    frame = _of_split(stream, split)
     scores = {name: frame.loc[frame[METHOD] == method, HEADLINE].mean() for name, method in methods.items()}
     known = {name: float(score) for name, score in scores.items() if not math.isnan(score)}
     chance = frame.loc[frame[METHOD] != methods.get(JOINT), CHANCE].mean() if CHANCE in frame else math.nan
