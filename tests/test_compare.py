@@ -233,6 +233,16 @@ def test_a_baseline_of_which_there_are_two() -> None:
     assert (got["rule"].tolist(), got["n"].tolist()) == (["lorm", "fedavg"], [2, 2])
 
 
+def test_one_setting_that_could_belong_to_two_baselines_keeps_none_of_the_others_from_theirs() -> None:
+    """Joint training, to which no α applies, among methods at two of them."""
+    cells = (("joint", None), ("lorm", 0.1), ("lorm", 0.5), ("fedavg", 0.1), ("fedavg", 0.5))
+    runs = frame(*(({"m": m, "alpha": alpha}, [10 * i, 10 * i + 1]) for i, (m, alpha) in enumerate(cells)))
+    got = compare.paired(runs, ["m", "alpha"], {"m": "fedavg"}, [FAA])
+    assert dict(zip(zip(got["m"], got["n"], strict=True), got["difference"], strict=True)) == {
+        ("joint", 0): pytest.approx(np.nan, nan_ok=True), ("lorm", 2): -20,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("baseline", "message"),
     [

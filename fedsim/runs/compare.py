@@ -92,7 +92,8 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
 
     baseline: levels of some factors, e.g. {"method": "fedavg"}: a setting is compared with the setting of these levels that
     shares all its other factors (lorm at α = 0.1 with fedavg at α = 0.1); a key that one of the two does not have (None)
-    does not tell them apart. Settings of the baseline itself have no row.
+    does not tell them apart. Settings of the baseline itself have no row. A setting that could belong to several (joint training,
+    to which no α applies, beside fedavg at two of them) is in no pair.
 
     Columns, after the factors of the setting:
     metric; n: pairs in which both runs have the metric; unpaired: runs of either setting that are in no pair;
@@ -104,7 +105,8 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
     d_z: Cohen's, difference / std.
     Where all d_i are equal, up to rounding, nothing estimates their spread: p, p_holm and d_z are NaN. So they are for n < 2.
 
-    Raises ConfigError for an unknown factor or level, an ambiguous baseline, a setting that holds a split and seed twice.
+    Raises ConfigError for an unknown factor or level, a baseline that is ambiguous for every setting, a setting that holds a
+    split and seed twice.
     """
     plugins.require("scipy", "statistics over runs", "report")
     import pandas as pd
@@ -112,10 +114,8 @@ def paired(frame: pd.DataFrame, by: Sequence[str], baseline: Mapping[str, Label]
     baseline = known_baseline(frame, by, baseline)
     found = settings(frame, by)
     rows = []
-    for setting, places in found.items():
-        if _is(setting, by, baseline):
-            continue
-        reference = _reference(setting, by, baseline, found)
+    for setting, reference in _references(by, baseline, found).items():
+        places = found[setting]
         for metric in metrics:
             a, b, unpaired = _pairs(frame, by, metric, places, [] if reference is None else found[reference])
             rows.append((*setting, metric, len(a), unpaired, *_differences(a, b, metric_of(metric).sign)))
@@ -333,19 +333,29 @@ def _is(setting: Setting, by: Sequence[str], levels: Mapping[str, Label]) -> boo
     return all(setting[by.index(name)] == level for name, level in levels.items())
 
 
-def _reference(
-    setting: Setting, by: Sequence[str], baseline: Mapping[str, Label], found: Mapping[Setting, Sequence[int]]
-) -> Setting | None:
-    """The baseline setting with the same other factors; without one, the one that differs in no key that both have."""
-    exact = tuple(baseline.get(name, level) for name, level in zip(by, setting, strict=True))
-    if exact in found:
-        return exact
+def _references(
+    by: Sequence[str], baseline: Mapping[str, Label], found: Mapping[Setting, Sequence[int]]
+) -> dict[Setting, Setting | None]:
+    """Of every other setting the baseline setting with the same other factors; without one, the one that differs in no key that
+    both have; None without one or with several. Raises ConfigError where several is all there is."""
+    out: dict[Setting, Setting | None] = {}
+    doubt = ""
     others = [i for i, name in enumerate(by) if name not in baseline]
-    near = [s for s in found if _is(s, by, baseline) and all(s[i] == setting[i] or None in (s[i], setting[i]) for i in others)]
-    if len(near) > 1:
-        differ = next(by[i] for i in others if len({s[i] for s in near}) > 1)
-        raise ConfigError(f"baseline: {len(near)} settings could be that of {describe(by, setting)}: choose a {differ}, too")
-    return near[0] if near else None
+    for setting in found:
+        if _is(setting, by, baseline):
+            continue
+        exact = tuple(baseline.get(name, level) for name, level in zip(by, setting, strict=True))
+        alike = [
+            s for s in found if _is(s, by, baseline) and all(s[i] == setting[i] or None in (s[i], setting[i]) for i in others)
+        ]
+        near = [exact] if exact in found else alike
+        if len(near) > 1 and not doubt:
+            differ = next(by[i] for i in others if len({s[i] for s in near}) > 1)
+            doubt = f"baseline: {len(near)} settings could be that of {describe(by, setting)}: choose a {differ}, too"
+        out[setting] = near[0] if len(near) == 1 else None
+    if doubt and not any(out.values()):
+        raise ConfigError(doubt)
+    return out
 
 
 def _pairs(
