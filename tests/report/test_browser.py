@@ -23,6 +23,7 @@ from tests.report.factory import METHODS, fake_run, fake_sweep
 from tests.report.test_page import hostile_sweep
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.processes  # some ask for the browser by name only
 MARKS = ".mark-symbol path, .mark-rect path, .mark-line path, .mark-rule line"
 
 
