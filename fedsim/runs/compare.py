@@ -336,26 +336,26 @@ def _is(setting: Setting, by: Sequence[str], levels: Mapping[str, Label]) -> boo
 def _references(
     by: Sequence[str], baseline: Mapping[str, Label], found: Mapping[Setting, Sequence[int]]
 ) -> dict[Setting, Setting | None]:
-    """Of every other setting the baseline setting with the same other factors; without one, the one that differs in no key that
-    both have; None without one or with several. Raises ConfigError where several is all there is."""
-    out: dict[Setting, Setting | None] = {}
-    doubt = ""
+    """Of every other setting the baseline setting it is compared with; None without one or with several. Raises ConfigError where
+    several is all there is."""
+    near = {setting: _near(setting, by, baseline, found) for setting in found if not _is(setting, by, baseline)}
+    doubtful = {setting: several for setting, several in near.items() if len(several) > 1}
+    if doubtful and not any(len(one) == 1 for one in near.values()):
+        setting, several = next(iter(doubtful.items()))
+        differ = next(n for i, n in enumerate(by) if n not in baseline and len({s[i] for s in several}) > 1)
+        raise ConfigError(f"baseline: {len(several)} settings could be that of {describe(by, setting)}: choose a {differ}, too")
+    return {setting: some[0] if len(some) == 1 else None for setting, some in near.items()}
+
+
+def _near(
+    setting: Setting, by: Sequence[str], baseline: Mapping[str, Label], found: Mapping[Setting, Sequence[int]]
+) -> list[Setting]:
+    """The baseline setting with the same other factors; without one, those that differ in no key that both have."""
+    exact = tuple(baseline.get(name, level) for name, level in zip(by, setting, strict=True))
+    if exact in found:
+        return [exact]
     others = [i for i, name in enumerate(by) if name not in baseline]
-    for setting in found:
-        if _is(setting, by, baseline):
-            continue
-        exact = tuple(baseline.get(name, level) for name, level in zip(by, setting, strict=True))
-        alike = [
-            s for s in found if _is(s, by, baseline) and all(s[i] == setting[i] or None in (s[i], setting[i]) for i in others)
-        ]
-        near = [exact] if exact in found else alike
-        if len(near) > 1 and not doubt:
-            differ = next(by[i] for i in others if len({s[i] for s in near}) > 1)
-            doubt = f"baseline: {len(near)} settings could be that of {describe(by, setting)}: choose a {differ}, too"
-        out[setting] = near[0] if len(near) == 1 else None
-    if doubt and not any(out.values()):
-        raise ConfigError(doubt)
-    return out
+    return [s for s in found if _is(s, by, baseline) and all(s[i] == setting[i] or None in (s[i], setting[i]) for i in others)]
 
 
 def _pairs(
