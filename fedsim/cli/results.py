@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `fedsim results` takes."""
-    command.add_argument("paths", nargs="+", metavar="PATH", help="a folder of runs, or a run directory")
+    command.add_argument("paths", nargs="+", metavar="PATH", help="a folder of runs, a run directory, or a CSV of this command")
     command.add_argument("--sweep", metavar="NAME", help="the runs of this sweep, where a folder holds several")
     command.add_argument("--all", action="store_true", help="every run that lies there, whatever sweep it belongs to")
     command.add_argument(
@@ -129,6 +129,9 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
     from fedsim.runs.collection import sweeps
 
     yield from known.lines if (known := bounds.common([run.results for run in collection.runs])) else ()
+    if collection.known:
+        tables = ", ".join(dict.fromkeys(str(run.table) for run in collection.known))
+        yield f"{counted(len(collection.known), 'run')} of {len(collection.members)} as {tables} has them."
     for note in collection.sweep.notes if collection.sweep else ():
         yield f"{note}: left out there."
     names = sweeps(args.paths)
@@ -174,7 +177,7 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
             cells.append([lines[0] + (f" (n={n})" if n < n_most else ""), *lines[1:]])
         columns[title(metric)] = cells
     what = f"{collection.sweep.name}: " if collection.sweep else ""
-    name = f"{what}{counted(len(collection.runs), 'run')}, {counted(len(found), 'setting')}"
+    name = f"{what}{counted(len(collection.members), 'run')}, {counted(len(found), 'setting')}"
     yield from _fitted("\n".join(filter(None, (name, collection.unlike_text))), heads, labels, columns, width)
 
 

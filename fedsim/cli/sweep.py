@@ -11,6 +11,7 @@ from fedsim.cli.printing import console, counted, fail, human_bytes, line_printe
 from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedsim.runs.known import Known
     from fedsim.runs.results import Results
     from fedsim.sweeps.plan import PlannedRun, SweepPlan
 
@@ -21,6 +22,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, for example client.epochs=1")
     command.add_argument("--output", metavar="DIR", help="folder of the runs (default: output of the YAML, or runs/<its name>)")
     launch_arguments(command)
+    command.add_argument(
+        "--known",
+        action="append",
+        default=[],
+        metavar="CSV",
+        help="a table of fedsim results: its runs are not made again, and count as they stand there",
+    )
     command.add_argument("--dry-run", action="store_true", help="list the runs; time, memory and bytes from one measured round")
     command.add_argument("--quiet", action="store_true", help="print the outcome only")
 
@@ -40,14 +48,16 @@ def launch_options(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """fedsim sweep: what is missing, then the table."""
     from fedsim.core import plugins
-    from fedsim.sweeps.plan import expand, finished, keep_record, verify
+    from fedsim.sweeps.plan import expand, finished, keep_record, told, verify
 
     plan = expand(args.sweep, args.overrides, args.output, **launch_options(args))
-    done = finished(plan)
+    there, tabled = finished(plan), told(plan, args.known)
+    done: dict[str, Results | Known] = {**tabled, **there}
     missing = plan.missing(done)
     print_line = line_printer(console())
     if not args.quiet:
-        print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(done)} finished already, {len(missing)} to make")
+        known = f", {len(done) - len(there)} known by a table" if tabled else ""
+        print_line(f"{plan.record.name}: {len(plan.runs)} runs, {len(there)} finished already{known}, {len(missing)} to make")
         print_line(f"folder: {short(plan.folder)}")
         for note in plan.record.notes:
             print_line(f"{note}: left out there")
@@ -63,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     if missing:
         failed = make(plan, done, missing, args.quiet)
-    _show(plan, failed)
+    _show(plan, failed, args.known)
     return 1 if failed else 0
 
 
-def make(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
+def make(plan: SweepPlan, done: Mapping[str, Results | Known], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
     """Make the runs that are missing, and show how they go; by label, why those failed that did. Ends the program when it is
     stopped, with a line that says how to go on."""
     from fedsim.sweeps import making
@@ -81,7 +91,7 @@ def make(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[Planned
         raise SystemExit(130) from None
 
 
-def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
+def _show(plan: SweepPlan, failed: dict[str, str], known: Sequence[str]) -> None:
     """The table over seeds, what failed, and where to go from here."""
     print_line = line_printer(console())
     for label, error in failed.items():
@@ -94,13 +104,14 @@ def _show(plan: SweepPlan, failed: dict[str, str]) -> None:
 
         parser = argparse.ArgumentParser()
         results.add_arguments(parser)
-        results.run(parser.parse_args([str(plan.folder), "--sweep", plan.record.name]))
+        results.run(parser.parse_args([str(plan.folder), *known, "--sweep", plan.record.name]))
         print_line("")
-        print_line(f"more: fedsim results {folder}   fedsim report {folder}")
+        print_line(f"more: fedsim results {' '.join([folder, *known])}   fedsim report {folder}")
 
 
-def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun]) -> int:
+def _dry_run(plan: SweepPlan, done: Mapping[str, Results | Known], missing: Sequence[PlannedRun]) -> int:
     """The runs, and what the missing ones will take."""
+    from fedsim.runs.known import Known
     from fedsim.sweeps import estimate, launch
     from fedsim.watch.progress import duration
 
@@ -125,7 +136,7 @@ def _dry_run(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[Pla
     for run in plan.runs:
         cells = ["–" if value is None else str(value) for value in run.entry.labels.values()]
         if run.entry.identity in done:
-            table.add_row(*cells, "finished", "", "", "")
+            table.add_row(*cells, "known" if isinstance(done[run.entry.identity], Known) else "finished", "", "", "")
             continue
         one = measured.get(estimate.kind(run), rest)
         assert one is not None

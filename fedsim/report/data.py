@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim.core.errors import ConfigError
 from fedsim.runs import compare, metrics
-from fedsim.runs.collection import Collection, Label, Run, cost_figures, dirichlet_alpha
+from fedsim.runs.collection import Collection, Run, cost_figures, dirichlet_alpha
+from fedsim.runs.known import Label
 from fedsim.runs.metrics import HEADLINE, Metric
 from fedsim.runs.results import DRIFT_MEASURES, Results
 
@@ -60,7 +62,12 @@ class Study:
 
     @classmethod
     def of(cls, collection: Collection) -> Study:
-        """Name series and splits, and order them."""
+        """Name series and splits, and order them. Raises ConfigError where runs are known by their rows in a table only."""
+        if collection.known:
+            raise ConfigError(
+                f"{len(collection.known)} runs are known by their rows in {collection.known[0].table} only: a report draws from "
+                "run directories (fedsim ledger reads tables)"
+            )
         table = collection.frame()
         by_identity = {run.results.config.identity()[:16]: run for run in collection.runs}
         runs = tuple(by_identity[identity] for identity in table["run"])

@@ -6,6 +6,8 @@ A folder of runs, as `fedsim sweep` and `fedsim run` fill it:
     sweeps/<name>.json   what a sweep consists of: axes, and the labels of every run
     failures/<id>.json   why a run of a sweep failed, until it succeeds
 
+Beside folders there may be tables of runs that lie elsewhere (`fedsim.runs.known`).
+
 What is damaged, unfinished or failed is listed with its reason and never averaged in silently; a run that lies there twice
 counts once.
 """
@@ -16,7 +18,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,8 @@ from fedsim.core.errors import FedsimError, RunDirError, did_you_mean, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.home import __version__
 from fedsim.data.manifest import estimate_alpha
-from fedsim.runs import display, metrics
+from fedsim.runs import display, known, metrics
+from fedsim.runs.known import Known, Label
 from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ FORMAT = "fedsim-sweep-1"
 TEXTS = ("run", "partition_hash", "path")  # columns of the frame that are no numbers
 NAMED = (*TEXTS, "seed", "dirichlet_alpha")  # columns that no axis of a sweep can be called
 STARTED = ("status.json", "config.yaml")  # one of them is in every folder that a run began
-Label = str | int | float | bool | None  # of a run on one axis
 
 
 class Unfinished(RunDirError):
@@ -104,6 +106,24 @@ class Run:
     results: Results
     labels: Mapping[str, Label] = field(default_factory=dict)
 
+    @property
+    def seed(self) -> int:
+        return self.results.config.seed
+
+    @property
+    def split(self) -> str:
+        """The first 16 digits of the hash of its split."""
+        return self.results.manifest_hash[:16]
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        return self.results.metrics
+
+    @cached_property
+    def levels(self) -> Mapping[str, Label]:
+        """Every key of its config that decides the numbers."""
+        return flatten(self.results.config)
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -116,18 +136,24 @@ class Absent:
 @dataclass(frozen=True)
 class Collection:
     """Runs that belong together. `others`: finished runs of the folder that are not of the chosen sweep; `folder`: its name where
-    all are of one, else empty."""
+    all are of one, else empty; `known`: runs that are not at hand, by their rows in tables."""
 
     runs: tuple[Run, ...]
     absent: tuple[Absent, ...] = ()
     sweep: SweepRecord | None = None
     others: int = 0
     folder: str = ""
+    known: tuple[Known, ...] = ()
+
+    @cached_property
+    def members(self) -> tuple[Run | Known, ...]:
+        """All runs, those at hand first."""
+        return (*self.runs, *self.known)
 
     def __repr__(self) -> str:
         of = self.sweep.name if self.sweep else self.folder
         lost = f", {len(self.absent)} absent" if self.absent else ""
-        return f"<Collection {f'{of!r}, ' if of else ''}{len(self.runs)} run{'s' if len(self.runs) != 1 else ''}{lost}>"
+        return f"<Collection {f'{of!r}, ' if of else ''}{len(self.members)} run{'s' if len(self.members) != 1 else ''}{lost}>"
 
     def __str__(self) -> str:
         """A table with one row per run, and what is absent."""
@@ -138,14 +164,13 @@ class Collection:
 
     def _table(self) -> display.Table:
         """One row per run: what tells it apart, its seed, and the metrics of `fedsim results`; the first of many."""
-        names = [m for m in metrics.shown("results") if any(run.results.metrics.get(m.name) is not None for run in self.runs)]
+        names = [m for m in metrics.shown("results") if any(run.metrics.get(m.name) is not None for run in self.members)]
         rows = []
-        for i, run in enumerate(self.runs[: display.MOST_ROWS]):
-            levels = [run.labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors]
-            values = [run.results.metrics.get(m.name) for m in names]
-            texts = ["–" if level is None else str(level) for level in levels]
-            rows.append((*texts, str(run.results.config.seed), *("–" if v is None else f"{v:.2f}" for v in values)))
-        more = f" (the first {len(rows)} of {len(self.runs)})" if len(self.runs) > len(rows) else ""
+        for i, run in enumerate(self.members[: display.MOST_ROWS]):
+            values = [run.metrics.get(m.name) for m in names]
+            texts = ["–" if level is None else str(level) for level in self._setting(i).values()]
+            rows.append((*texts, str(run.seed), *("–" if v is None else f"{v:.2f}" for v in values)))
+        more = f" (the first {len(rows)} of {len(self.members)})" if len(self.members) > len(rows) else ""
         return display.Table(f"Runs{more}", (*self.factors, "seed", *(m.title for m in names)), rows)
 
     def _remarks(self) -> list[str]:
@@ -158,12 +183,10 @@ class Collection:
         were split otherwise. Numbers of such runs stand beside each other, but are not of the same thing."""
         sections = ("data", "stream", "partition", "manifest")
         keys = [key for key in self.varying if key.split(".")[0] in sections]
-        same: dict[str, set[str]] = {}
-        for run in self.runs:
-            config = run.results.config.to_dict()
-            asked = json.dumps([config["seed"], *(config[section] for section in sections)], sort_keys=True)
-            same.setdefault(asked, set()).add(run.results.manifest_hash)
-        return (*keys, *(["split"] if any(len(hashes) > 1 for hashes in same.values()) else []))
+        same: dict[tuple[Label, ...], set[str]] = {}
+        for i, run in enumerate(self.members):
+            same.setdefault((run.seed, *(repr(self.varying[key][i]) for key in keys)), set()).add(run.split)
+        return (*keys, *(["split"] if any(len(splits) > 1 for splits in same.values()) else []))
 
     @property
     def unlike_text(self) -> str:
@@ -176,24 +199,32 @@ class Collection:
         """Dotted config keys whose values differ between the runs, each with one value per run; `seed` comes last.
 
         Lists are given as JSON; a key that a run does not have is None. Where a run lies and how it was spread over workers
-        (`name`, `runtime.*` but what may move bits) is left out.
+        (`name`, `runtime.*` but what may move bits) is left out. Of a run that is known by its row, the keys that its table has;
+        the others are taken for those of the other runs.
         """
-        flat = [flatten(run.results.config) for run in self.runs]
+        flat = [run.levels for run in self.members]
         keys = dict.fromkeys(key for one in flat for key in one)
         values = {key: [one.get(key) for one in flat] for key in keys}
-        found = {key: v for key, v in values.items() if key != "seed" and len(set(map(repr, v))) > 1}
-        return found | {"seed": [run.results.config.seed for run in self.runs]}
+        silent = [isinstance(run, Known) for run in self.members]  # on a key that its table has not
+        found = {
+            key: v
+            for key, v in values.items()
+            if key != "seed" and len({repr(x) for x, one, s in zip(v, flat, silent, strict=True) if key in one or not s}) > 1
+        }
+        return found | {"seed": [run.seed for run in self.members]}
 
     @cached_property
     def factors(self) -> Mapping[str, tuple[Label, ...]]:
         """What tells settings apart, without the seed, each with its levels in order: the axes of the sweep; else the keys that
-        vary, plug-ins' names first, less those that follow from the ones before (as a rule's options follow from its name)."""
+        vary, plug-ins' names first, less those that follow from the ones before (as a rule's options follow from its name). The
+        axes of a sweep of which there is a table only come before these."""
         if self.sweep is not None:
-            used = {name: {run.labels.get(name) for run in self.runs} for name in self.sweep.axes}
+            used = {name: {run.labels.get(name) for run in self.members} for name in self.sweep.axes}
             return {name: tuple(v for v in axis if v in used[name]) for name, axis in self.sweep.axes.items() if name != "seed"}
         factors: dict[str, tuple[Label, ...]] = {}
-        settings = [""] * len(self.runs)
-        for key in sorted(self.varying, key=lambda key: not key.endswith((".name", ".source"))):
+        settings = [""] * len(self.members)
+        named = {name for run in self.known for name in run.named}
+        for key in sorted(self.varying, key=lambda key: (key not in named, not key.endswith((".name", ".source")))):
             finer = [f"{setting} {value!r}" for setting, value in zip(settings, self.varying[key], strict=True)]
             if key != "seed" and len(set(finer)) > len(set(settings)):
                 factors[key], settings = _in_order(self.varying[key]), finer
@@ -209,30 +240,35 @@ class Collection:
 
         varying = {k: v for k, v in self.varying.items() if k not in self.factors}
         rows = []
-        for i, run in enumerate(self.runs):
-            results = run.results
-            level = {name: run.labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors}
-            row: dict[str, Any] = {"run": results.config.identity()[:16], **level}
-            row |= {key: values[i] for key, values in varying.items()}
-            row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
-            row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
-            row |= {"skipped_clients": len(results.failures), "path": str(results.path)} | level
-            rows.append(row)
+        for i, run in enumerate(self.members):
+            level = self._setting(i)
+            keys = level | {key: values[i] for key, values in varying.items()}
+            row = _row_of_known(run, keys) if isinstance(run, Known) else _row(run.results, keys)
+            rows.append(row | level)
         rows.sort(key=lambda row: (*(levels.index(row[name]) for name, levels in self.factors.items()), row["seed"]))
         frame = pd.DataFrame(rows)
         numeric = [c for c in frame.columns if c not in {*self.factors, *varying, *TEXTS}]
         frame[numeric] = frame[numeric].astype(float)
         return frame
 
+    def _setting(self, i: int) -> dict[str, Label]:
+        """The level of a member on every factor."""
+        return {name: self.members[i].labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors}
+
 
 def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: bool = False) -> Collection:
-    """The runs in these folders (run directories, or folders of them).
+    """The runs in these folders (run directories, or folders of them), and those of tables (`fedsim results --csv`).
 
     When a folder holds the record of one sweep, that sweep says which runs count, in which order, under which labels;
-    `sweep` chooses among several, `everything` takes every run and no record. Raises RunDirError when there is nothing.
+    `sweep` chooses among several, `everything` takes every run and no record. Of a run that lies there nothing is taken from a
+    table. Raises RunDirError when there is nothing, and for a table beside runs that are of no sweep; DataError for a table that
+    cannot be read.
     """
-    folders = [Path(p).absolute() for p in paths]
-    name = folders[0].name if len(folders) == 1 else ""
+    places = [Path(p).absolute() for p in paths]
+    tables = [path for path in places if path.suffix == known.SUFFIX]
+    folders = [path for path in places if path not in tables]
+    name = places[0].stem if len(places) == 1 and tables else folders[0].name if len(folders) == 1 else ""
+    rows = known.read(tables)
     found: dict[str, Results] = {}
     absent: list[Absent] = []
     for path in _candidates(folders):
@@ -250,24 +286,33 @@ def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: b
             found[identity] = results
     record = None if everything else _record(folders, sweep)
     if record is None:
-        if not found:
+        if rows and folders:
+            raise RunDirError(
+                f"{tables[0]} beside {folders[0]}: only the record of their sweep says which runs are of which setting: give the "
+                "folder that holds it (sweeps/*.json; --sweep NAME chooses among several), or the table alone"
+            )
+        if not found and not rows:
             more = [f"and {len(absent) - 3} more"] if absent[3:] else []
             reasons = "; ".join([*(f"{a.what}: {a.reason}" for a in absent[:3]), *more])
             raise RunDirError(
                 f"no finished run in {', '.join(map(str, folders))}" + (f" ({reasons})" if reasons else _hint(folders))
             )
-        return Collection(tuple(Run(r) for r in found.values()), tuple(absent), folder=name)
+        return Collection(tuple(Run(r) for r in found.values()), tuple(absent), folder=name, known=tuple(rows.values()))
     runs = [Run(found[e.identity], e.labels) for e in record.runs if e.identity in found]
-    missing = [e for e in record.runs if e.identity not in found]
-    if not runs:
+    lacking = [e for e in record.runs if e.identity not in found]
+    told = [replace(rows[e.folder], labels=e.labels) for e in lacking if e.folder in rows]
+    missing = [e for e in lacking if e.folder not in rows]
+    if not runs and not told:
         why = _why_missing(folders, missing[0], absent) if missing else "it names none"
         raise RunDirError(f"sweep {record.name}: none of its {len(record.runs)} runs is finished; the first: {why}")
-    named = {e.folder for e in missing}  # said once, by their labels
+    named = {e.folder for e in lacking}  # said once, by their labels
     left_out = [
         *(Absent(label_text(e.labels), _why_missing(folders, e, absent)) for e in missing),
         *(a for a in absent if a.what not in named),
     ]
-    return Collection(tuple(runs), tuple(left_out), record, len(found.keys() - {e.identity for e in record.runs}), name)
+    ours = {e.folder for e in record.runs}
+    others = len({identity[:16] for identity in found}.union(rows) - ours)
+    return Collection(tuple(runs), tuple(left_out), record, others, name, tuple(told))
 
 
 def verified(path: Path) -> tuple[Results, str]:
@@ -382,6 +427,18 @@ def cost_figures(results: Results) -> dict[str, float]:
     figures |= {f"stored_{name}": value for name, value in results.costs.get("stored", {}).items()}
     figures |= {name: results.costs[name] for name in ("processor_seconds", "peak_memory") if name in results.costs}
     return figures | {"client_rounds": results.costs["client_rounds"]}
+
+
+def _row(results: Results, keys: Mapping[str, Label]) -> dict[str, Any]:
+    """What the frame says of a run; keys: of its config, in which runs differ."""
+    row: dict[str, Any] = {"run": results.config.identity()[:16], **keys}
+    row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
+    row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
+    return row | {"skipped_clients": len(results.failures), "path": str(results.path)}
+
+
+def _row_of_known(run: Known, keys: Mapping[str, Label]) -> dict[str, Any]:
+    return {"run": run.run, **keys, "partition_hash": run.split, **run.metrics, "path": str(run.table)}
 
 
 def label_text(labels: Mapping[str, Label]) -> str:

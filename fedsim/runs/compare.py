@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
-from fedsim.runs.collection import Collection, Label
+from fedsim.runs.collection import Collection
+from fedsim.runs.known import Label
 from fedsim.runs.metrics import GAP, HEADLINE, INTRANSIGENCE, accuracy
 from fedsim.runs.metrics import of as metric_of
 from fedsim.runs.results import Results
@@ -180,12 +181,17 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
     gap_to_joint: joint_accuracy − final_average_accuracy, both over the run's tasks
     intransigence: see there; NaN where it cannot be known
     Both are NaN where no joint run was tested on the same samples: the same `data` section, as many test samples of every class.
-    Raises ConfigError when two joint runs would do for the same seed.
+    A run that is known by its row has what its table says. Raises ConfigError when two joint runs would do for the same seed.
     """
     runs = {run.results.config.identity()[:16]: run.results for run in collection.runs}
     frame = collection.frame()
     gaps, missed = [], []
+    told = {run.run: run.metrics for run in collection.known}
     for name in frame["run"].tolist():
+        if name in told:
+            gaps.append(_number(told[name].get(GAP)))
+            missed.append(_number(told[name].get(INTRANSIGENCE)))
+            continue
         run = runs[name]
         fit = _of_seed(run, [one.results for one in joint.runs if _same_tests(run, one.results)])
         gaps.append(_mean([joint_accuracy(run, one) - _number(run.metrics[HEADLINE]) for one in fit]))

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.runs import metrics
-from fedsim.runs.collection import Label
 from fedsim.runs.compare import label, settings
+from fedsim.runs.known import Label
 
 if TYPE_CHECKING:
     import pandas as pd

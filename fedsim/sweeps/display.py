@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.runs.known import Known
 from fedsim.runs.metrics import HEADLINE
 from fedsim.runs.results import Results
 from fedsim.sweeps.launch import Begun, Ended, SweepEvent
@@ -30,7 +31,7 @@ class SweepDisplay:
     def __init__(
         self,
         plan: SweepPlan,
-        done: Mapping[str, Results],
+        done: Mapping[str, Results | Known],
         console: Console | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -39,8 +40,9 @@ class SweepDisplay:
         self._plan, self._console, self._quiet, self._clock = plan, console or Console(), quiet, clock
         self._accuracy: dict[str, list[float]] = {}
         for run in plan.runs:
-            if run.entry.identity in done:
-                self._note(run, done[run.entry.identity].metrics[HEADLINE])
+            there = done.get(run.entry.identity)
+            if there is not None and (accuracy := there.metrics[HEADLINE]) is not None:
+                self._note(run, accuracy)
         self._before = self._finished = len(done)
         self._begin = clock()
         self._going: dict[str, tuple[PlannedRun, float]] = {}

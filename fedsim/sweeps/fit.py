@@ -15,7 +15,8 @@ from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.config import PLUGIN_KEYS, SERVER_PLUGIN_KEYS, SimConfig, name_key
 from fedsim.core.errors import PluginError
-from fedsim.runs.collection import Label, label_text
+from fedsim.runs.collection import label_text
+from fedsim.runs.known import Label
 
 Layer: TypeAlias = Mapping[str, Any]
 Place: TypeAlias = tuple[str, ...]

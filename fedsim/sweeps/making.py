@@ -15,6 +15,7 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig, text
 from fedsim.core.errors import ConfigError
 from fedsim.runs.collection import Collection, collect
+from fedsim.runs.known import Known
 from fedsim.runs.results import Results
 from fedsim.sweeps import plan as plans
 from fedsim.sweeps import tune as tuning
@@ -30,6 +31,7 @@ def sweep(
     output: str | Path | None = None,
     launch: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    known: Sequence[str | Path] = (),
     **axes: Any,
 ) -> Collection:
     """Run a config over axes and seeds, in parallel, and give all of its runs; what is there already is not run again.
@@ -38,7 +40,8 @@ def sweep(
         zip and seeds; base may be a config too.
     overrides: for every run, such as "client.epochs=1"; name: of a sweep without a file (default: the folder's, else study);
         output: folder of the runs (default: runs/<name>); launch: {"jobs": 2, …}, where and how; progress: show how it goes
-        (default: in a notebook).
+        (default: in a notebook); known: tables of `fedsim results --csv`, whose runs are not made again and count as they stand
+        there.
     A run that failed is in `absent` of the collection, with the reason. Raises ConfigError or PluginError before anything runs,
     with the labels of the run that is wrong, and RunDirError when every run failed.
     """
@@ -48,13 +51,13 @@ def sweep(
         plan = plans.expand(file, overrides, output, **(launch or {}))
     else:
         plan = _planned(axes, name or (Path(output).absolute().name if output else "study"), overrides, output, launch or {})
-    done = plans.finished(plan)
+    done: dict[str, Results | Known] = {**plans.told(plan, known), **plans.finished(plan)}
     missing = plan.missing(done)
     plans.verify(plan, missing)
     plan = plans.keep_record(plan)
     if missing:
         make(plan, done, missing, quiet=not shown(progress))
-    return collect([plan.folder], sweep=plan.record.name)
+    return collect([plan.folder, *known], sweep=plan.record.name)
 
 
 def tune(
@@ -77,7 +80,7 @@ def tune(
     return winners
 
 
-def make(plan: SweepPlan, done: Mapping[str, Results], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
+def make(plan: SweepPlan, done: Mapping[str, Results | Known], missing: Sequence[PlannedRun], quiet: bool) -> dict[str, str]:
     """Make the runs that are missing, and show how they go; by label, why those failed that did."""
     from fedsim.sweeps import launch
     from fedsim.sweeps.display import SweepDisplay

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,9 @@ from fedsim.core import config as configs
 from fedsim.core import plugins, presets
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
-from fedsim.runs.collection import NAMED, Entry, Label, SweepRecord, label_text, verified
+from fedsim.runs import known
+from fedsim.runs.collection import NAMED, Entry, SweepRecord, label_text, verified
+from fedsim.runs.known import Known, Label
 from fedsim.runs.results import Results
 from fedsim.sweeps.fit import Fitted, fit, notes
 
@@ -96,8 +98,8 @@ class SweepPlan:
     launch: Launch
     folder: Path
 
-    def missing(self, done: Mapping[str, Results]) -> list[PlannedRun]:
-        """The runs that are still to be made. done: `finished(plan)`."""
+    def missing(self, done: Container[str]) -> list[PlannedRun]:
+        """The runs that are still to be made. done: identities, those of `finished(plan)` and perhaps of `told(plan, tables)`."""
         return [run for run in self.runs if run.entry.identity not in done]
 
 
@@ -439,6 +441,23 @@ def finished(plan: SweepPlan) -> dict[str, Results]:
                 if identity == run.entry.identity:
                     there[identity] = results
     return there
+
+
+def told(plan: SweepPlan, tables: Sequence[str | Path]) -> dict[str, Known]:
+    """By identity, the runs of a sweep that lie elsewhere and have a row in one of these tables (`fedsim results --csv`).
+
+    Raises DataError for a table that cannot be read, and for one that has none of the sweep's runs.
+    """
+    found: dict[str, Known] = {}
+    for path in tables:
+        rows = known.read([path])
+        here = {run.entry.identity: rows[run.entry.folder] for run in plan.runs if run.entry.folder in rows}
+        if not here:
+            raise DataError(
+                f"none of the {len(plan.runs)} runs of this sweep is in {path}: a run is known by its whole config (column run)"
+            )
+        found = here | found
+    return found
 
 
 def keep_record(plan: SweepPlan) -> SweepPlan:

@@ -33,7 +33,8 @@ from fedsim.core import presets, rng
 from fedsim.core.config import text
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.core.files import storage_errors, write_atomic
-from fedsim.runs.collection import Entry, Label, SweepRecord
+from fedsim.runs.collection import Entry, SweepRecord
+from fedsim.runs.known import Label
 from fedsim.runs.metrics import HEADLINE, METRICS
 from fedsim.runs.results import Results
 from fedsim.sweeps import plan

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedsim import cli
+from fedsim.runs.collection import collect
 from tests.sweep.test_launch import logging, sweep
 
 
@@ -61,6 +62,39 @@ def test_a_dry_run_changes_nothing(
     out = capsys.readouterr().out
     assert "4 finished already, 0 to make" in out
     assert sum(" finished" in line for line in out.splitlines()) == 5
+
+
+def test_runs_of_a_table_are_not_made_again(
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of four runs lie elsewhere: the others are made, and the table is that of all four, but for seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    rules = {"lorm": {}, "fedavg": {"server.aggregator": "fedavg", "server.consolidator": "none"}}
+    sweep(tmp_path, list={"rule": rules}, seeds=1)
+    assert cli.main(["sweep", "sweep.yaml", "--output", "there", "--quiet"]) == 0
+    assert cli.main(["results", "there", "--csv", "there.csv"]) == 0
+    sweep(tmp_path, list={"rule": rules}, seeds=2)
+    capsys.readouterr()
+    words = ["sweep", "sweep.yaml", "--output", "here", "--known", "there.csv"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs, 0 finished already, 2 known by a table, 2 to make" in out
+    assert sum(" known " in line for line in out.splitlines()) == 3
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert sum(": accuracy " in line for line in out.splitlines()) == 2
+    assert "[4/4] " in out and "2 runs of 4 as " in out
+    assert out.splitlines()[-1] == "more: fedsim results here there.csv   fedsim report here"
+    assert cli.main(["sweep", "sweep.yaml", "--output", "all", "--quiet"]) == 0
+    joined, whole = collect(["here", "there.csv"]).frame(), collect(["all"]).frame()
+    moving = [c for c in whole if c.startswith("seconds") or c in ("processor_seconds", "peak_memory", "path")]
+    assert joined.drop(columns=moving).to_csv() == whole.drop(columns=moving).to_csv()
+
+    assert cli.main([*words, "client.lr=0.5"]) == 2
+    assert "none of the 4 runs of this sweep is in there.csv: a run is known by its whole config" in capsys.readouterr().err
+    assert cli.main([*words[:-1], "gone.csv"]) == 2
+    assert "gone.csv cannot be read: FileNotFoundError" in capsys.readouterr().err
 
 
 def test_a_trial_does_not_take_the_table_of_a_sweep(

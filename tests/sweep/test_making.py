@@ -11,6 +11,7 @@ import pytest
 
 import fedsim
 from fedsim.core.errors import ConfigError, RunDirError
+from fedsim.runs.tables import to_csv
 from fedsim.sweeps import job, launch
 from fedsim.sweeps.launch import Begun, Ended
 from fedsim.sweeps.plan import PlannedRun, SweepPlan
@@ -45,6 +46,19 @@ def test_a_config_over_axes_is_what_the_same_yaml_gives(tmp_path: Path, made: li
     (tmp_path / "alphas.yaml").write_text(json.dumps({"base": base.to_dict(), **axes}))
     assert set(fedsim.sweep(tmp_path / "alphas.yaml", output=tmp_path).frame()["run"]) == set(frame["run"])
     assert len(made) == 2, "what is there is not made again"
+
+
+def test_runs_of_a_table_are_not_made_again(tmp_path: Path, made: list[str]) -> None:
+    axes: dict[str, Any] = {"base": tiny(*FAST, model=plain_vit()), "name": "study"}
+    first = fedsim.sweep(**axes, seeds=[3], output=tmp_path / "there")
+    table = tmp_path / "table.csv"
+    table.write_text(to_csv(first.frame()))
+    both = fedsim.sweep(**axes, seeds=[3, 4], output=tmp_path / "here", known=[table])
+    assert made == ["seed=3", "seed=4"]
+    assert [(run.seed, run.metrics["final_average_accuracy"]) for run in both.known] == [
+        (3, first.runs[0].metrics["final_average_accuracy"])
+    ]
+    assert [run.seed for run in both.runs] == [4]
 
 
 def test_variants_may_be_a_list_of_presets(tmp_path: Path, made: list[str]) -> None:

@@ -33,6 +33,7 @@ from fedsim.core.config import SimConfig, text
 from fedsim.core.errors import ConfigError, DataError, did_you_mean, one_line
 from fedsim.report.data import METHOD_NAMES
 from fedsim.report.data import Study as Named
+from fedsim.runs import known
 from fedsim.runs.bounds import REFERENCES
 from fedsim.runs.collection import collect
 from fedsim.runs.metrics import HEADLINE
@@ -178,12 +179,7 @@ def _stream(name: str, path: Path, note: str, sweep: str | None) -> Stream:
 
 
 def _of_table(name: str, path: Path, note: str) -> Stream:
-    import pandas as pd
-
-    try:
-        frame = pd.read_csv(path)
-    except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
-        raise DataError(f"{path} cannot be read: {one_line(e)}") from e
+    frame = known.table(path)
     names, alphas = ([column for column in known if column in frame] for known in (METHOD_NAMES, ALPHAS))
     lacking = [*([] if names else [METHOD]), *(c for c in NEEDED if c not in frame), *([] if alphas else ALPHAS[:1])]
     if lacking:
