@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedsim import report
 from fedsim.core.errors import ConfigError, DataError, RunDirError
 from fedsim.core.home import ROOT
-from fedsim.report.data import Study
 from fedsim.runs import compare, known, tables
 from fedsim.runs.collection import SweepRecord, collect
 from fedsim.runs.metrics import HEADLINE
@@ -166,4 +166,4 @@ def test_a_report_draws_from_run_directories(tmp_path: Path) -> None:
     run_dirs.write_sweep(tmp_path / "all", seeds=1)
     found: Any = collect([table(tmp_path / "rows.csv", tmp_path / "all")])
     with pytest.raises(ConfigError, match=r"4 runs are known by their rows in .*rows\.csv only: a report draws from run"):
-        Study.of(found)
+        report.write(found, tmp_path / "rows.csv" / "report.html")  # where the command would put it

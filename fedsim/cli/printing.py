@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,6 +69,12 @@ def human_bytes(count: float) -> str:
 def counted(number: int, what: str) -> str:
     """1 run, 2 runs."""
     return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def short(path: str | Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def capped(lines: Sequence[str], where: str = "") -> list[str]:

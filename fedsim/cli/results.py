@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.cli.printing import capped, console, counted, line_printer, new_table
+from fedsim.cli.printing import capped, console, counted, line_printer, new_table, short
 from fedsim.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
 
     yield from known.lines if (known := bounds.common([run.results for run in collection.runs])) else ()
     if collection.known:
-        tables = ", ".join(dict.fromkeys(str(run.table) for run in collection.known))
+        tables = ", ".join(dict.fromkeys(short(run.table) for run in collection.known))
         yield f"{counted(len(collection.known), 'run')} of {len(collection.members)} as {tables} has them."
     for note in collection.sweep.notes if collection.sweep else ():
         yield f"{note}: left out there."

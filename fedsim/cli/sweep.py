@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.cli.printing import console, counted, fail, human_bytes, line_printer, new_table
+from fedsim.cli.printing import console, counted, fail, human_bytes, line_printer, new_table, short
 from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -160,9 +159,3 @@ def _count(text: str) -> Any:
     if text != "auto" and not text.isdigit():
         raise argparse.ArgumentTypeError(f"a number or auto, not {text!r}")
     return text if text == "auto" else int(text)
-
-
-def short(path: Any) -> str:
-    """Relative to the working directory where it lies below it."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsim.cli.printing import capped, console, counted, line_printer, new_table
-from fedsim.cli.sweep import launch_arguments, launch_options, make, short
+from fedsim.cli.printing import capped, console, counted, line_printer, new_table, short
+from fedsim.cli.sweep import launch_arguments, launch_options, make
 
 if TYPE_CHECKING:
     from fedsim.sweeps.tune import Tuning, Winner

@@ -39,7 +39,8 @@ class Written:
 def write(collection: Collection, path: str | Path, figures: str | Path | None = None, format: str = "svg") -> Written:
     """Write the page to `path`, and with `figures` every chart into that folder as svg, png or pdf, in light colours.
 
-    Raises StorageError, InUse while another process writes that page, and ConfigError for another format.
+    Raises StorageError, InUse while another process writes that page, and ConfigError for another format and for runs that are
+    known by their rows in a table only.
     """
     if format not in FORMATS:
         raise ConfigError(f"no figures as '{format}'.{did_you_mean(format, FORMATS)}")
@@ -50,8 +51,8 @@ def write(collection: Collection, path: str | Path, figures: str | Path | None =
     from fedsim.report.figures import figures as figures_of
 
     target = Path(path).absolute()
+    study = Study.of(collection)
     with held(target, "fedsim report", file=True):
-        study = Study.of(collection)
         drawn = figures_of(study)
         content = page.render(study, drawn).encode()
         write_atomic(target, content, "free space, then try again")

@@ -98,9 +98,10 @@ def table(path: Path) -> pd.DataFrame:
     before: Any = {"float_precision": "round_trip"}  # of which later versions warn: they read so by default
     exact = before if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
     try:
-        return pd.read_csv(path, dtype=dict.fromkeys(HASHES, str), low_memory=False, **exact)
+        frame: pd.DataFrame = pd.read_csv(path, dtype=dict.fromkeys(HASHES, str), low_memory=False, **exact)
     except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} cannot be read: {one_line(e)}") from e
+    return frame
 
 
 def _cell(value: Any) -> Any:

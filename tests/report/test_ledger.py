@@ -67,13 +67,18 @@ def counted(folder: Path) -> tuple[Ledger, pd.DataFrame]:
 # ---------------------------------------------------------------- what is counted
 
 
-def test_processor_seconds_stand_for_seconds_where_all_runs_have_them(tmp_path: Path) -> None:
-    """Those of the wall depend on what else the machine does."""
-    frame = table(tmp_path / "one.csv").assign(processor_seconds=20.0)
-    frame.to_csv(tmp_path / "one.csv", index=False)
-    frame.assign(processor_seconds=[np.nan, *[20.0] * (len(frame) - 1)]).to_csv(tmp_path / "two.csv", index=False)
-    found = Ledger.of(ledger.read([tmp_path / "one.csv", tmp_path / "two.csv"]))
-    assert {(s.stream, s.means["seconds"].mean) for s in found.settings} == {("one", 20.0), ("two", 50.0)}
+def test_processor_seconds_stand_for_seconds_where_every_setting_has_some(tmp_path: Path) -> None:
+    """Those of the wall depend on what else the machine does. The two are never mixed on a page."""
+    frame = table(tmp_path / "all.csv").assign(processor_seconds=20.0)
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    one, setting = frame.copy(), frame.copy()
+    one.loc[0, "processor_seconds"] = np.nan
+    setting.loc[(setting.method == "er") & (setting.dirichlet_alpha == 0.1), "processor_seconds"] = np.nan
+    one.to_csv(tmp_path / "one.csv", index=False)
+    setting.to_csv(tmp_path / "setting.csv", index=False)
+    found = Ledger.of(ledger.read([tmp_path / f"{name}.csv" for name in ("all", "one", "setting")]))
+    assert {(s.stream, s.means["seconds"].mean) for s in found.settings} == {("all", 20.0), ("one", 20.0), ("setting", 50.0)}
+    assert sorted(s.means["seconds"].n for s in found.settings if s.stream == "one") == [2, *[3] * 10]
 
 
 def test_means_and_differences_are_those_of_the_runs(counted: tuple[Ledger, pd.DataFrame]) -> None:

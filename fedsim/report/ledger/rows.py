@@ -33,6 +33,7 @@ COLUMNS = (  # of the table, as far as a stream has them
     "peak_memory",
 )
 CHANCE, JOINT = "chance", "joint"
+PROCESSOR = "processor_seconds"
 
 
 class Mean(NamedTuple):
@@ -144,8 +145,8 @@ def _splits(stream: Stream) -> list[str]:
 
 def _settings(stream: Stream, baselines: Sequence[str]) -> Iterator[Setting]:
     frame = stream.frame.assign(**{c: math.nan for c in COLUMNS if c not in stream.frame})
-    if "processor_seconds" in frame and frame["processor_seconds"].notna().all():
-        frame["seconds"] = frame["processor_seconds"]  # which other work on the machine does not change
+    if PROCESSOR in frame and bool((frame.groupby([METHOD, SPLIT])[PROCESSOR].count() > 0).all()):
+        frame["seconds"] = frame[PROCESSOR]  # which other work on the machine does not change; of runs that counted them
     parts = {kind: _numbered(frame, kind) for kind in ("learning_curve_", "final_accuracy_")}
     by = [METHOD, SPLIT]
     summed = compare.summary(frame, by, [*COLUMNS, *(c for columns in parts.values() for c in columns)])
