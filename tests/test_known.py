@@ -13,7 +13,7 @@ from fedsim import report
 from fedsim.core.errors import ConfigError, DataError, RunDirError
 from fedsim.core.home import ROOT
 from fedsim.runs import compare, known, tables
-from fedsim.runs.collection import SweepRecord, collect
+from fedsim.runs.collection import Entry, SweepRecord, collect
 from fedsim.runs.metrics import HEADLINE
 from tests import run_dirs
 from tests.run_dirs import method, write_run
@@ -117,6 +117,19 @@ def test_keys_that_a_table_has_not_are_those_of_the_other_runs(tmp_path: Path) -
     assert found.unlike == whole.unlike == ("partition.alpha",)
     assert "server.aggregator.name" not in found.varying
     assert found.frame()[HEADLINE].tolist() == whole.frame()[HEADLINE].tolist()
+
+
+def test_whole_numbers_that_a_table_has_as_floats_are_the_same(tmp_path: Path) -> None:
+    """A key that some runs of a table do not have makes a column of floats: 100000.0 is no other value than 100000."""
+    configs = [method("fedavg", 0), method("fedavg", 1), tiny("server.aggregator=fedavg", "seed=2", "partition=iid")]
+    whole = [write_run(tmp_path / "all", config) for config in configs]
+    rows = table(tmp_path / "rows.csv", whole[0], whole[2])
+    assert "100000.0" in rows.read_text()
+    entries = [Entry(config.identity(), {"seed": i}) for i, config in enumerate(configs[:2])]
+    SweepRecord("s", {"seed": (0, 1)}, tuple(entries)).save(tmp_path / "here")
+    write_run(tmp_path / "here", configs[1])
+    found = collect([tmp_path / "here", rows])
+    assert (len(found.runs), len(found.known), found.unlike, [*found.varying]) == (1, 1, (), ["seed"])
 
 
 def test_a_hash_of_decimal_digits_stays_a_text(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Collection:
         keys = [key for key in self.varying if key.split(".")[0] in sections]
         same: dict[tuple[Label, ...], set[str]] = {}
         for i, run in enumerate(self.members):
-            same.setdefault((run.seed, *(repr(self.varying[key][i]) for key in keys)), set()).add(run.split)
+            same.setdefault((run.seed, *(_text(self.varying[key][i]) for key in keys)), set()).add(run.split)
         return (*keys, *(["split"] if any(len(splits) > 1 for splits in same.values()) else []))
 
     @property
@@ -209,7 +209,7 @@ class Collection:
         found = {
             key: v
             for key, v in values.items()
-            if key != "seed" and len({repr(x) for x, one, s in zip(v, flat, silent, strict=True) if key in one or not s}) > 1
+            if key != "seed" and len({_text(x) for x, one, s in zip(v, flat, silent, strict=True) if key in one or not s}) > 1
         }
         return found | {"seed": [run.seed for run in self.members]}
 
@@ -225,7 +225,7 @@ class Collection:
         settings = [""] * len(self.members)
         named = {name for run in self.known for name in run.named}
         for key in sorted(self.varying, key=lambda key: (key not in named, not key.endswith((".name", ".source")))):
-            finer = [f"{setting} {value!r}" for setting, value in zip(settings, self.varying[key], strict=True)]
+            finer = [f"{setting} {_text(value)}" for setting, value in zip(settings, self.varying[key], strict=True)]
             if key != "seed" and len(set(finer)) > len(set(settings)):
                 factors[key], settings = _in_order(self.varying[key]), finer
         return factors
@@ -504,6 +504,13 @@ def _file_name(plugin: Any) -> Any:
     if not isinstance(plugin, str) or not plugins.is_path(plugin):
         return plugin
     return f"{Path(plugin).name} {plugins.fingerprint(plugin)[:8]}"
+
+
+def _text(value: Label) -> str:
+    """The same for the same value: a whole number that came out of a table's column of floats is one of a config."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(float(value))
+    return repr(value)
 
 
 def _in_order(values: Sequence[Label]) -> tuple[Label, ...]:
