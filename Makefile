@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 SOURCES := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: run test processes matrix check format docs tables clean help
+.PHONY: run test processes matrix check format docs tables ledger clean help
 
 run: $(VENV)/.installed  ## run the main job: configs/quickstart.yaml
 	$(BIN)/fedsim run quickstart
@@ -45,6 +45,12 @@ tables: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md:
 	$(BIN)/fedsim list --markdown > docs/methods.md
 	$(BIN)/python -m tests.models.conformance > docs/backbones.md
 	$(BIN)/python -m tests.test_matrix
+
+KNOWN :=  # make ledger KNOWN=experiments/ledger/fashion.csv makes the runs that the committed table has not
+ledger: $(VENV)/.installed  ## every method on Fashion-MNIST, its table and docs/ledger/index.html: hours; goes on where it was stopped
+	$(BIN)/fedsim sweep experiments/ledger/fashion.yaml --output runs/ledger/fashion $(addprefix --known ,$(KNOWN))
+	$(BIN)/fedsim results runs/ledger/fashion $(KNOWN) --csv experiments/ledger/fashion.csv
+	$(BIN)/fedsim ledger experiments/ledger/ledger.yaml
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from fedsim.cli import main
 from fedsim.core.config import SimConfig, load
 from fedsim.runs import bounds
+from fedsim.runs.collection import Entry, SweepRecord
 from fedsim.runs.results import Results
 from fedsim.simulation import run
 from tests import run_dirs
@@ -106,3 +108,18 @@ def test_a_table_is_of_one_stream(tmp_path: Path) -> None:
     found = bounds.common([one, other(joint=True), other(keep=False)])
     assert found is not None and found.ncm == pytest.approx(52)
     assert bounds.common([one, other(tasks=1)]) is None
+
+
+def test_bounds_are_not_said_of_some_of_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where runs are known by a table, those at hand would give the bounds of their own seeds beside a table of all."""
+    configs = [run_dirs.method("fedavg", seed) for seed in (0, 1)]
+    paths = [beside(tmp_path / "runs", config, ncm=[[50], [50, 54 + config.seed]]).path for config in configs]
+    entries = [Entry(config.identity(), {"seed": config.seed}) for config in configs]
+    SweepRecord("s", {"seed": (0, 1)}, tuple(entries)).save(tmp_path / "runs")
+    assert main(["results", str(tmp_path / "runs"), "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert "nearest class mean of the bare backbone 52.2" in " ".join(capsys.readouterr().out.split())
+    assert paths[0] is not None
+    shutil.rmtree(paths[0])
+    assert main(["results", str(tmp_path / "runs"), str(tmp_path / "rows.csv")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Bounds" not in out and "1 run of 2 as " in out

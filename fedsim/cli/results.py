@@ -128,8 +128,9 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
     from fedsim.runs import bounds, compare, metrics
     from fedsim.runs.collection import sweeps
 
-    yield from known.lines if (known := bounds.common([run.results for run in collection.runs])) else ()
-    if collection.known:
+    if not collection.known:  # those of the runs at hand would be of some seeds only
+        yield from known.lines if (known := bounds.common([run.results for run in collection.runs])) else ()
+    else:
         tables = ", ".join(dict.fromkeys(short(run.table) for run in collection.known))
         yield f"{counted(len(collection.known), 'run')} of {len(collection.members)} as {tables} has them."
     for note in collection.sweep.notes if collection.sweep else ():

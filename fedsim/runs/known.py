@@ -101,7 +101,7 @@ def table(path: Path) -> pd.DataFrame:
         frame: pd.DataFrame = pd.read_csv(path, dtype=dict.fromkeys(HASHES, str), low_memory=False, **exact)
     except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} cannot be read: {one_line(e)}") from e
-    return frame
+    return frame.copy()  # in one piece: columns are added to it
 
 
 def _cell(value: Any) -> Any:

@@ -130,7 +130,8 @@ def _table(ledger: Ledger) -> str:
     caption = (
         "Accuracies in %, mean ± standard deviation over seeds, below it the 95 % interval of the mean. Differences in points, "
         "run by run on the same split and seed, with the 95 % interval of their mean. Bytes are of all clients over the whole "
-        "run; seconds are the processors' where all runs of the stream counted them, else the wall's. A click on a heading sorts."
+        "run; seconds are the processors' where every setting has runs that counted them, else the wall's. A click on a heading "
+        "sorts."
     )
     table = _scrolled("Table of methods", caption, "".join(heads), "".join(rows))
     count = '<p class="lead" id="count" role="status"></p>'
