@@ -158,6 +158,7 @@ def test_the_committed_tables_come_back(study: str) -> None:
         ("", "gone.csv cannot be read: EmptyDataError"),
         ("method,accuracy\nlorm,50\n", f"has no column run, partition_hash, seed, {HEADLINE}: write it with fedsim results RUNS"),
         (f"run,method,seed,partition_hash,{HEADLINE}\nab,lorm,,cd,50\n", "a row has no seed: write it with fedsim results RUNS"),
+        (f"run,method,seed,partition_hash,{HEADLINE}\nab,lorm,x,cd,50\n", "a row has no seed: write it with fedsim results RUNS"),
     ],
 )
 def test_what_is_no_table(tmp_path: Path, text: str | None, message: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from fedsim.report.ledger.rows import agreements
 from fedsim.runs.known import table
 
 HERE = Path(__file__).parent
@@ -39,12 +40,10 @@ def rows(frame: pd.DataFrame, remarks: dict[str, str]) -> list[str]:
 
 def agreement(frame: pd.DataFrame) -> Iterator[str]:
     """How far the orders of the methods agree: Kendall's τ."""
-    known = frame[frame["partition.alpha"].notna()]
-    by = known.pivot_table(index="method", columns=["partition.alpha", "seed"], values=ACCURACY)
-    for alpha in (0.5, 0.1):
-        taus = [stats.kendalltau(by[alpha][a], by[alpha][b]).statistic for a in by[alpha] for b in by[alpha] if a < b]
-        yield f"α = {alpha:g}: τ between seeds {', '.join(f'{tau:.2f}' for tau in taus)}"
-    means = [by[alpha].mean(axis=1) for alpha in (0.5, 0.1)]
+    of = {alpha: frame[frame["partition.alpha"] == alpha] for alpha in (0.5, 0.1)}
+    for alpha, part in of.items():
+        yield f"α = {alpha:g}: τ between seeds {', '.join(f'{tau:.2f}' for tau in agreements(part))}"
+    means = [part.groupby("method")[ACCURACY].mean() for part in of.values()]
     yield f"between the means at both α {stats.kendalltau(*means).statistic:.2f}"
 
 

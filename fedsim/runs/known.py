@@ -83,7 +83,7 @@ def read(paths: Sequence[str | Path]) -> dict[str, Known]:
         axes = tuple(columns[columns.index("run") + 1 : columns.index("seed")])
         for record in frame.to_dict("records"):
             cells = {str(column): _cell(value) for column, value in record.items()}
-            empty = [column for column in NEEDED if column != HEADLINE and cells[column] is None]
+            empty = [c for c in NEEDED if (cells[c] is None and c != HEADLINE) or (isinstance(cells[c], str) and c not in HASHES)]
             if empty:
                 raise DataError(f"{path}: a row has no {', '.join(empty)}: write it with fedsim results RUNS --csv {path.name}")
             found.setdefault(str(cells["run"]), Known(cells, path, axes))

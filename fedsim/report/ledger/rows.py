@@ -113,6 +113,12 @@ class Ledger:
 def agreement(frame: pd.DataFrame) -> float:
     """How far two seeds put methods in the same order: Kendall's τ_b of final average accuracy over the methods that both seeds
     have, mean over all pairs of seeds; 1: the same order, 0: none. NaN where no two seeds have two methods that differ."""
+    known = [tau for tau in agreements(frame) if not math.isnan(tau)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def agreements(frame: pd.DataFrame) -> list[float]:
+    """The same τ of every pair of seeds."""
     from scipy import stats
 
     scores = frame.pivot_table(index=METHOD, columns="seed", values=HEADLINE)
@@ -121,8 +127,7 @@ def agreement(frame: pd.DataFrame) -> float:
         both = scores[[one, other]].dropna()
         if len(both) > 1:
             found.append(float(stats.kendalltau(both[one], both[other]).statistic))
-    known = [tau for tau in found if not math.isnan(tau)]
-    return sum(known) / len(known) if known else math.nan
+    return found
 
 
 def _of_split(stream: Stream, split: str) -> pd.DataFrame:

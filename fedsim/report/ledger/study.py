@@ -180,7 +180,7 @@ def _stream(name: str, path: Path, note: str, sweep: str | None) -> Stream:
 
 def _of_table(name: str, path: Path, note: str) -> Stream:
     frame = known.table(path)
-    names, alphas = ([column for column in known if column in frame] for known in (METHOD_NAMES, ALPHAS))
+    names, alphas = ([column for column in words if column in frame] for words in (METHOD_NAMES, ALPHAS))
     lacking = [*([] if names else [METHOD]), *(c for c in NEEDED if c not in frame), *([] if alphas else ALPHAS[:1])]
     if lacking:
         raise DataError(f"{path} has no column {', '.join(lacking)}: write it with fedsim results RUNS --csv {path.name}")
