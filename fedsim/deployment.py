@@ -164,10 +164,9 @@ def own_spec(config: SimConfig, offer: Offer, client: int) -> WorkSpec:
     Classes and domains are known by their names. Raises Refused for a class that the server does not know."""
     from clients.deployment.handshake import Refused
 
-    if config.stream.noise.share:
-        raise Refused(
-            "stream.noise puts wrong labels into simulated splits: leave it out, or join with --client instead of --data"
-        )
+    for key, there in (("noise", config.stream.noise.share), ("validation", config.stream.validation)):
+        if there:
+            raise Refused(f"stream.{key} is for simulated splits: leave it out, or join with --client instead of --data")
     dataset = door.load(config, pretrained.tokenizer_name(config.model))
     row_of = {name: row for row, name in enumerate(offer.classes)}
     present = [dataset.class_names[c] for c in np.unique(dataset.train.labels)]

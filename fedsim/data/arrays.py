@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core import content, rng
+from fedsim.core import content
 from fedsim.core.errors import ConfigError, DataError, did_you_mean
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.numbers import IntArray
+from fedsim.data import held_out
 from fedsim.data.sources import _common
 
 Array = NDArray[Any]
@@ -202,11 +203,7 @@ def _held_out(labels: IntArray, share: float) -> tuple[NDArray[np.bool_], list[s
     """Which samples are kept for testing (N,), and the line that says so."""
     if not isinstance(share, int | float) or not 0 < share < 1:
         raise ConfigError(f"test_share must be between 0 and 1, got {share!r}")
-    draw, kept_N = rng.stream(0, "test_share"), np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        count = min(max(1, round(share * len(places))), len(places) - 1)
-        kept_N[draw.permutation(places)[:count]] = True
+    kept_N = held_out.of_every_group(labels, share, "test_share")
     if not kept_N.any():
         raise DataError("no class has two samples, so that none can be kept for testing: give test=(images, labels)")
     held = f"{share:.0%} of every class, {int(kept_N.sum())} of {len(labels)} samples, are held out"

@@ -13,15 +13,17 @@ from fedsim.core import config as configs
 from fedsim.core.config import SimConfig
 from fedsim.core.contracts import ArraySplit, Dataset, Source
 from fedsim.core.errors import DataError, PluginError, named
-from fedsim.data import streams
+from fedsim.data import held_out, streams
 from fedsim.data.manifest import Manifest
 from fedsim.data.sources import _common
 
 
 def load(config: SimConfig, tokenizer_of: str | None = None) -> Dataset:
-    """The data of a config, checked. Raises PluginError for a source that breaks its contract, DataError for data that do."""
+    """The data of a config, checked, its test samples held-out ones where `stream.validation` asks for that. Raises PluginError
+    for a source that breaks its contract, DataError for data that do."""
     source: Source = configs.build("sources", config.data)
-    return taken(source, f"data source '{config.data['source']}'", tokenizer_of, config.stream.name == "domain_incremental")
+    name, by_domain = f"data source '{config.data['source']}'", config.stream.name == "domain_incremental"
+    return held_out.validation(taken(source, name, tokenizer_of, by_domain), config.stream.validation)
 
 
 def taken(source: Source, name: str, tokenizer_of: str | None, by_domain: bool) -> Dataset:

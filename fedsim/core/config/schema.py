@@ -53,6 +53,8 @@ class StreamConfig:
     keep: whether clients may keep samples of former tasks (online: of former rounds); false refuses methods with a buffer.
     joint: all these tasks at once, as one task: with the partition `joint` the upper bound of the stream.
     noise: wrong training labels, {kind: symmetric, share: 0.4}; samples are dealt to clients by their true classes.
+    validation: to tune without a look at the test samples: this share of every class's training samples, in [0, 1), is held out
+        and tested on in their place; the same samples whatever the seed. 0: the test samples.
     """
 
     name: str = "class_incremental"
@@ -64,6 +66,7 @@ class StreamConfig:
     keep: bool = True
     joint: bool = False
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    validation: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("name", self.name, ("class_incremental", "task_incremental", "domain_incremental"))
@@ -74,6 +77,7 @@ class StreamConfig:
             require_choice("order", self.order, ("given", "shuffle"))
         elif not isinstance(self.order, list):
             raise ConfigError(f"order must be 'given', 'shuffle' or a list of classes, got {self.order!r}")
+        _require(0 <= self.validation < 1, "validation", "must be in [0, 1)", self.validation)
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,8 @@ class SimConfig:
         del plain["name"], plain["trackers"], plain["server"]["keep"]
         if self.stream.noise.share == 0:
             del plain["stream"]["noise"]
+        if self.stream.validation == 0:
+            del plain["stream"]["validation"]
         if self.client.ranks is None:
             del plain["client"]["ranks"]
         plain["runtime"] = self.runtime.moves_bits()
