@@ -21,6 +21,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="DIR", help="folder of the runs (default: output of the YAML, or runs/<its name>)")
     launch_arguments(command)
     command.add_argument("--csv", metavar="FILE", help="all that was tried, one row for every run")
+    command.add_argument(
+        "--known",
+        action="append",
+        default=[],
+        metavar="CSV",
+        help="a table of fedsim tune --csv (or of fedsim results --csv): its runs are not made again",
+    )
     command.add_argument("--dry-run", action="store_true", help="say what would be tried, and how many runs that takes")
     command.add_argument("--quiet", action="store_true", help="print the outcome only")
 
@@ -30,13 +37,14 @@ def run(args: argparse.Namespace) -> int:
     from fedsim.sweeps import tune
 
     tuning = tune.read(args.tuning, args.overrides, args.output, **launch_options(args))
+    known = tune.told(tuning, args.known)
     print_line = line_printer(console())
     if not args.quiet or args.dry_run:
-        for line in _told(tuning):
+        for line in _told(tuning, len(known)):
             print_line(line)
     if args.dry_run:
         return 0
-    scores = tune.played(tuning, lambda plan, done, missing: make(plan, done, missing, args.quiet))
+    scores = tune.played(tuning, lambda plan, done, missing: make(plan, done, missing, args.quiet), known)
     winners = tuning.winners(scores)
     files = tune.write(tuning, winners)
     if args.csv:
@@ -49,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if lost else 0
 
 
-def _told(tuning: Tuning) -> list[str]:
-    """How much is tried."""
+def _told(tuning: Tuning, known: int) -> list[str]:
+    """How much is tried. known: runs of which a table tells."""
     options, sizes = tuning.options, [len(tuning.of(variant)) for variant in tuning.variants]
-    runs = sum(number for size in sizes if size > 1 for number in options.numbers(size))
+    runs = sum(map(options.runs, sizes))
     seeds = ", ".join(map(str, options.seeds))
+    on = f"seeds {seeds}: after each of them {options.keep:.0%} go on" if len(options.seeds) > 1 else f"seed {seeds}"
     return [
         f"{tuning.name}: {counted(len(sizes), 'variant')} of {min(sizes)} to {max(sizes)} configurations, by {options.metric}",
-        f"{counted(runs, 'run')} at most, on seeds {seeds}: after each of them {options.keep:.0%} go on",
+        f"{counted(runs, 'run')} at most, on {on}" + (f"; {known} known by a table" if known else ""),
         f"folder: {short(tuning.folder)}",
     ]
 

@@ -67,14 +67,16 @@ def tune(
     output: str | Path | None = None,
     launch: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    known: Sequence[str | Path] = (),
 ) -> dict[str, tuning.Winner]:
     """Give every variant of a tuning YAML the same budget, write the best of each as a preset, and give them by variant.
 
-    See `sweep` for the arguments and `fedsim.sweeps.tune` for the YAML. A variant whose configurations all failed is left out.
+    See `sweep` for the arguments and `fedsim.sweeps.tune` for the YAML; known: tables of `fedsim tune --csv` too. A variant whose
+    configurations all failed is left out.
     """
     asked = tuning.read(file, overrides, output, **(launch or {}))
     quiet = not shown(progress)
-    scores = tuning.played(asked, lambda plan, done, missing: make(plan, done, missing, quiet))
+    scores = tuning.played(asked, lambda plan, done, missing: make(plan, done, missing, quiet), tuning.told(asked, known))
     winners = asked.winners(scores)
     tuning.write(asked, winners)
     return winners

@@ -3,7 +3,7 @@
     base: omniglot                        # a preset or file, a list of them (the later one wins), or a mapping of config keys
     set: {client.epochs: 1}               # for every run
     list:                                 # axes of named variants; a variant may change several keys
-      method:                             # or presets alone: method: [fedavg, lorm]
+      method:                             # or presets alone: method: [fedavg, lorm]; or files: method: best/*.yaml
         fedavg: {}
         lorm: {extends: lorm}
         fair: {server.aggregator: fairavg}
@@ -26,6 +26,7 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,26 @@ def planned(
     **launch: Any,
 ) -> SweepPlan:
     """The plan of a sweep that was read from this file: see `expand`. text: what the record keeps where there is no file."""
+    plan, fits = laid_out(sweep, path, overrides, output, text, **launch)
+    require_used(fits)
+    return plan
+
+
+def laid_out(
+    sweep: Mapping[str, Any],
+    path: Path,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    text: str | None = None,
+    **launch: Any,
+) -> tuple[SweepPlan, list[tuple[Mapping[str, Label], Fitted]]]:
+    """See `planned`: the plan, and by labels what applies to each run; whether every key applies to some is left to be asked."""
     base = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
     told = {**_mapping(sweep.get("launch") or {}, "launch"), **launch}
     how: Launch = configs.typed(Launch, told, "launch")
-    axes = [*_named(sweep.get("list") or {}), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
+    axes = [*_named(sweep.get("list") or {}, path.parent), *_zipped(sweep.get("zip") or {}), *_grid(sweep.get("grid") or {})]
     _require_distinct_axes([name for axis in axes for name in axis[0].labels])
     seeds = _seeds(sweep.get("seeds"), [*base, common, last])
     named = dict.fromkeys(f for axis in axes for level in axis for f in level.extends)
@@ -193,7 +208,6 @@ def planned(
         run = PlannedRun(Entry(config.identity(), labels), replace(config, name=name))
         if not gone or all(run.entry != other.entry for other in runs):
             runs.append(run)
-    _require_used(fits)
     _require_distinct(runs)
     order = {name: [level.labels[name] for level in axis] for axis in axes for name in axis[0].labels} | {"seed": list(seeds)}
     for name in order:
@@ -210,7 +224,7 @@ def planned(
     if not isinstance(where, str | Path):
         raise ConfigError(f"output must be the name of a folder, got {where!r}")
     folder = Path(where).absolute()
-    return SweepPlan(record, tuple(runs), how, folder)
+    return SweepPlan(record, tuple(runs), how, folder), fits
 
 
 def _config(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label]) -> SimConfig:
@@ -246,8 +260,8 @@ def _pool(layer: Mapping[str, Any]) -> Any:
     return runtime.get("pool") if isinstance(runtime, Mapping) else None
 
 
-def _require_used(fits: Sequence[tuple[Mapping[str, Label], Fitted]]) -> None:
-    """A key that applies to no run is misspelt, or meant for other plug-ins."""
+def require_used(fits: Sequence[tuple[Mapping[str, Label], Fitted]]) -> None:
+    """A key that applies to no run is misspelt, or meant for other plug-ins. Raises ConfigError."""
     used = {key for _, fitted in fits for key in fitted.offered - fitted.dropped}
     for labels, fitted in fits:
         for key in sorted(fitted.dropped - used):
@@ -314,10 +328,15 @@ def _base_layers(base: Any, folder: Path) -> list[dict[str, Any]]:
     return [configs.nested(base)]
 
 
-def _named(axes: Any) -> list[list[Level]]:
-    """list: {axis: {variant: changes}}"""
+def _named(axes: Any, folder: Path) -> list[list[Level]]:
+    """list: {axis: {variant: changes}}; the names of presets; or a pattern of files, each a variant of its name."""
     found = []
     for axis, variants in _mapping(axes, "list").items():
+        if isinstance(variants, str):
+            found_files = sorted(glob(variants, root_dir=folder))
+            if not found_files:
+                raise ConfigError(f"list.{axis}: no file is called {variants} in {folder} (presets go in a list: [{variants}])")
+            variants = {Path(file).stem: {"extends": file} for file in found_files}
         if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
             variants = {name: {"extends": name} for name in variants}
         levels = []
@@ -411,7 +430,7 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
         split = json.dumps([seed, *(plain[k] for k in ("data", "stream", "partition", "manifest", "model"))], sort_keys=True)
         try:
             if setting not in settings:
-                hashes[json.dumps(plain["data"])] = simulation.prepare(run.config).manifest.data
+                hashes[_data(run.config)] = simulation.prepare(run.config).manifest.data
             elif split not in splits:
                 simulation.prepare_data(run.config)
         except FedsimError as e:
@@ -420,7 +439,7 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
         splits.add(split)
     of_missing = {run.entry.identity for run in missing}
     for run in plan.runs:
-        now = hashes.get(json.dumps(run.config.to_dict()["data"]))
+        now = hashes.get(_data(run.config))
         manifest = plan.folder / run.entry.folder / "manifest.json"
         if now is None or run.entry.identity in of_missing or not manifest.is_file():
             continue
@@ -428,6 +447,12 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
             raise DataError(
                 f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
             )
+
+
+def _data(config: SimConfig) -> str:
+    """All of a config that decides which samples there are, and what they hold: domains, held-out ones, a model's tokens."""
+    plain, stream = config.to_dict(), config.stream
+    return json.dumps([plain["data"], stream.name, stream.validation, plain["model"]], sort_keys=True)
 
 
 def finished(plan: SweepPlan) -> dict[str, Results]:

@@ -7,7 +7,8 @@
       own:                                       # further keys of one variant; null: it has nothing to tune
         ewc: {client.learners: [[{name: ewc, lam: 1}], [{name: ewc, lam: 100}]]}
         ncm: null
-      budget: 8                                  # configurations of a variant, at most: drawn evenly if there are more
+      budget: 8                                  # configurations of a variant, at most: if there are more, the one of all first
+                                                 # values, and others drawn evenly
       seeds: [10, 11]                            # one after the other; after each, `keep` of the configurations go on
       keep: 0.5
       metric: final_average_accuracy
@@ -15,7 +16,7 @@
 
 Successive halving (Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization") with
 seeds as the resource: every variant has the same budget, whatever its accuracy. A configuration's score is the mean of the metric
-over the seeds that it was played on; of equal scores the one that stands first wins.
+over the seeds that it was played on; of equal scores the one that stands first wins. One that is left alone is not played again.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from typing import Any
 from fedsim.core import config as configs
 from fedsim.core import presets, rng
 from fedsim.core.config import text
-from fedsim.core.errors import ConfigError, did_you_mean
+from fedsim.core.errors import ConfigError, DataError, did_you_mean
 from fedsim.core.files import storage_errors, write_atomic
+from fedsim.runs import known
 from fedsim.runs.collection import Entry, SweepRecord
 from fedsim.runs.known import Label
 from fedsim.runs.metrics import HEADLINE, METRICS
@@ -68,11 +70,15 @@ class TuneOptions:
             raise ConfigError(f"metric '{self.metric}' is none that is judged.{did_you_mean(self.metric, judged)}")
 
     def numbers(self, size: int) -> list[int]:
-        """How many of so many configurations are played on each seed."""
+        """How many of so many configurations are left on each seed; one that is left alone is not played."""
         found = [size]
         for _ in self.seeds[1:]:
             found.append(max(1, math.ceil(self.keep * found[-1])))
         return found
+
+    def runs(self, size: int) -> int:
+        """How many runs so many configurations take."""
+        return sum(number for number in self.numbers(size) if number > 1)
 
 
 @dataclass(frozen=True)
@@ -117,22 +123,25 @@ class Tuning:
         """Its configurations, in order."""
         return [one for one in self.candidates if one.variant == variant]
 
-    def rung(self, number: int, scores: Mapping[str, float]) -> list[Candidate]:
-        """Who is played on the seed of this place: all, and then the share `keep` of those that were, one at least, by variant.
+    def left(self, variant: str, number: int, scores: Mapping[str, float]) -> list[Candidate]:
+        """Which of its configurations are left for the seed of this place: all, and then the share `keep` of those that were, the
+        best first, one at least.
 
-        scores: the metric of runs by identity; a run that is not in it failed, and its configuration is out. A variant of one
-        configuration is not played."""
-        seeds = self.options.seeds[:number]
+        scores: the metric of runs by identity; a run that is not in it failed, and its configuration is out.
+        """
+        found = self.of(variant)
+        sizes = self.options.numbers(len(found))
+        for count in range(1, number + 1):
+            if len(found) > 1:  # else it was not played
+                found = self.ranked(found, self.options.seeds[:count], scores)[: sizes[count]]
+        return found
+
+    def rung(self, number: int, scores: Mapping[str, float]) -> list[Candidate]:
+        """Who is played on the seed of this place: those that are `left`, of variants that have more than one left."""
         found = []
         for variant in self.variants:
-            left = self.of(variant)
-            if len(left) < 2:
-                continue
-            sizes = self.options.numbers(len(left))
-            for count in range(1, len(seeds) + 1):
-                ranked = self.ranked(left, seeds[:count], scores)
-                left = ranked[: sizes[count]]
-            found += [one for one in self.of(variant) if one in left]
+            left = self.left(variant, number, scores)
+            found += [one for one in self.of(variant) if len(left) > 1 and one in left]
         return found
 
     def ranked(self, candidates: Sequence[Candidate], seeds: Sequence[int], scores: Mapping[str, float]) -> list[Candidate]:
@@ -150,13 +159,14 @@ class Tuning:
     def winners(self, scores: Mapping[str, float]) -> dict[str, Winner]:
         """By variant, once all rungs were played; a variant of which every configuration failed is left out."""
         found, seeds = {}, self.options.seeds
-        last = self.rung(len(seeds) - 1, scores)
         for variant in self.variants:
-            all_of_it = self.of(variant)
-            if len(all_of_it) == 1:
-                found[variant] = Winner(all_of_it[0], None, (), 1)
-            elif best := self.ranked([one for one in last if one.variant == variant], seeds, scores):
-                found[variant] = Winner(best[0], self.score(best[0], seeds, scores), seeds, len(all_of_it))
+            tried = len(self.of(variant))
+            played = [seed for number, seed in enumerate(seeds) if len(self.left(variant, number, scores)) > 1]
+            last = self.left(variant, len(seeds) - 1, scores)
+            if tried == 1:
+                found[variant] = Winner(last[0], None, (), 1)
+            elif best := self.ranked(last, played, scores):
+                found[variant] = Winner(best[0], self.score(best[0], played, scores), played, tried)
         return found
 
     def as_sweep(self, rungs: Sequence[Sequence[Candidate]]) -> SweepPlan:
@@ -192,13 +202,16 @@ def read(path: str | Path, overrides: Sequence[str] = (), output: str | Path | N
             raise ConfigError(f"tune.own names '{name}', which is no variant.{did_you_mean(name, variants)}")
     candidates: list[Candidate] = []
     first: SweepPlan | None = None
+    all_fits = []
     for name, changes in variants.items():
         one = {**sweep, "list": {axis: {name: changes}}, "seeds": list(options.seeds)}
         grid = _values(name, options)
-        found = plan.planned({**one, "grid": grid} if grid else one, path, overrides, output, **launch)
+        found, fits = plan.laid_out({**one, "grid": grid} if grid else one, path, overrides, output, **launch)
+        all_fits += fits
         first = first or found
         candidates += _candidates(str(name), grid, found, options)
     assert first is not None, "an empty axis is refused by then"
+    plan.require_used(all_fits)
     base = sweep["base"]
     if isinstance(base, Mapping):
         raise ConfigError(f"{path.name}: the base of a tuning must be a preset or files, so that winners can extend them")
@@ -228,26 +241,44 @@ def _candidates(variant: str, grid: Mapping[str, Any], found: SweepPlan, options
     all_of_it = [Candidate(variant, changes, runs) for changes, runs in by_setting.values()]
     if len(all_of_it) <= options.budget:
         return all_of_it
-    chosen = rng.stream(0, "tune", variant).choice(len(all_of_it), options.budget, replace=False)
-    return [all_of_it[place] for place in sorted(chosen.tolist())]
+    drawn = rng.stream(0, "tune", variant).choice(len(all_of_it) - 1, options.budget - 1, replace=False) + 1
+    return [all_of_it[place] for place in (0, *sorted(drawn.tolist()))]
 
 
-def played(tuning: Tuning, make: Make) -> dict[str, float]:
+def played(tuning: Tuning, make: Make, known: Mapping[str, float] | None = None) -> dict[str, float]:
     """Rung after rung, what is missing of it; the metric by identity of every run that has it. make: makes the missing runs of a
-    plan, and may fail at some of them."""
+    plan, and may fail at some of them. known: scores of runs that are not made again, see `told`."""
     rungs: list[list[Candidate]] = []
-    scores: dict[str, float] = {}
+    scores = dict(known or {})
     for number in range(len(tuning.options.seeds)):
         rungs.append(tuning.rung(number, scores))
         sweep = tuning.as_sweep(rungs)
         done = plan.finished(sweep)
-        if missing := sweep.missing(done):
+        if missing := [run for run in sweep.missing(done) if run.entry.identity not in scores]:
             plan.verify(sweep, missing)
             sweep = plan.keep_record(sweep)
-            make(sweep, done, missing)
+            here = [run for run in sweep.runs if run in missing or run.entry.identity in done]
+            make(replace(sweep, runs=tuple(here)), done, missing)
             done = plan.finished(sweep)
-        scores = scores_of(done, tuning.options.metric)
+        scores |= scores_of(done, tuning.options.metric)
     return scores
+
+
+def told(tuning: Tuning, tables: Sequence[str | Path]) -> dict[str, float]:
+    """The metric by identity of the tuning's runs that have a row in these tables, of `fedsim tune --csv` or `fedsim results
+    --csv`: so a tuning goes on where its run directories are not. Raises DataError."""
+    metric, found = tuning.options.metric, dict[str, float]()
+    entries = [run.entry for one in tuning.candidates for run in one.runs.values()]
+    for path in map(Path, tables):
+        frame = known.table(path)
+        if lacking := [column for column in ("run", metric) if column not in frame]:
+            raise DataError(f"{path} has no column {', '.join(lacking)}: write it with fedsim tune or fedsim results, and --csv")
+        row = {str(run): float(value) for run, value in zip(frame["run"], frame[metric], strict=True) if not math.isnan(value)}
+        here = {entry.identity: row[entry.folder] for entry in entries if entry.folder in row}
+        if not here:
+            raise DataError(f"none of the tuning's runs is in {path}: a run is known by its whole config (column run)")
+        found = here | found
+    return found
 
 
 def scores_of(results: Mapping[str, Results], metric: str) -> dict[str, float]:
@@ -288,10 +319,11 @@ def _reference(word: str, beside: Path, folder: Path) -> str:
 
 
 def table(tuning: Tuning, scores: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One row for every run that was played: variant, setting, seed, and the metric."""
+    """One row for every run that was played: by what it is known, variant, setting, seed, and the metric."""
     rows = []
     for number, seed in enumerate(tuning.options.seeds):
         for one in tuning.rung(number, scores):
-            value = scores.get(one.runs[seed].entry.identity)
-            rows.append({tuning.axis: one.variant, SETTING: one.setting, "seed": seed, tuning.options.metric: value})
+            entry = one.runs[seed].entry
+            labels = {tuning.axis: one.variant, SETTING: one.setting, "seed": seed}
+            rows.append({"run": entry.folder, **labels, tuning.options.metric: scores.get(entry.identity)})
     return rows

@@ -312,6 +312,14 @@ def test_data_that_changed_since_the_first_runs(one_ray: None, tmp_path: Path) -
         verify(plan, plan.runs[1:])
 
 
+def test_held_out_samples_are_no_other_data(one_ray: None, tmp_path: Path) -> None:
+    """Runs with and without them share a data section, and each is held against the data that it was made with."""
+    plan = sweep(tmp_path, grid={"stream.validation": [0.0, 0.3]})
+    execute(plan)
+    more = sweep(tmp_path, grid={"stream.validation": [0.0, 0.3]}, seeds=2)
+    verify(more, more.missing(finished(more)))
+
+
 def test_a_run_without_costs_is_made_again(one_ray: None, tmp_path: Path) -> None:
     """What `fedsim results` leaves out is not finished for a sweep."""
     plan = sweep(tmp_path)

@@ -73,6 +73,19 @@ def test_every_combination_is_a_run(tmp_path: Path) -> None:
     assert [run.config.seed for run in plan.runs] == [0] * 12 + [1] * 12  # every setting has a first result soon
 
 
+def test_a_pattern_of_files_is_a_variant_each(tmp_path: Path) -> None:
+    """Such as what `fedsim tune` writes: called as the file is, in the order of the names."""
+    (tmp_path / "best").mkdir()
+    for name, epochs in (("b", 3), ("a", 2)):
+        (tmp_path / "best" / f"{name}.yaml").write_text(f"client: {{epochs: {epochs}}}\n")
+    plan = plan_of(tmp_path, list={"method": "best/*.yaml"})
+    assert [(run.entry.labels["method"], run.config.client.epochs) for run in plan.runs] == [("a", 2), ("b", 3)]
+    one_by_one = {name: {"client.epochs": epochs} for name, epochs in (("a", 2), ("b", 3))}
+    assert [run.entry for run in plan.runs] == [run.entry for run in plan_of(tmp_path, list={"method": one_by_one}).runs]
+    with pytest.raises(ConfigError, match=r"list.method: no file is called worst/\*.yaml in .*presets go in a list"):
+        plan_of(tmp_path, list={"method": "worst/*.yaml"})
+
+
 axis = st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True)
 
 

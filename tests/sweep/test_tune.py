@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from fedsim import cli
 from fedsim.core.config import load
-from fedsim.core.errors import ConfigError, FedsimError
+from fedsim.core.errors import ConfigError, DataError, FedsimError
 from fedsim.sweeps import tune
 from fedsim.sweeps.tune import Tuning
 from tests.tiny import TINY
@@ -51,11 +51,11 @@ def test_half_go_on_after_every_seed(tmp_path: Path) -> None:
     for variant in METHODS:
         assert len(settings(tuning, 0, {}, variant)) == 4
         assert settings(tuning, 1, scores, variant) == ["client.lr=0.2", "client.lr=0.3"]
-        assert settings(tuning, 2, scores, variant) == ["client.lr=0.2"]
+        assert settings(tuning, 2, scores, variant) == []  # one is left alone, and nothing is to be found out any more
     winner = tuning.winners(scores)["fair"]
-    assert (winner.candidate.setting, winner.tried) == ("client.lr=0.2", 4)
-    assert winner.score == pytest.approx(40 + 0.01 * 6)
-    assert tuning.options.numbers(4) == [4, 2, 1]
+    assert (winner.candidate.setting, winner.tried, winner.seeds) == ("client.lr=0.2", 4, [5, 6])
+    assert winner.score == pytest.approx(40 + 0.01 * 5.5)
+    assert (tuning.options.numbers(4), tuning.options.runs(4), tuning.options.runs(1)) == ([4, 2, 1], 6, 0)
 
 
 def test_where_less_is_better_the_least_wins(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_where_less_is_better_the_least_wins(tmp_path: Path) -> None:
 def test_who_fails_is_out_and_a_variant_may_be_lost(tmp_path: Path) -> None:
     tuning = tune.read(written(tmp_path))
     scores = told(tuning, {"client.lr=0.4": 20})
-    assert settings(tuning, 1, scores, "avg") == ["client.lr=0.4"]
+    assert settings(tuning, 1, scores, "avg") == []
     assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.4"
     assert tuning.winners({}) == {}
 
@@ -84,6 +84,7 @@ def test_a_variant_has_keys_of_its_own_and_no_more_than_the_budget(tmp_path: Pat
     again = tune.read(written(tmp_path, tune={"own": own, "budget": 6}))
     of_avg = [one.setting for one in tuning.of("avg")]
     assert len(of_avg) == 6 and of_avg == [one.setting for one in again.of("avg")]
+    assert of_avg[0] == "client.lr=0.1 client.learners=[]"  # the first values of all are always tried
     assert 'client.lr=0.1 client.learners=[{"name": "proximal", "mu": 0.5}]' in {
         one.setting for one in tune.read(written(tmp_path, tune={"own": own})).of("avg")
     }
@@ -141,14 +142,55 @@ def test_the_command_plays_what_is_missing_and_writes_the_winners(
     path = written(tmp_path, list={"method": {"avg": {}}}, tune={"keys": {"client.lr": [0.001, 0.1]}, "seeds": [5, 6]})
     words = ["tune", str(path), "--jobs", "1", "--csv", str(tmp_path / "tried.csv")]
     assert cli.main([*words, "--dry-run"]) == 0
-    assert "3 runs at most, on seeds 5, 6: after each of them 50% go on" in capsys.readouterr().out
+    assert "2 runs at most, on seeds 5, 6: after each of them 50% go on" in capsys.readouterr().out
     assert cli.main(words) == 0
     rows = list(csv.DictReader((tmp_path / "tried.csv").read_text().splitlines()))
-    assert [row["seed"] for row in rows] == ["5", "5", "6"]
-    first = {row["setting"]: float(row["final_average_accuracy"]) for row in rows if row["seed"] == "5"}
+    assert [row["seed"] for row in rows] == ["5", "5"]
+    first = {row["setting"]: float(row["final_average_accuracy"]) for row in rows}
     best = max(first, key=lambda setting: first[setting])
-    assert rows[2]["setting"] == best
     assert load(tmp_path / "best" / "avg.yaml").client.lr == float(best.removeprefix("client.lr="))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
     assert cli.main([*words, "--quiet"]) == 0
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} and len(made) == 3
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} and len(made) == 2
+
+
+def test_what_a_table_tells_is_not_played_again(one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tuning goes on where its run directories are not, and ends with the same winner and the same table."""
+    path = written(tmp_path, list={"method": {"avg": {}}}, tune={"keys": {"client.lr": [0.001, 0.01, 0.1]}, "seeds": [5, 6]})
+    tried, again = tmp_path / "tried.csv", tmp_path / "again.csv"
+    assert cli.main(["tune", str(path), "--jobs", "1", "--csv", str(tried)]) == 0
+    best = (tmp_path / "best" / "avg.yaml").read_text()
+    lines = tried.read_text().splitlines(keepends=True)
+    assert len(lines) == 6  # three on the first seed, two on the second
+    (tmp_path / "part.csv").write_text("".join(lines[:3]))
+    (tmp_path / "best" / "avg.yaml").unlink()
+    words = ["tune", str(path), "--jobs", "1", "--output", str(tmp_path / "elsewhere"), "--csv", str(again)]
+    capsys.readouterr()
+    assert cli.main([*words, "--known", str(tmp_path / "part.csv")]) == 0
+    assert "; 2 known by a table" in capsys.readouterr().out
+    assert len(list((tmp_path / "elsewhere").glob("*/metrics.json"))) == 3
+    assert (again.read_text(), (tmp_path / "best" / "avg.yaml").read_text()) == (tried.read_text(), best)
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ("seed,final_average_accuracy\n5,50.0\n", "has no column run: write it with fedsim tune or fedsim results, and --csv"),
+        ("run,seed\n00,5\n", "has no column final_average_accuracy"),
+        ("run,final_average_accuracy\n0123456789abcdef,50.0\n", "none of the tuning's runs is in"),
+    ],
+)
+def test_a_table_that_tells_nothing(table: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(DataError, match=line):
+        tune.told(tune.read(written(tmp_path)), [tmp_path / "t.csv"])
+
+
+def test_what_all_variants_share_need_not_apply_to_each(tmp_path: Path) -> None:
+    """A number of clients means nothing where one client holds everything; it must apply to some variant."""
+    both = {"avg": {}, "joint": {"extends": "joint"}}
+    tuning = tune.read(written(tmp_path, set={"partition.clients": 2}, list={"method": both}))
+    counts = {one.variant: run.config.partition["clients"] for one in tuning.candidates for run in one.runs.values()}
+    assert counts == {"avg": 2, "joint": 1}
+    with pytest.raises(ConfigError, match=r"partition.clients must be 1 with joint"):
+        tune.read(written(tmp_path, set={"partition.clients": 2}, list={"method": {"joint": {"extends": "joint"}}}))
