@@ -49,29 +49,31 @@ class Merging(contracts.ChainedMerging):
     much larger, and training jump. Where the product has less than rank r, A is the mean and B the best for it. Clients' pairs
     may have ranks of their own; A is then near the server's.
 
-    A round costs one more look at the clients' data for each group, one after the other. In each a client is sent the group
-    that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones (queries, keys
-    and values) one. A client that fails in a look is left out of that group.
+    A round that merges so costs one more look at the clients' data for each group, one after the other. In each a client is sent
+    the group that was merged last, and sends the Grams of the next: d(d+1)/2 numbers for a map of d inputs, of equal ones
+    (queries, keys and values) one. A client that fails in a look is left out of that group.
 
     target: merged, as above | own, Σ ‖W X̂_i − W_i X_i‖² with X_i through i's own model: W⁺ = (Σ W_i Ĝ_i + D_i)(Σ Ĝ_i)⁺, where
     D_i = Σ (y_i − ŷ_i) x̂ᵀ is how far the merged groups move what the map gives (m·d more numbers, statistic `response_gap`).
-    decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact, and where inputs hardly vary in some direction W⁺ is far
-    larger in it than any W_i, the more so with every round (on Fashion-MNIST LoRA products grow to 10⁶ in three).
+    decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact. Where inputs hardly vary in some direction, W⁺ may be far
+    larger in it than any W_i, and what clients train from there is merged larger still. On Fashion-MNIST (3 rounds a task) LoRA
+    products of norm 1 are merged to 10² to 10³ by the third round, with decay 1 to 10⁶.
     granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it
     still see i's own.
-    rounds: every | last, only the last of a task, and the mean in the others (ours: the dear looks once a task).
+    rounds: last, only the last of a task, and the mean in the others: nothing is trained from what was merged, as in the paper |
+        every. Three tasks of Fashion-MNIST, seed 0: 51.5 % with `last`; with `every` 18.2 at decay 0.9, 49.7 at 0.5 and 50.3 at
+        0.1; the mean gets 52.2.
     The paper merges models of tasks that were trained from one network, whose data are at hand (so does `fedsim merge`; over the
-    tasks of a stream they are gone). That clients are merged so every round, LoRA products, the cut, and blocks are ours. Its
-    equations were had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one
-    reading
-    of two (`target`); it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
+    tasks of a stream they are gone). That clients are merged so, LoRA products, the cut, and blocks are ours. Its equations were
+    had from summaries only: that the target is W_i X̂_i, and not what i's own model gives (W_i X_i), is one reading of two
+    (`target`); it is what RegMean++ (2025, arXiv 2508.03121) is said to do as well.
     """
 
     pairs: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"granularity": "layer", "decay": 1.0, "target": "own"})
     decay: float = 0.9
     granularity: str = "block"
-    rounds: str = "every"
+    rounds: str = "last"
     target: str = "merged"
 
     def __post_init__(self) -> None:

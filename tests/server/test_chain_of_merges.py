@@ -266,8 +266,8 @@ def test_the_gap_is_what_the_merged_part_moves(tmp_path: Path, monkeypatch: pyte
 
 
 def test_looks_only_in_a_tasks_last_round(tmp_path: Path) -> None:
-    rule = {**RULE, "aggregator": {"name": "merged", "rule": {"name": "chain_of_merges", "rounds": "last"}}}
-    config = tiny("stream.tasks=1", "server.rounds=3", output=tmp_path, model=plain_vit(), server=rule)
+    """By default: nothing is trained from what was merged, or modules grow from round to round."""
+    config = tiny("stream.tasks=1", "server.rounds=3", output=tmp_path, model=plain_vit(), server=RULE)
     assert final_state(run(config).path, config).client_rounds == 3 * (3 + 3)
 
 
