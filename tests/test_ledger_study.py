@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
+from experiments.ledger import again
+from fedsim import cli
 from fedsim.core import presets
-from fedsim.sweeps import tune
+from fedsim.core.config import SimConfig, load
+from fedsim.sweeps import plan, tune
+from tests.tiny import TINY
 
 LEDGER = Path(__file__).resolve().parents[1] / "experiments" / "ledger"
 NOT_A_METHOD = {"unlearning"}  # what is removed again, by a command of its own
@@ -29,8 +35,47 @@ def test_a_chosen_few_on_other_streams_with_their_bounds(name: str) -> None:
 
 
 def test_all_have_the_same_small_budget() -> None:
+    """On a seed that no table uses, and never by the test images."""
     tuning = tune.read(LEDGER / "tune_fashion.yaml")
-    seeds = set(tuning.options.seeds)
-    assert seeds.isdisjoint({0, 1, 2}), "which the tables use"
+    assert set(tuning.options.seeds).isdisjoint({0, 1, 2})
     assert all(len(tuning.of(name)) <= tuning.options.budget for name in tuning.variants)
-    assert {run.config.stream.order for one in tuning.candidates for run in one.runs.values()} == {"shuffle"}
+    configs = [run.config for one in tuning.candidates for run in one.runs.values()]
+    assert all(config.stream.validation > 0 for config in configs)
+    ledger = plan.expand(LEDGER / "fashion.yaml").runs[0].config
+    assert {config.stream.order for config in configs} == {ledger.stream.order}
+
+
+def test_a_preset_as_it_is_is_among_what_is_tried() -> None:
+    """So tuning loses to a preset on other data only."""
+    tuning = tune.read(LEDGER / "tune_fashion.yaml")
+    for name in tuning.variants:
+        sections = [of_method(one.runs[10].config) for one in tuning.of(name)]
+        assert of_method(load(["fashion", name])) in sections, name
+
+
+def of_method(config: SimConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key in ("adapter", "head", "client", "server")} | {
+        "server": config.to_dict()["server"] | {"evaluate": "task"}
+    }
+
+
+def test_rows_that_cannot_be_repeated_are_told(one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    sweep = tmp_path / "my.yaml"
+    sweep.write_text(yaml.safe_dump({"base": "tiny.yaml", "grid": {"client.lr": [0.1, 0.01]}, "seeds": 2}))
+    runs, table = tmp_path / "runs", tmp_path / "my.csv"
+    assert cli.main(["sweep", str(sweep), "--output", str(runs), "--jobs", "1", "--quiet"]) == 0
+    assert cli.main(["results", str(runs), "--csv", str(table)]) == 0
+    words = [str(sweep), str(table), "--runs", "3", "--jobs", "1"]
+    assert again.main([*words, "--output", str(tmp_path / "again")]) == 0
+    assert capsys.readouterr().out.endswith("3 of 3 runs made again give their rows of my.csv, to the last digit\n")
+    lines = [dict(row) for row in csv.DictReader(table.read_text().splitlines())]
+    for row in lines:
+        row["forgetting"] = str(float(row["forgetting"]) + 1e-9)
+    with table.open("w", newline="") as file:
+        (out := csv.DictWriter(file, lines[0])).writeheader()
+        out.writerows(lines)
+    assert again.main([*words, "--output", str(tmp_path / "again")]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "0 of 3 runs made again give their rows of my.csv, to the last digit"
+    assert sum(": forgetting is " in line for line in told) == 3

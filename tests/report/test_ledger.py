@@ -217,6 +217,21 @@ def test_recipes_that_were_run_come_first(tmp_path: Path) -> None:
     assert found.output == tmp_path / "out/page.html"
 
 
+def test_a_recipe_on_a_stream_that_is_no_preset_is_run_by_itself(tmp_path: Path) -> None:
+    """As what `fedsim tune` writes, it says its stream; a method without one has no command there."""
+    for name in ("fashion", "tuned"):
+        table(tmp_path / f"{name}.csv")
+    (tmp_path / "best" / "tuned").mkdir(parents=True)
+    (tmp_path / "best/tuned/er.yaml").write_text("extends: [fashion, er]\nclient: {lr: 1.0e-3}\n")
+    (tmp_path / "ledger.yaml").write_text(
+        "results: {fashion: fashion.csv, tuned: tuned.csv}\nrecipes: best/{stream}/{method}.yaml\n"
+    )
+    found = ledger.read([tmp_path / "ledger.yaml"])
+    path = os.path.relpath(tmp_path / "best/tuned/er.yaml")
+    assert methods.known("er", found).command == f"fedsim run fashion er\nfedsim run {path}"
+    assert methods.known("lorm", found).command == "fedsim run fashion lorm"
+
+
 def test_published_figures_stand_with_their_source(folder: Path, counted: object) -> None:
     head = "stream,method,beta,figure,source,tag\n"
     lines = "cifar100_vit,paper_lorm,0.05,82.76,A paper,read\ncub_vit,joint,,86.04,A paper,read\n"

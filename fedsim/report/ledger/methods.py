@@ -90,12 +90,13 @@ def known(name: str, study: Study) -> Method:
 
 
 def _commands(name: str, study: Study, own_files: Mapping[str, Path], is_preset: bool) -> Iterator[str]:
-    """On every stream that it was run on and that is a preset: of the config that was run there, else of the method's preset."""
+    """On every stream that it was run on: of the config that was run there, else of its preset, if the stream is one too."""
     ran = [stream.name for stream in study.streams if (stream.frame["method"] == name).any()]
-    for stream in [s for s in ran if s in presets.names(presets.STREAMS)] or [""]:
+    streams = presets.names(presets.STREAMS)
+    for stream in [s for s in ran if s in streams or s in own_files] or [""]:
         word = os.path.relpath(own_files[stream]) if stream in own_files else name if is_preset else ""
         if word:
-            yield " ".join(filter(None, ("fedsim run", stream, word)))
+            yield " ".join(filter(None, ("fedsim run", stream if stream in streams else "", word)))
 
 
 def _run_from(name: str, study: Study) -> Iterator[tuple[str, Path]]:
