@@ -46,10 +46,14 @@ tables: $(VENV)/.installed-test  ## write docs/methods.md and docs/backbones.md:
 	$(BIN)/python -m tests.models.conformance > docs/backbones.md
 	$(BIN)/python -m tests.test_matrix
 
-KNOWN :=  # make ledger KNOWN=experiments/ledger/fashion.csv makes the runs that the committed table has not
+# make ledger KNOWN=experiments/ledger/fashion.csv TUNED=experiments/ledger/fashion_tuned.csv makes the runs that the committed tables have not
+KNOWN :=
+TUNED :=
 ledger: $(VENV)/.installed  ## every method on Fashion-MNIST, its table and docs/ledger/index.html: hours; goes on where it was stopped
 	$(BIN)/fedsim sweep experiments/ledger/fashion.yaml --output runs/ledger/fashion $(addprefix --known ,$(KNOWN))
-	$(BIN)/fedsim results runs/ledger/fashion $(KNOWN) --csv experiments/ledger/fashion.csv
+	$(BIN)/fedsim results runs/ledger/fashion $(KNOWN) --sweep fashion --csv experiments/ledger/fashion.csv
+	$(BIN)/fedsim sweep experiments/ledger/fashion_tuned.yaml --known experiments/ledger/fashion.csv --output runs/ledger/fashion_tuned $(addprefix --known ,$(TUNED))
+	$(BIN)/fedsim results runs/ledger/fashion_tuned experiments/ledger/fashion.csv $(TUNED) --sweep fashion_tuned --csv experiments/ledger/fashion_tuned.csv
 	$(BIN)/fedsim ledger experiments/ledger/ledger.yaml
 
 clean:  ## remove the environment and all caches

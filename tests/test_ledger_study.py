@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,29 @@ def test_a_preset_as_it_is_is_among_what_is_tried() -> None:
     for name in tuning.variants:
         sections = [of_method(one.runs[10].config) for one in tuning.of(name)]
         assert of_method(load(["fashion", name])) in sections, name
+
+
+def test_the_winners_are_those_of_the_table(tmp_path: Path) -> None:
+    """Every committed file is what the committed table of all that was tried makes of it."""
+    tuning = tune.read(LEDGER / "tune_fashion.yaml")
+    winners = tuning.winners(tune.told(tuning, [LEDGER / "tune_fashion.csv"]))
+    assert list(winners) == list(tuning.variants)
+    elsewhere = replace(tuning, options=replace(tuning.options, into=str(tmp_path)))
+    written = {path.name: path.read_text() for path in tune.write(elsewhere, winners)}
+    assert written == {path.name: path.read_text() for path in (LEDGER / "best" / "fashion_tuned").glob("*.yaml")}
+
+
+def test_the_tuned_ledger_is_of_the_same_stream() -> None:
+    tuned, presets_ = (plan.expand(LEDGER / f"{name}.yaml").runs for name in ("fashion_tuned", "fashion"))
+    assert {run.entry.labels["method"] for run in tuned} == set(methods("fashion.yaml"))
+    splits = [
+        {
+            json.dumps([run.config.seed, run.config.to_dict()["data"], run.config.to_dict()["stream"], run.config.partition])
+            for run in runs
+        }
+        for runs in (tuned, presets_)
+    ]
+    assert splits[0] == splits[1]
 
 
 def of_method(config: SimConfig) -> dict[str, Any]:

@@ -308,8 +308,8 @@ def _told(tuning: Tuning, winner: Winner) -> str:
     if winner.score is None:
         return "As it is: nothing was to be tuned."
     metric = METRICS[tuning.options.metric]
-    seeds = ", ".join(map(str, winner.seeds))
-    return f"The best of {winner.tried} configurations on seeds {seeds} of {tuning.path.name}: {metric.name} {winner.score:.2f}."
+    seeds = f"seed{'s' if len(winner.seeds) > 1 else ''} {', '.join(map(str, winner.seeds))}"
+    return f"The best of {winner.tried} configurations on {seeds} of {tuning.path.name}: {metric.name} {winner.score:.2f}."
 
 
 def _reference(word: str, beside: Path, folder: Path) -> str:

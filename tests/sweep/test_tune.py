@@ -101,7 +101,7 @@ def test_a_winner_is_a_config(tmp_path: Path) -> None:
     config = load(files[0])
     assert config.client.lr == 0.2 and config.client.learners == [{"name": "proximal", "mu": 0.5}]
     assert config.stream == load(tmp_path / "tiny.yaml").stream
-    assert "best of 2 configurations on seeds 5 of my.yaml: final_average_accuracy 60.05" in files[0].read_text()
+    assert "best of 2 configurations on seed 5 of my.yaml: final_average_accuracy 60.05" in files[0].read_text()
     assert load(files[1]).server.aggregator["name"] == "fairavg" and "nothing was to be tuned" in files[1].read_text()
 
 
