@@ -56,8 +56,8 @@ class Merging(contracts.ChainedMerging):
     target: merged, as above | own, Σ ‖W X̂_i − W_i X_i‖² with X_i through i's own model: W⁺ = (Σ W_i Ĝ_i + D_i)(Σ Ĝ_i)⁺, where
     D_i = Σ (y_i − ŷ_i) x̂ᵀ is how far the merged groups move what the map gives (m·d more numbers, statistic `response_gap`).
     decay: in [0, 1], 0.9 as in RegMean's paper. With 1 the fit is exact. Where inputs hardly vary in some direction, W⁺ may be
-    far larger in it than any W_i, and what clients train from there is merged larger still. On Fashion-MNIST (3 rounds a task) LoRA
-    products of norm 1 are merged to 10² to 10³ by the third round, with decay 1 to 10⁶.
+    far larger in it than any W_i, and what clients train from there is merged larger still. On Fashion-MNIST (3 rounds a task)
+    LoRA products of norm 1 are merged to 10² to 10³ by the third round, with decay 1 to 10⁶.
     granularity: layer, every map by itself, as published | block, all maps of a block at once: those behind the first in it
     still see i's own.
     rounds: last, only the last of a task, and the mean in the others: nothing is trained from what was merged, as in the paper |

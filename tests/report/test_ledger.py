@@ -232,6 +232,12 @@ def test_a_recipe_on_a_stream_that_is_no_preset_is_run_by_itself(tmp_path: Path)
     assert methods.known("lorm", found).command == "fedsim run fashion lorm"
 
 
+def test_a_run_that_stands_in_two_tables_counts_once(tmp_path: Path) -> None:
+    """A tuned method that stays its preset, say."""
+    whole, few = table(tmp_path / "fashion.csv"), table(tmp_path / "tuned.csv", seeds=1)
+    assert len(few) < len(whole) == Ledger.of(ledger.read([tmp_path / "fashion.csv", tmp_path / "tuned.csv"])).runs
+
+
 def test_published_figures_stand_with_their_source(folder: Path, counted: object) -> None:
     head = "stream,method,beta,figure,source,tag\n"
     lines = "cifar100_vit,paper_lorm,0.05,82.76,A paper,read\ncub_vit,joint,,86.04,A paper,read\n"

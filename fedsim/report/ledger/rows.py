@@ -101,7 +101,7 @@ class Ledger:
             {(stream.name, split): _bounds(stream, split, study.bounds) for stream, split in places},
             {(stream.name, split): agreement(_of_split(stream, split)) for stream, split in places},
             columns,
-            sum(len(stream.frame) for stream in study.streams),
+            _distinct(study.streams),
         )
 
     def shown(self, stream: str, split: str) -> list[Setting]:
@@ -128,6 +128,12 @@ def agreements(frame: pd.DataFrame) -> list[float]:
         if len(both) > 1:
             found.append(float(stats.kendalltau(both[one], both[other]).statistic))
     return found
+
+
+def _distinct(streams: Sequence[Stream]) -> int:
+    """How many runs there are: one that stands in several tables counts once."""
+    known = {run for stream in streams if "run" in stream.frame for run in stream.frame["run"]}
+    return len(known) + sum(len(stream.frame) for stream in streams if "run" not in stream.frame)
 
 
 def _of_split(stream: Stream, split: str) -> pd.DataFrame:
