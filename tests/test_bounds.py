@@ -80,6 +80,8 @@ def test_what_comes_with_the_package_is_what_a_run_finds(tmp_path: Path) -> None
     assert found.metrics["final_average_accuracy"] == pytest.approx(known.ncm, abs=1e-3)
     assert bounds.chance(found) == known.chance == 1.0
     assert {entry["name"] for entry in bounds._shipped()} <= set(STREAMS)
+    held_out = replace(found, config=load("omniglot", ["stream.validation=0.2"]))
+    assert bounds.shipped(held_out) is None  # other samples are tested
 
 
 def test_the_command_makes_what_is_missing_and_runs_find_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
