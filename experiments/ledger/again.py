@@ -8,7 +8,6 @@ Every number but times and memory must be the same to the last digit. Processors
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,9 @@ from fedsim.sweeps.plan import expand, finished, told
 MEASURED = ("seconds", "processor_seconds", "peak_memory")  # how columns begin that no run gives twice
 
 
-def differing(row: Known, again: Mapping[Any, Any]) -> dict[str, tuple[float, float]]:
+def differing(row: Known, again: Mapping[Any, Any]) -> dict[str, tuple[float, Any]]:
     """The numbers of a row that came out otherwise: column -> (of the table, of the run)."""
-    pairs = {c: (v, again[c]) for c, v in row.metrics.items() if v is not None and c in again and not c.startswith(MEASURED)}
+    pairs = {c: (v, again.get(c)) for c, v in row.metrics.items() if v is not None and not c.startswith(MEASURED)}
     return {column: pair for column, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -51,7 +50,11 @@ def main(words: Sequence[str] | None = None) -> int:
     wrong = 0
     for run in drawn.runs:
         row = rows[run.entry.identity]
-        found = differing(row, made[row.run]) if row.run in made else {"final_average_accuracy": (math.nan, math.nan)}
+        if row.run not in made:
+            wrong += 1
+            print(f"{run.label}: could not be made again")
+            continue
+        found = differing(row, made[row.run])
         wrong += bool(found)
         for column, (before, after) in found.items():
             print(f"{run.label}: {column} is {before!r} in the table and {after!r} now")

@@ -254,11 +254,11 @@ def played(tuning: Tuning, make: Make, known: Mapping[str, float] | None = None)
         rungs.append(tuning.rung(number, scores))
         sweep = tuning.as_sweep(rungs)
         done = plan.finished(sweep)
-        if missing := [run for run in sweep.missing(done) if run.entry.identity not in scores]:
+        here = tuple(run for run in sweep.runs if run.entry.identity in done or run.entry.identity not in scores)
+        if missing := replace(sweep, runs=here).missing(done):
             plan.verify(sweep, missing)
             sweep = plan.keep_record(sweep)
-            here = [run for run in sweep.runs if run in missing or run.entry.identity in done]
-            make(replace(sweep, runs=tuple(here)), done, missing)
+            make(replace(sweep, runs=here), done, missing)
             done = plan.finished(sweep)
         scores |= scores_of(done, tuning.options.metric)
     return scores
