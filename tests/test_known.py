@@ -138,6 +138,20 @@ def test_a_hash_of_decimal_digits_stays_a_text(tmp_path: Path) -> None:
     (row,) = known.read([path]).values()
     assert (row.run, row.split, row.seed, row.levels) == ("0012345678901234", "12345678901234e5", 0, {"method": "lorm"})
     assert row.metrics == {HEADLINE: 50.0}
+    assert row.made == {"version": "", "processor": ""}
+
+
+def test_what_made_a_run_stays_with_its_row(tmp_path: Path) -> None:
+    """Beside runs at hand, and whatever the text looks like; an older table, which does not say, is read."""
+    run_dirs.write_sweep(tmp_path / "all", seeds=1)
+    frame = collect([tmp_path / "all"]).frame()
+    assert set(frame["processor"]) != {""}
+    path = tmp_path / "t.csv"
+    path.write_text(tables.to_csv(frame.assign(version="0.9", processor="7e1")))
+    told = collect([path]).frame()
+    assert (set(told["version"]), set(told["processor"])) == ({"0.9"}, {"7e1"})
+    path.write_text(tables.to_csv(frame.drop(columns=[*known.MADE])))
+    assert set(collect([path]).frame()["processor"]) == {""}
 
 
 @pytest.mark.parametrize("study", ["continual", "heterogeneity", "methods"])

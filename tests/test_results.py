@@ -21,8 +21,9 @@ from fedsim.core import files
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, StorageError
 from fedsim.core.events import ClassRow, DriftRow, Row
-from fedsim.runs.collection import flatten
+from fedsim.runs.collection import collect, flatten
 from fedsim.runs.directory import Holding, RunDir
+from fedsim.runs.environment import environment
 from fedsim.runs.results import Results
 from server import checkpoint
 from tests.tiny import stopping, tiny
@@ -208,14 +209,43 @@ def test_environment_says_what_made_the_numbers(run_dirs: Path) -> None:
     import torch
 
     run_dir = begun(tiny(output=run_dirs))
-    environment = json.loads((run_dir.path / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
-    assert set(environment) >= {"fedsim", "git", "python", "platform", "cpu", "cores", "command", "started"}
-    assert environment["git"] is None or len(environment["git"]["commit"]) == 40
+    told = json.loads((run_dir.path / "environment.json").read_text())
+    assert told["packages"]["torch"] == torch.__version__
+    assert set(told) >= {"fedsim", "git", "python", "platform", "cpu", "cores", "command", "started"}
+    assert told["git"] is None or len(told["git"]["commit"]) == 40
     RunDir.open(run_dir.path).write_start(FakeManifest())
     again = json.loads((run_dir.path / "environment.json").read_text())
-    assert again.pop("resumed")[0]["packages"] == environment["packages"]
-    assert again == environment
+    assert again.pop("resumed")[0]["packages"] == told["packages"]
+    assert again == told
+    assert told["processor"] == f"{told['cpu']}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def test_a_run_says_which_version_and_processor_made_it(run_dirs: Path) -> None:
+    """In every table of runs; one that goes on elsewhere is of both processors, and what is not known stays empty."""
+    run_dir = begun(tiny(output=run_dirs))
+    known().write_end(run_dir)
+    path = run_dir.path / "environment.json"
+    told = json.loads(path.read_text())
+    git = {"commit": "a" * 40, "dirty": True}
+    for noted, version, processor in [
+        (told | {"fedsim": "0.8.0", "git": None, "processor": "One, AVX2"}, "0.8.0", "One, AVX2"),
+        (told | {"git": git, "processor": "One", "resumed": [{"processor": "Two"}, {"cpu": "One"}]}, None, "One and Two"),
+        ({"fedsim": "0.7.0", "cpu": "One"}, "0.7.0", "One"),
+        ([], "", ""),
+    ]:
+        path.write_text(json.dumps(noted))
+        row = collect([run_dirs]).frame().iloc[0]
+        version = f"{told['fedsim']} commit aaaaaaa with changes" if version is None else version
+        assert (row["version"], row["processor"]) == (version, processor)
+    path.unlink()
+    assert collect([run_dirs]).frame()["processor"].tolist() == [""]
+
+
+def test_a_device_of_torch_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {"cuda:1": "A card"}[device])
+    assert environment("cuda:1")["processor"] == "A card"
 
 
 def test_nan_accuracy_of_a_task_without_test_samples(run_dirs: Path) -> None:

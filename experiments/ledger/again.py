@@ -56,6 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
             continue
         found = differing(row, made[row.run])
         wrong += bool(found)
+        if found and (then := row.made["processor"]) != (now := str(made[row.run]["processor"])):
+            print(f"{run.label}: its row is of {then or 'a processor that the table does not name'}, this run of {now}")
         for column, (before, after) in found.items():
             print(f"{run.label}: {column} is {before!r} in the table and {after!r} now")
     print(

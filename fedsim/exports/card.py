@@ -15,6 +15,7 @@ from fedsim.exports import peft
 from fedsim.exports.deployed import DeployedModel
 from fedsim.exports.script import Script
 from fedsim.runs.directory import damage
+from fedsim.runs.environment import FILE
 from fedsim.runs.metrics import METRICS
 from fedsim.runs.results import Results
 
@@ -116,7 +117,7 @@ def _accuracy(deployed: DeployedModel) -> str:
 
 def _origin(deployed: DeployedModel, to: str) -> str:
     config, folder = deployed.config_as_it_was, deployed.run.dir.path
-    path = folder / "environment.json"
+    path = folder / FILE
     with damage(path):
         told: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         command, versions = told["command"], told["packages"] | {"fedsim": told["fedsim"], "python": told["python"]}

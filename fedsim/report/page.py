@@ -15,6 +15,7 @@ from fedsim.report.data import Study
 from fedsim.report.document import esc, file_name, pack
 from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option
 from fedsim.runs import bounds
+from fedsim.runs.environment import noted, processor_of, version_of
 from fedsim.runs.metrics import HEADLINE, Metric
 from fedsim.runs.metrics import of as metric_of
 
@@ -135,11 +136,14 @@ def _differences(study: Study) -> list[str]:
         lines.append(
             f"{_count(others, 'other finished run')} in the folder, not of this sweep, left out (--all takes every run)."
         )
-    environments = [_environment(run.results.path) for run in study.runs]
-    states = Counter(_commit(e) for e in environments)
+    environments = [noted(run.results.path) for run in study.runs]
+    states, processors = (Counter(map(of, environments)) for of in (_code, processor_of))
     if len(states) > 1:
+        lines.append(f"The runs come from different states of the code: {_counted(states)}.")
+    if len(processors) > 1:
         lines.append(
-            "The runs come from different states of the code: " + ", ".join(f"{s} ({n})" for s, n in states.most_common()) + "."
+            f"The runs were made on different processors, whose last bits may differ, and with them accuracies by some tenths: "
+            f"{_counted(processors)}."
         )
     skipped = [run for run in study.runs if run.results.failures]
     if skipped:
@@ -403,18 +407,18 @@ def _runs(study: Study) -> str:
 
 def _run(study: Study, i: int, name: str, opened: bool) -> str:
     results = study.runs[i].results
-    environment = _environment(results.path)
+    environment = noted(results.path)
     value = study.frame[HEADLINE].iloc[i]
     score = "" if math.isnan(value) else f'<span class="value"><b>{value:.1f}</b> % final average accuracy</span>'
     facts = {
         "run": study.frame["run"].iloc[i],
         "partition": study.frame["partition_hash"].iloc[i],
         "started": environment.get("started"),
-        "code": _commit(environment),
+        "code": _code(environment),
         "versions": ", ".join(
             f"{k} {v}" for k, v in {"Python": environment.get("python"), **_dict(environment, "packages")}.items() if v
         ),
-        "machine": ", ".join(str(v) for v in (environment.get("cpu"), _cores(environment), environment.get("platform")) if v),
+        "machine": ", ".join(str(v) for v in (processor_of(environment), _cores(environment), environment.get("platform")) if v),
         "resumed": len(environment.get("resumed", [])) or None,
         "skipped clients": "; ".join(results.failures),
         "notes": "; ".join(results.notes),
@@ -438,28 +442,17 @@ def _config_text(study: Study, i: int) -> str:
     return path.read_text(encoding="utf-8") if path is not None and path.is_file() else results.config.to_yaml()
 
 
-def _environment(path: Path | None) -> dict[str, Any]:
-    """What the run noted about itself; nothing where the file is not there or damaged."""
-    try:
-        found = json.loads((path / "environment.json").read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _dict(environment: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = environment.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _commit(environment: Mapping[str, Any]) -> str:
-    git = _dict(environment, "git")
-    version = f"fedsim {environment.get('fedsim', 'of an unknown version')}"
-    return (
-        f"{version}, commit {str(git['commit'])[:12]}{' with changes' if git.get('dirty') else ''}"
-        if "commit" in git
-        else version
-    )
+def _code(environment: Mapping[str, Any]) -> str:
+    return f"fedsim {version_of(environment, digits=12) or 'of an unknown version'}"
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{name or 'not named'} ({n})" for name, n in found.most_common())
 
 
 def _cores(environment: Mapping[str, Any]) -> str | None:

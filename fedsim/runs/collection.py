@@ -32,14 +32,15 @@ from fedsim.core.files import storage_errors, write_atomic
 from fedsim.core.home import __version__
 from fedsim.data.manifest import estimate_alpha
 from fedsim.runs import display, known, metrics
-from fedsim.runs.known import Known, Label
+from fedsim.runs.environment import noted, processor_of, version_of
+from fedsim.runs.known import MADE, Known, Label
 from fedsim.runs.results import Results
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "fedsim-sweep-1"
-TEXTS = ("run", "partition_hash", "path")  # columns of the frame that are no numbers
+TEXTS = ("run", "partition_hash", *MADE, "path")  # columns of the frame that are no numbers
 NAMED = (*TEXTS, "seed", "dirichlet_alpha")  # columns that no axis of a sweep can be called
 STARTED = ("status.json", "config.yaml")  # one of them is in every folder that a run began
 
@@ -234,7 +235,7 @@ class Collection:
         """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition_hash` (16
         digits), `dirichlet_alpha` (as asked for; inf for iid, NaN for others), the split in figures, every metric (percent; NaN
         where undefined), accuracies by task and chance, bytes by direction and kind, seconds by phase, client rounds, skipped
-        clients, path."""
+        clients, `version` (of fedsim) and `processor` (whose last bits the numbers have), path."""
         plugins.require("pandas", "a frame of runs", "report")
         import pandas as pd
 
@@ -434,11 +435,13 @@ def _row(results: Results, keys: Mapping[str, Label]) -> dict[str, Any]:
     row: dict[str, Any] = {"run": results.config.identity()[:16], **keys}
     row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
     row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
-    return row | {"skipped_clients": len(results.failures), "path": str(results.path)}
+    told = noted(results.path)
+    made = dict(zip(MADE, (version_of(told), processor_of(told)), strict=True))
+    return row | {"skipped_clients": len(results.failures), **made, "path": str(results.path)}
 
 
 def _row_of_known(run: Known, keys: Mapping[str, Label]) -> dict[str, Any]:
-    return {"run": run.run, **keys, "partition_hash": run.split, **run.metrics, "path": str(run.table)}
+    return {"run": run.run, **keys, "partition_hash": run.split, **run.metrics, **run.made, "path": str(run.table)}
 
 
 def label_text(labels: Mapping[str, Label]) -> str:

@@ -42,10 +42,11 @@ from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.events import TensorsKept
 from fedsim.core.files import LOCK, held, remove_leftovers, storage_errors, write_atomic
 from fedsim.core.home import __version__
+from fedsim.runs.environment import FILE as ENVIRONMENT
 from fedsim.runs.environment import environment
 from fedsim.runs.rows import csv_bytes
 
-BEFORE_STATUS = {"config.yaml", "plugins", "manifest.json", "partition.csv", "environment.json"}  # written before status.json
+BEFORE_STATUS = {"config.yaml", "plugins", "manifest.json", "partition.csv", ENVIRONMENT}  # written before status.json
 RULE_OBJECT = "python:"  # the name of a rule that was passed as an object, not by name
 
 
@@ -196,7 +197,7 @@ class RunDir:
             manifest.save(self.path / "manifest.json")
         columns = [f.name for f in dataclasses.fields(Holding)]
         write_atomic(self.path / "partition.csv", csv_bytes(columns, manifest.holdings()), self.advice)
-        self.write_json("environment.json", environment())
+        self.write_json(ENVIRONMENT, environment(self.config.runtime.device))
         self.write_status("running", manifest.hash)
 
     def keep(self, kept: TensorsKept) -> None:
@@ -237,10 +238,11 @@ class RunDir:
         return _read_status(self.path)[key]
 
     def _note_resume(self) -> None:
-        path = self.path / "environment.json"
+        path = self.path / ENVIRONMENT
         with damage(path):
             first = dict(json.loads(path.read_text(encoding="utf-8")))
-        self.write_json(path.name, first | {"resumed": [*first.get("resumed", []), environment()]})
+        now = environment(self.config.runtime.device)
+        self.write_json(path.name, first | {"resumed": [*first.get("resumed", []), now]})
 
     def _copy_plugins(self) -> SimConfig:
         """Copy the user's plug-in files and manifest here, and return the config that names the copies."""

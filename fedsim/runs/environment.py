@@ -1,12 +1,14 @@
-"""What a run notes about where it ran: versions, machine, git commit, command line."""
+"""What a run notes about where it ran, and what is told of it later: versions, machine, git commit, command line."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -14,16 +16,43 @@ from typing import Any
 
 from fedsim.core.home import ROOT, __version__
 
+FILE = "environment.json"  # in a run directory
 PACKAGES = ("torch", "transformers", "ray", "flwr", "numpy", "omegaconf", "safetensors")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine, git commit of the source tree (None outside of one), command line."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, machine, git commit of the source tree (None outside of one), command line, and the `processor` whose last bits
+    the numbers have: a device of torch by its name, the CPU with the instructions that torch's kernels use on it."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         **_of_process(),
+        "processor": _processor(device),
     }
+
+
+def noted(run: Path | None) -> Mapping[str, Any]:
+    """What a run noted about itself; nothing where the file is not there or damaged."""
+    try:
+        found = json.loads((run / FILE).read_text(encoding="utf-8")) if run is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def version_of(noted: Mapping[str, Any], digits: int = 7) -> str:
+    """Of fedsim, with the commit where it was a source tree: "0.8.0 commit 498561c", and " with changes" where files differed
+    from it. Empty where it is not known."""
+    git = noted.get("git")
+    if not isinstance(git, dict) or "commit" not in git:
+        return str(noted.get("fedsim", ""))
+    return f"{noted.get('fedsim', '')} commit {str(git['commit'])[:digits]}{' with changes' if git.get('dirty') else ''}".strip()
+
+
+def processor_of(noted: Mapping[str, Any]) -> str:
+    """The processor, or all of them where a run went on elsewhere. Empty where it is not known."""
+    parts = [noted, *(part for part in noted.get("resumed", ()) if isinstance(part, dict))]
+    return " and ".join(dict.fromkeys(str(p) for part in parts if (p := part.get("processor") or part.get("cpu"))))
 
 
 @cache
@@ -64,6 +93,14 @@ def _git_state(root: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _processor(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return str(getattr(torch, torch.device(device).type).get_device_name(device))
 
 
 def _cpu_name() -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Label: TypeAlias = str | int | float | bool | None  # of a run on one axis
 HASHES = ("run", "partition_hash")  # texts, even where all of their digits are decimal
+MADE = ("version", "processor")  # texts too: what made a run, as far as it is known
 NEEDED = (*HASHES, "seed", HEADLINE)
 SUFFIX = ".csv"
 
@@ -54,8 +55,13 @@ class Known:
     @cached_property
     def metrics(self) -> Mapping[str, float | None]:
         """Every number of the row by its column."""
-        keys = {"seed", *self.axes}
+        keys = {"seed", *MADE, *self.axes}
         return {c: value for c, value in self.cells.items() if c not in keys and not isinstance(value, str)}
+
+    @property
+    def made(self) -> Mapping[str, str]:
+        """Which version of fedsim and which processor; empty where the table does not say."""
+        return {name: str(self.cells.get(name) or "") for name in MADE}
 
     @property
     def named(self) -> Sequence[str]:
@@ -98,7 +104,7 @@ def table(path: Path) -> pd.DataFrame:
     before: Any = {"float_precision": "round_trip"}  # of which later versions warn: they read so by default
     exact = before if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
     try:
-        frame: pd.DataFrame = pd.read_csv(path, dtype=dict.fromkeys(HASHES, str), low_memory=False, **exact)
+        frame: pd.DataFrame = pd.read_csv(path, dtype=dict.fromkeys((*HASHES, *MADE), str), low_memory=False, **exact)
     except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} cannot be read: {one_line(e)}") from e
     return frame.copy()  # in one piece: columns are added to it

@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "platform": "Linux",
     "cpu": "A processor",
     "cores": 4,
+    "processor": "A processor, AVX2",
 }
 
 

@@ -169,6 +169,13 @@ def test_runs_of_several_states_of_the_code_are_said(tmp_path: Path) -> None:
     text = written(tmp_path)
     assert "The runs come from different states of the code" in text
     assert "commit ffffffffffff with changes (1)" in text
+    assert "different processors" not in text
+
+
+def test_runs_of_several_processors_are_said(tmp_path: Path) -> None:
+    paths = [fake_run(tiny(f"seed={seed}", output=tmp_path), 1.0) for seed in (0, 1, 2)]
+    (paths[0] / "environment.json").write_text(json.dumps(ENVIRONMENT | {"processor": "<Another>"}))
+    assert "some tenths: A processor, AVX2 (2), &lt;Another&gt; (1)." in written(tmp_path)
 
 
 def test_every_run_says_how_it_was_made(sweep_folder: Path, text: str) -> None:
@@ -177,7 +184,7 @@ def test_every_run_says_how_it_was_made(sweep_folder: Path, text: str) -> None:
     assert runs.count("fedsim run sweep.yaml &#x27;name=a b&#x27;") == 18  # as a shell takes it
     assert "Python 3.11.2, torch 2.13.0<" in runs
     assert "commit 0123456789ab" in runs
-    assert "A processor, 4 cores, Linux" in runs
+    assert "A processor, AVX2, 4 cores, Linux" in runs
     config = next(p / "config.yaml" for p in sorted(sweep_folder.iterdir()) if (p / "config.yaml").exists())
     assert document.esc(config.read_text()) in runs
 

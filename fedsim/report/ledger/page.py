@@ -82,6 +82,13 @@ def _notices(ledger: Ledger) -> str:
     lines = [
         f"<li><b>{esc(stream.name)}</b>, not shown: {esc(line)}</li>" for stream in ledger.study.streams for line in stream.absent
     ]
+    for stream_name, found in ledger.processors.items():
+        if len(found) > 1:
+            told = ", ".join(f"{name or 'not named'} ({n})" for name, n in found.items())
+            lines.append(
+                f"<li><b>{esc(stream_name)}</b> has runs of several processors, whose last bits may differ, and with them "
+                f"accuracies by some tenths: {esc(told)}.</li>"
+            )
     for (stream, split), bounds in ledger.bounds.items():
         if bounds.headroom is not None and bounds.headroom < LITTLE:
             told = f"joint training is {_points(bounds.headroom)} points above the nearest class mean of the bare backbone"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,7 +75,7 @@ class Setting:
 @dataclass(frozen=True)
 class Ledger:
     """All that the page shows. splits: of every stream, the most heterogeneous first; bounds and agreement (see `agreement`): by
-    stream and split."""
+    stream and split; processors: of every stream, how many runs each made, "" where a run does not say."""
 
     study: Study
     methods: Sequence[Method]
@@ -82,6 +83,7 @@ class Ledger:
     splits: Mapping[str, Sequence[str]]
     bounds: Mapping[tuple[str, str], Bounds]
     agreement: Mapping[tuple[str, str], float]
+    processors: Mapping[str, Mapping[str, int]]
     columns: Sequence[str]
     runs: int
 
@@ -100,6 +102,7 @@ class Ledger:
             splits,
             {(stream.name, split): _bounds(stream, split, study.bounds) for stream, split in places},
             {(stream.name, split): agreement(_of_split(stream, split)) for stream, split in places},
+            {stream.name: _processors(stream.frame) for stream in study.streams},
             columns,
             _distinct(study.streams),
         )
@@ -134,6 +137,12 @@ def _distinct(streams: Sequence[Stream]) -> int:
     """How many runs there are: one that stands in several tables counts once."""
     known = {run for stream in streams if "run" in stream.frame for run in stream.frame["run"]}
     return len(known) + sum(len(stream.frame) for stream in streams if "run" not in stream.frame)
+
+
+def _processors(frame: pd.DataFrame) -> dict[str, int]:
+    """The most frequent first."""
+    named = frame["processor"].fillna("").tolist() if "processor" in frame else [""] * len(frame)
+    return dict(Counter(map(str, named)).most_common())
 
 
 def _of_split(stream: Stream, split: str) -> pd.DataFrame:
