@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli.printing import console, counted, fail, human_bytes, line_printer, new_table, short
-from fedsim.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsim.runs.known import Known
     from fedsim.runs.results import Results
+    from fedsim.sweeps.job import Cost
     from fedsim.sweeps.plan import PlannedRun, SweepPlan
 
 
@@ -120,11 +120,12 @@ def _dry_run(plan: SweepPlan, done: Mapping[str, Results | Known], missing: Sequ
     if missing:
         kinds = estimate.samples(missing)
         print_line(f"measuring one round of {counted(len(kinds), 'kind')} of runs")
-        jobs, costs = launch.measure(plan.launch, kinds)
-        for run, cost in zip(kinds, costs, strict=True):
-            if isinstance(cost, str):
-                raise ConfigError(f"{run.label} fails in its first round: {cost}")
-            measured[estimate.kind(run)] = estimate.of_run(run, cost)
+
+        def told(run: PlannedRun, cost: Cost) -> None:
+            one = measured[estimate.kind(run)] = estimate.of_run(run, cost)
+            print_line(f"[{len(measured)}/{len(kinds)}] {run.label}: {duration(one.seconds)}")
+
+        jobs, _ = launch.measure(plan.launch, kinds, told)
     rest = estimate.mean(list(measured.values())) if measured else None
     table = new_table("Runs")
     for name in plan.record.axes:

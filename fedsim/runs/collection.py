@@ -233,9 +233,9 @@ class Collection:
 
     def frame(self) -> pd.DataFrame:
         """One row per run: `run` (16 digits of its identity), the factors, the other keys that vary, seed, `partition_hash` (16
-        digits), `dirichlet_alpha` (as asked for; inf for iid, NaN for others), the split in figures, every metric (percent; NaN
-        where undefined), accuracies by task and chance, bytes by direction and kind, seconds by phase, client rounds, skipped
-        clients, `version` (of fedsim) and `processor` (whose last bits the numbers have), path."""
+        digits), `version` (of fedsim) and `processor` (whose last bits the numbers have), `dirichlet_alpha` (as asked for;
+        inf for iid, NaN for others), the split in figures, every metric (percent; NaN where undefined), accuracies by task
+        and chance, bytes by direction and kind, seconds by phase, client rounds, skipped clients, path."""
         plugins.require("pandas", "a frame of runs", "report")
         import pandas as pd
 
@@ -432,16 +432,16 @@ def cost_figures(results: Results) -> dict[str, float]:
 
 def _row(results: Results, keys: Mapping[str, Label]) -> dict[str, Any]:
     """What the frame says of a run; keys: of its config, in which runs differ."""
-    row: dict[str, Any] = {"run": results.config.identity()[:16], **keys}
-    row |= {"partition_hash": results.manifest_hash[:16], "dirichlet_alpha": dirichlet_alpha(results.config)}
-    row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
     told = noted(results.path)
     made = dict(zip(MADE, (version_of(told), processor_of(told)), strict=True))
-    return row | {"skipped_clients": len(results.failures), **made, "path": str(results.path)}
+    row: dict[str, Any] = {"run": results.config.identity()[:16], **keys}
+    row |= {"partition_hash": results.manifest_hash[:16], **made, "dirichlet_alpha": dirichlet_alpha(results.config)}
+    row |= split_figures(results) | results.metrics | task_figures(results) | cost_figures(results)
+    return row | {"skipped_clients": len(results.failures), "path": str(results.path)}
 
 
 def _row_of_known(run: Known, keys: Mapping[str, Label]) -> dict[str, Any]:
-    return {"run": run.run, **keys, "partition_hash": run.split, **run.metrics, **run.made, "path": str(run.table)}
+    return {"run": run.run, **keys, "partition_hash": run.split, **run.made, **run.metrics, "path": str(run.table)}
 
 
 def label_text(labels: Mapping[str, Label]) -> str:

@@ -22,7 +22,7 @@ from filelock import Timeout
 
 from clients import cluster
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import PoolError, StorageError
+from fedsim.core.errors import ConfigError, PoolError, StorageError
 from fedsim.core.files import in_use
 from fedsim.core.home import ROOT, ours_first
 from fedsim.sweeps.job import Cost, JobResult, lock_of, note_failure
@@ -91,15 +91,18 @@ def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[SweepEvent]
                 waiting.append((run, 1))
 
 
-def measure(launch: Launch, runs: Sequence[PlannedRun]) -> tuple[int, list[Cost | str]]:
+def measure(
+    launch: Launch, runs: Sequence[PlannedRun], told: Callable[[PlannedRun, Cost], None] | None = None
+) -> tuple[int, list[Cost]]:
     """Play one round of each of these runs, side by side as the sweep would; each in a process of its own, for its memory.
 
-    Returns how many runs would go at a time, and per run its cost or the error, in one line.
+    told: hears of each as it ends. Returns how many runs would go at a time, and per run its cost. Raises ConfigError, with the
+    error in one line, as soon as one fails.
     """
     with _ray(launch, runs) as jobs:
         submit = _tasks("measure", launch, jobs, max_calls=1)
         waiting, going = deque(range(len(runs))), dict[Any, int]()
-        costs: list[Cost | str] = [""] * len(runs)
+        costs: dict[int, Cost] = {}
         while waiting or going:
             while waiting and len(going) < jobs:
                 index = waiting.popleft()
@@ -107,10 +110,15 @@ def measure(launch: Launch, runs: Sequence[PlannedRun]) -> tuple[int, list[Cost 
             (ref,), _ = ray.wait(list(going), num_returns=1)
             index = going.pop(ref)
             try:
-                costs[index] = ray.get(ref)
+                found: Cost | str = ray.get(ref)
             except ray.exceptions.RayError as e:
-                costs[index] = cluster.last_line(e)
-        return jobs, costs
+                found = cluster.last_line(e)
+            if isinstance(found, str):
+                raise ConfigError(f"{runs[index].label} fails in its first round: {found}")
+            costs[index] = found
+            if told is not None:
+                told(runs[index], found)
+        return jobs, [costs[index] for index in range(len(runs))]
 
 
 def num_jobs(launch: Launch, runs: Sequence[PlannedRun], resources: Mapping[str, float]) -> int:

@@ -52,6 +52,7 @@ def test_a_dry_run_changes_nothing(
     assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "measuring one round of 2 kinds of runs" in out
+    assert [line[:11] for line in out.splitlines() if line.startswith("[")] == ["[1/2] rule=", "[2/2] rule="]
     assert sum("to make" in line and ("kB" in line or "MB" in line) for line in out.splitlines()) == 4
     assert "about " in out.splitlines()[-1] and "with 2 at a time" in out.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -62,6 +63,17 @@ def test_a_dry_run_changes_nothing(
     out = capsys.readouterr().out
     assert "4 finished already, 0 to make" in out
     assert sum(" finished" in line for line in out.splitlines()) == 5
+
+
+def test_a_dry_run_ends_with_the_first_kind_that_fails(
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep(tmp_path, list={"rule": {"bad": logging(tmp_path, fail="always"), "lorm": {}}}, seeds=1)
+    assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--dry-run", "--jobs", "1"]) == 2
+    found = capsys.readouterr()
+    assert "rule=bad seed=0 fails in its first round: ValueError: no such luck" in found.err
+    assert "[1/2]" not in found.out
 
 
 def test_runs_of_a_table_are_not_made_again(
