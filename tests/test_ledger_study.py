@@ -37,16 +37,22 @@ UPPER = [f"layers.{block}.*" for block in (8, 9, 10, 11)]  # of DeiT-tiny: the b
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_chosen_few_on_other_streams_with_their_bounds(name: str) -> None:
-    """As tuning left them on Fashion-MNIST, each a config that runs by itself."""
-    content = yaml.safe_load((LEDGER / f"{name}.yaml").read_text())
-    assert (content["base"], content["list"]) == (OTHERS[name], {"method": f"best/{name}/*.yaml"})
-    chosen = {path.stem: path for path in (LEDGER / "best" / name).glob("*.yaml")}
-    assert {"ncm", "ranpac", "joint", "fedavg"} <= set(chosen) < set(methods("fashion.yaml"))
-    for method, path in chosen.items():
-        own, tuned = (yaml.safe_load(p.read_text()) for p in (path, LEDGER / "best" / "fashion_tuned" / path.name))
-        adapter = {"adapter": {"targets": UPPER}} if name == "cifar100" and "adapter" in own else {}
-        assert own == tuned | adapter | {"extends": [OTHERS[name], method]}
+def test_a_chosen_few_on_other_streams(name: str) -> None:
+    """With their bounds, as presets and as tuning left them on Fashion-MNIST, the same runs where that is the preset."""
+    plain, transferred = (plan.expand(LEDGER / f"{table}.yaml") for table in (name, f"{name}_transferred"))
+    chosen = {str(run.entry.labels["method"]) for run in plain.runs}
+    assert {"ncm", "ranpac", "joint", "fedavg"} <= chosen < set(methods("fashion.yaml"))
+    assert chosen == {str(run.entry.labels["method"]) for run in transferred.runs}
+    for run in plain.runs:
+        method = str(run.entry.labels["method"])
+        upper = [f"adapter.targets=[{', '.join(UPPER)}]"] if run.config.adapter.get("targets") == UPPER else []
+        assert upper or name != "cifar100" or method in ("codaprompt", "hgp", "lda", "ncm", "ranpac")
+        assert of_method(run.config) == of_method(load([OTHERS[name], method], upper))
+        tuned, own = (
+            yaml.safe_load((LEDGER / "best" / table / f"{method}.yaml").read_text())
+            for table in ("fashion_tuned", f"{name}_transferred")
+        )
+        assert own == tuned | ({"adapter": {"targets": UPPER}} if upper else {}) | {"extends": [OTHERS[name], method]}
 
 
 def test_all_have_the_same_small_budget() -> None:
