@@ -30,12 +30,11 @@
     return methods;
   }
 
-  function fillSplits() {
+  function fillSplits(before) {
     const select = $("#split");
-    const before = select.value;
     const splits = DATA.splits[choice("stream")];
     select.replaceChildren(...splits.map((s) => new Option(DATA.splitNames[s], s)));
-    select.value = splits.includes(before) ? before : splits[0];
+    select.value = splits.includes(before) ? before : DATA.usual[choice("stream")];
   }
 
   // ---- charts
@@ -106,7 +105,7 @@
 
   // ---- controls
   for (const name of ["split", "family", "sees"]) $(`#${name}`).addEventListener("change", update);
-  $("#stream").addEventListener("change", () => { fillSplits(); update(); });
+  $("#stream").addEventListener("change", () => { fillSplits(choice("split")); update(); });
   let typed;
   $("#search").addEventListener("input", () => { filterTable(); clearTimeout(typed); typed = setTimeout(update, 250); });
   for (const fold of $$("details.run")) fold.addEventListener("toggle", () => { if (fold.open) drawCurve(fold); });

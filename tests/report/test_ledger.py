@@ -156,6 +156,14 @@ def test_runs_themselves_give_the_same_as_their_table(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_shown_first_is_the_split_with_most_methods(tmp_path: Path) -> None:
+    frame = table(tmp_path / "all.csv")
+    fewer = frame[~((frame["method"] == "er") & (frame["dirichlet_alpha"] == 0.1))]
+    fewer.to_csv(tmp_path / "fewer.csv", index=False)
+    found = Ledger.of(ledger.read([tmp_path / name for name in ("all.csv", "fewer.csv")]))
+    assert {stream: found.usual(stream) for stream in found.splits} == {"all": "0.1", "fewer": "0.5"}
+
+
 def test_runs_of_several_processors_are_said(tmp_path: Path) -> None:
     frame = table(tmp_path / "one.csv")
     count = len(frame)

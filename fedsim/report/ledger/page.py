@@ -363,6 +363,7 @@ def _data(ledger: Ledger, families: Sequence[str]) -> dict[str, Any]:
             for m in ledger.methods
         },
         "splits": {stream: list(splits) for stream, splits in ledger.splits.items()},
+        "usual": {stream: ledger.usual(stream) for stream in ledger.splits},  # what is shown first
         "splitNames": {s: split_option(s) for found in ledger.splits.values() for s in [*found, ANY]},
         "any": ANY,
         "rows": pack(pd.DataFrame([_point(s) for s in ledger.settings])),

@@ -107,6 +107,10 @@ class Ledger:
             _distinct(study.streams),
         )
 
+    def usual(self, stream: str) -> str:
+        """The split on which most methods were run; the most heterogeneous of equals."""
+        return max(self.splits[stream], key=lambda split: len(self.shown(stream, split)))
+
     def shown(self, stream: str, split: str) -> list[Setting]:
         """The settings of a split, and those to which no split applies; the best first."""
         found = [s for s in self.settings if s.stream == stream and s.split in (split, ANY)]
