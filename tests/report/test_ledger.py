@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,17 @@ def test_runs_themselves_give_the_same_as_their_table(tmp_path: Path) -> None:
         ("lorm", ("sums of updates", "other statistics"), ["lorm", "regmean"]),
         ("variance_weighted", ("sums of updates", "class statistics"), ["variance_weighted"]),
     ]
+
+
+def test_an_interval_of_differences_ends_where_accuracies_do(tmp_path: Path) -> None:
+    """Student's t of two pairs is wide."""
+    frame = table(tmp_path / "two.csv", seeds=2)
+    of_er = (frame["method"] == "er") & (frame["seed"] == 1)
+    frame.loc[of_er, "final_average_accuracy"] -= 20.0
+    frame.to_csv(tmp_path / "two.csv", index=False)
+    text = ledger.write(ledger.read([tmp_path / "two.csv"]), tmp_path / "l.html").path.read_text(encoding="utf-8")
+    assert "<small>−100.0 to +100.0</small>" in text
+    assert not re.search(r"[−+]1[0-9]{2}\.[1-9]", text.replace("+100.0", ""))
 
 
 def test_what_is_shown_first_is_the_split_with_most_methods(tmp_path: Path) -> None:

@@ -209,9 +209,13 @@ def _accuracy(column: str, mean: Mean, seeds: int) -> str:
 
 
 def _difference(difference: Difference | None) -> str:
+    """An interval is cut at what two accuracies can differ by."""
     if difference is None:
         return _NONE
-    note = "" if math.isnan(difference.low) else f"<small>{difference.low:+.1f} to {difference.high:+.1f}</small>"
+    metric = metric_of(HEADLINE)
+    most = metric.most - metric.least
+    low, high = max(-most, difference.low), min(most, difference.high)
+    note = "" if math.isnan(difference.low) else f"<small>{low:+.1f} to {high:+.1f}</small>"
     return _value(difference.mean, f"{difference.mean:+.1f}{note}")
 
 
