@@ -248,6 +248,11 @@ def test_a_device_of_torch_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment("cuda:1")["processor"] == "A card"
 
 
+@pytest.mark.parametrize("device", ["mps", "cuda:99", "xpu:99"])
+def test_a_device_that_has_no_name_here_goes_by_its_word(device: str) -> None:
+    assert environment(device)["processor"] == device
+
+
 def test_nan_accuracy_of_a_task_without_test_samples(run_dirs: Path) -> None:
     run_dir = begun(tiny(output=run_dirs))
     rows = (Row(0, 1, "task_end", 0, 0, 0, 0),)

@@ -100,7 +100,10 @@ def _processor(device: str) -> str:
 
     if device == "cpu":
         return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
-    return str(getattr(torch, torch.device(device).type).get_device_name(device))
+    try:
+        return str(getattr(torch, torch.device(device).type).get_device_name(device))
+    except (AttributeError, AssertionError, RuntimeError):  # one that torch has no names for, or that is not here
+        return device
 
 
 def _cpu_name() -> str:
