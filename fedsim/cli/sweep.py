@@ -125,7 +125,7 @@ def _dry_run(plan: SweepPlan, done: Mapping[str, Results | Known], missing: Sequ
             one = measured[estimate.kind(run)] = estimate.of_run(run, cost)
             print_line(f"[{len(measured)}/{len(kinds)}] {run.label}: {duration(one.seconds)}")
 
-        jobs, _ = launch.measure(plan.launch, kinds, told)
+        jobs = launch.measure(plan.launch, kinds, told)
     rest = estimate.mean(list(measured.values())) if measured else None
     table = new_table("Runs")
     for name in plan.record.axes:

@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from string import Template
@@ -23,6 +24,8 @@ from fedsim.report.figures import vega_lite
 
 if TYPE_CHECKING:
     import pandas as pd
+
+ROUNDING = "whose last bits may differ, and with them accuracies by some tenths"  # of several processors
 
 
 def written(name: str, parts: Mapping[str, str], data: Any) -> str:
@@ -41,6 +44,11 @@ def written(name: str, parts: Mapping[str, str], data: Any) -> str:
 def esc(text: object) -> str:
     """For a place in HTML: text that comes from runs is never trusted."""
     return html.escape(str(text), quote=True)
+
+
+def counted(found: Counter[str]) -> str:
+    """How many of each, the most first: "A (2), not named (1)"."""
+    return ", ".join(f"{name or 'not named'} ({n})" for name, n in found.most_common())
 
 
 def file_name(title: str) -> str:

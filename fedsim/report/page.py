@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim.report import charts, document, theme
 from fedsim.report.data import Study
-from fedsim.report.document import esc, file_name, pack
+from fedsim.report.document import ROUNDING, counted, esc, file_name, pack
 from fedsim.report.figures import DEFAULT_SERIES, Figure, Select, default_split, first_run, split_option
 from fedsim.runs import bounds
 from fedsim.runs.environment import noted, processor_of, version_of
@@ -139,12 +139,9 @@ def _differences(study: Study) -> list[str]:
     environments = [noted(run.results.path) for run in study.runs]
     states, processors = (Counter(map(of, environments)) for of in (_code, processor_of))
     if len(states) > 1:
-        lines.append(f"The runs come from different states of the code: {_counted(states)}.")
+        lines.append(f"The runs come from different states of the code: {counted(states)}.")
     if len(processors) > 1:
-        lines.append(
-            f"The runs were made on different processors, whose last bits may differ, and with them accuracies by some tenths: "
-            f"{_counted(processors)}."
-        )
+        lines.append(f"The runs were made on different processors, {ROUNDING}: {counted(processors)}.")
     skipped = [run for run in study.runs if run.results.failures]
     if skipped:
         clients = sum(len(run.results.failures) for run in skipped)
@@ -449,10 +446,6 @@ def _dict(environment: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _code(environment: Mapping[str, Any]) -> str:
     return f"fedsim {version_of(environment, digits=12) or 'of an unknown version'}"
-
-
-def _counted(found: Counter[str]) -> str:
-    return ", ".join(f"{name or 'not named'} ({n})" for name, n in found.most_common())
 
 
 def _cores(environment: Mapping[str, Any]) -> str | None:

@@ -91,34 +91,29 @@ def execute(plan: SweepPlan, runs: Sequence[PlannedRun]) -> Iterator[SweepEvent]
                 waiting.append((run, 1))
 
 
-def measure(
-    launch: Launch, runs: Sequence[PlannedRun], told: Callable[[PlannedRun, Cost], None] | None = None
-) -> tuple[int, list[Cost]]:
+def measure(launch: Launch, runs: Sequence[PlannedRun], told: Callable[[PlannedRun, Cost], None]) -> int:
     """Play one round of each of these runs, side by side as the sweep would; each in a process of its own, for its memory.
 
-    told: hears of each as it ends. Returns how many runs would go at a time, and per run its cost. Raises ConfigError, with the
-    error in one line, as soon as one fails.
+    told: hears of each as it ends. Returns how many runs would go at a time. Raises ConfigError, with the error in one line, as
+    soon as one fails.
     """
     with _ray(launch, runs) as jobs:
         submit = _tasks("measure", launch, jobs, max_calls=1)
-        waiting, going = deque(range(len(runs))), dict[Any, int]()
-        costs: dict[int, Cost] = {}
+        waiting, going = deque(runs), dict[Any, PlannedRun]()
         while waiting or going:
             while waiting and len(going) < jobs:
-                index = waiting.popleft()
-                going[submit(runs[index])] = index
+                run = waiting.popleft()
+                going[submit(run)] = run
             (ref,), _ = ray.wait(list(going), num_returns=1)
-            index = going.pop(ref)
+            run = going.pop(ref)
             try:
                 found: Cost | str = ray.get(ref)
             except ray.exceptions.RayError as e:
                 found = cluster.last_line(e)
             if isinstance(found, str):
-                raise ConfigError(f"{runs[index].label} fails in its first round: {found}")
-            costs[index] = found
-            if told is not None:
-                told(runs[index], found)
-        return jobs, [costs[index] for index in range(len(runs))]
+                raise ConfigError(f"{run.label} fails in its first round: {found}")
+            told(run, found)
+        return jobs
 
 
 def num_jobs(launch: Launch, runs: Sequence[PlannedRun], resources: Mapping[str, float]) -> int:

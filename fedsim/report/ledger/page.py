@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedsim.report import document, theme
-from fedsim.report.document import esc, pack
+from fedsim.report.document import ROUNDING, counted, esc, pack
 from fedsim.report.figures import split_option
 from fedsim.report.ledger import charts
 from fedsim.report.ledger.methods import SEES, Method
-from fedsim.report.ledger.rows import COLUMNS, Difference, Ledger, Mean, Setting
+from fedsim.report.ledger.rows import COLUMNS, Difference, Ledger, Mean, Setting, processors
 from fedsim.report.ledger.study import ANY
 from fedsim.runs.bounds import LITTLE, Bounds
 from fedsim.runs.metrics import HEADLINE
@@ -82,17 +82,15 @@ def _notices(ledger: Ledger) -> str:
     lines = [
         f"<li><b>{esc(stream.name)}</b>, not shown: {esc(line)}</li>" for stream in ledger.study.streams for line in stream.absent
     ]
-    for stream_name, found in ledger.processors.items():
+    for stream in ledger.study.streams:
+        found = processors(stream.frame)
         if len(found) > 1:
-            told = ", ".join(f"{name or 'not named'} ({n})" for name, n in found.items())
-            lines.append(
-                f"<li><b>{esc(stream_name)}</b> has runs of several processors, whose last bits may differ, and with them "
-                f"accuracies by some tenths: {esc(told)}.</li>"
-            )
-    for (stream, split), bounds in ledger.bounds.items():
+            told = f"has runs of several processors, {ROUNDING}: {counted(found)}."
+            lines.append(f"<li><b>{esc(stream.name)}</b> {esc(told)}</li>")
+    for (name, split), bounds in ledger.bounds.items():
         if bounds.headroom is not None and bounds.headroom < LITTLE:
             told = f"joint training is {_points(bounds.headroom)} points above the nearest class mean of the bare backbone"
-            lines.append(f"<li><b>{esc(stream)}, {esc(split_option(split))}</b> says little about methods: {told}.</li>")
+            lines.append(f"<li><b>{esc(name)}, {esc(split_option(split))}</b> says little about methods: {told}.</li>")
     return f'<section class="notice" aria-label="Notices"><ul>{"".join(lines)}</ul></section>' if lines else ""
 
 

@@ -75,7 +75,7 @@ class Setting:
 @dataclass(frozen=True)
 class Ledger:
     """All that the page shows. splits: of every stream, the most heterogeneous first; bounds and agreement (see `agreement`): by
-    stream and split; processors: of every stream, how many runs each made, "" where a run does not say."""
+    stream and split."""
 
     study: Study
     methods: Sequence[Method]
@@ -83,7 +83,6 @@ class Ledger:
     splits: Mapping[str, Sequence[str]]
     bounds: Mapping[tuple[str, str], Bounds]
     agreement: Mapping[tuple[str, str], float]
-    processors: Mapping[str, Mapping[str, int]]
     columns: Sequence[str]
     runs: int
 
@@ -102,7 +101,6 @@ class Ledger:
             splits,
             {(stream.name, split): _bounds(stream, split, study.bounds) for stream, split in places},
             {(stream.name, split): agreement(_of_split(stream, split)) for stream, split in places},
-            {stream.name: _processors(stream.frame) for stream in study.streams},
             columns,
             _distinct(study.streams),
         )
@@ -143,10 +141,9 @@ def _distinct(streams: Sequence[Stream]) -> int:
     return len(known) + sum(len(stream.frame) for stream in streams if "run" not in stream.frame)
 
 
-def _processors(frame: pd.DataFrame) -> dict[str, int]:
-    """The most frequent first."""
-    named = frame["processor"].fillna("").tolist() if "processor" in frame else [""] * len(frame)
-    return dict(Counter(map(str, named)).most_common())
+def processors(frame: pd.DataFrame) -> Counter[str]:
+    """How many runs each made, "" where a run does not say."""
+    return Counter(frame["processor"].fillna("").astype(str) if "processor" in frame else [""] * len(frame))
 
 
 def _of_split(stream: Stream, split: str) -> pd.DataFrame:
