@@ -100,6 +100,17 @@ def test_paired_differences(study: Path, printed: Printed) -> None:
     assert "unpaired" not in text
 
 
+def test_an_interval_ends_where_the_metric_does(tmp_path: Path, printed: Printed) -> None:
+    """Two seeds far apart: Student's interval of their mean would be −458 to 558, and of a difference as wide."""
+    for seed, accuracy in enumerate((10, 90)):
+        write_run(tmp_path, method("lorm", seed), ((accuracy,), (accuracy, accuracy)))
+        write_run(tmp_path, method("fedavg", seed), ((50,), (50, 50 + seed)))
+    text = printed(tmp_path, "--metrics", "faa", "--baseline", "server.aggregator.name=fedavg")
+    means, differences = text.split("difference from")
+    assert "50.0 ± 56.6 [0.0, 100.0]" in means and "[47.1, 53.4]" in means
+    assert "[−100.0, 100.0]" in differences
+
+
 def test_what_is_absent_is_said(study: Path, tmp_path: Path, printed: Printed) -> None:
     folder = tmp_path / "study"
     shutil.copytree(study, folder)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     for table in summary_tables(collection, long, by, args.digits, out.width):
         out.print(table)
         print_line("")
-    print_line("Mean ± standard deviation over runs, 95 % interval of the mean (Student's t).")
+    print_line("Mean ± standard deviation over runs, 95 % interval of the mean (Student's t, as far as the metric can go).")
     if differences is not None:
         for table in paired_tables(differences, by, args.baseline, args.digits, out.width):
             print_line("")
@@ -158,7 +158,7 @@ def remarks(collection: Collection, frame: pd.DataFrame, by: Sequence[str], args
 
 def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str], digits: int, width: int) -> Iterator[Table]:
     """One row per setting: n, and per metric mean ± std with its interval; in several tables where the metrics do not fit."""
-    from fedsim.runs import compare
+    from fedsim.runs import compare, metrics
     from fedsim.runs.tables import number, title
 
     found = compare.settings(long, by)
@@ -173,7 +173,7 @@ def summary_tables(collection: Collection, long: pd.DataFrame, by: Sequence[str]
             if not n:
                 cells.append(["–"])
                 continue
-            text = [number(v, metric, digits) for v in (mean, std, low, high)]
+            text = [number(v, metric, digits) for v in (mean, std, *metrics.of(metric).cut(low, high))]
             lines = [f"{text[0]} ± {text[1]}", f"[{text[2]}, {text[3]}]"] if n > 1 else [text[0]]
             cells.append([lines[0] + (f" (n={n})" if n < n_most else ""), *lines[1:]])
         columns[title(metric)] = cells
@@ -197,7 +197,9 @@ def paired_tables(table: pd.DataFrame, by: Sequence[str], baseline: Sequence[str
             columns["un-\npaired"] = [[str(r["unpaired"])] for r in records]
         cells = []
         for r in records:
-            texts = {c: number(r[c], metric, digits) for c in ("difference", "std", "low", "high") if not math.isnan(r[c])}
+            low, high = metrics.of(metric).cut_difference(r["low"], r["high"])
+            values = {"difference": r["difference"], "std": r["std"], "low": low, "high": high}
+            texts = {name: number(value, metric, digits) for name, value in values.items() if not math.isnan(value)}
             if not texts:
                 cells.append(["–"])
                 continue

@@ -487,8 +487,7 @@ def _drawn(values: Sequence[float], metric: str, low: float, high: float) -> tup
     if len(values) <= FEW:
         ends = (min(values), max(values)) if len(values) > 1 else (math.nan, math.nan)
         return (*ends, *values, *[math.nan] * (FEW - len(values)))
-    record = metrics.of(metric)
-    return (max(low, record.least), min(high, record.most), *[math.nan] * FEW)
+    return (*metrics.of(metric).cut(low, high), *[math.nan] * FEW)
 
 
 def _title(collection: Collection) -> str:

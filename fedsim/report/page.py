@@ -331,17 +331,9 @@ def _table(study: Study) -> str:
                 row.append(f'<td class="text" data-value="{_split_value(split)}">{esc(split_option(split))}</td>')
             row.append(f'<td data-value="{seeds[s.text, split]}">{seeds[s.text, split]}</td>')
             for m in metrics:
-                row.append(_cell(cells.get((s.text, split, m.name)), seeds[s.text, split], 1 / m.scale, best[m.name]))
+                row.append(_cell(cells.get((s.text, split, m.name)), seeds[s.text, split], m, best[m.name]))
             for c in costs:
-                row.append(
-                    _cell(
-                        cost_cells.get((s.text, split, c)),
-                        seeds[s.text, split],
-                        1 / metric_of(c).scale,
-                        None,
-                        plain=True,
-                    )
-                )
+                row.append(_cell(cost_cells.get((s.text, split, c)), seeds[s.text, split], metric_of(c), None, plain=True))
             rows.append(f"<tr>{''.join(row)}</tr>")
         bodies.append(f'<tbody class="group">{"".join(rows)}</tbody>')
     caption = "In %: mean ± standard deviation over seeds, below it the 95 % interval of the mean"
@@ -371,11 +363,12 @@ def _best(metric: Metric, cells: Sequence[Mapping[str, Any] | None]) -> str | No
     return f"{metric.sign * max(metric.sign * m for m in means) / metric.scale:.1f}" if metric.sign and len(means) > 1 else None
 
 
-def _cell(cell: Mapping[str, Any] | None, seeds: int, scale: float, best: str | None, plain: bool = False) -> str:
+def _cell(cell: Mapping[str, Any] | None, seeds: int, metric: Metric, best: str | None, plain: bool = False) -> str:
     if cell is None:
         return '<td data-value="">–</td>'
     digits = "{:,.3g}" if plain else "{:.1f}"
-    mean, std, low, high = (cell[k] * scale for k in ("mean", "std", "low", "high"))
+    cut = metric.cut(cell["low"], cell["high"])
+    mean, std, low, high = (value / metric.scale for value in (cell["mean"], cell["std"], *cut))
     text = digits.format(mean) if not plain or mean < 1000 else f"{mean:,.0f}"
     main = text if math.isnan(std) or plain else f"{text} ± {std:.1f}"
     note = "" if math.isnan(low) or plain else f"<small>{low:.1f} to {high:.1f}</small>".replace("-", "−")

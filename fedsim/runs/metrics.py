@@ -122,6 +122,14 @@ class Metric:
         """The title with its unit."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
+    def cut(self, low: float, high: float) -> tuple[float, float]:
+        """An interval of means as it is shown: as far as the metric can go. Student's t knows of no end."""
+        return max(low, self.least), min(high, self.most)
+
+    def cut_difference(self, low: float, high: float) -> tuple[float, float]:
+        """An interval of differences as it is shown: as far as two values can lie apart."""
+        return max(low, self.least - self.most), min(high, self.most - self.least)
+
     def value(self, counts: Counts) -> Value:
         """Computed, None where it is undefined."""
         return self.compute(counts) if self.compute is not None and counts.meet(self.needs) else None

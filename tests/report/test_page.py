@@ -13,6 +13,7 @@ import pytest
 
 from fedsim import cli, report
 from fedsim.report import document, page
+from fedsim.runs import metrics
 from fedsim.runs.collection import Entry, SweepRecord, collect
 from fedsim.runs.metrics import Metric
 from fedsim.simulation import run
@@ -132,6 +133,12 @@ def test_the_table_holds_every_setting_with_the_best_in_bold(text: str, study: A
 def test_best_is_what_looks_best(better: Any, means: list[float], best: str | None) -> None:
     metric = Metric("m", "M", better=better)
     assert page._best(metric, [{"mean": m} for m in means] + [None]) == best
+
+
+def test_intervals_end_where_the_metric_does() -> None:
+    of_two = {"mean": 50.0, "std": 56.6, "low": -458.2, "high": 558.2, "n": 2}
+    assert "<small>0.0 to 100.0</small>" in page._cell(of_two, 2, metrics.of("final_average_accuracy"), None)
+    assert "<small>−100.0 to 100.0</small>" in page._cell(of_two, 2, metrics.of("forgetting"), None)
 
 
 # ---------------------------------------------------------------- notices and runs

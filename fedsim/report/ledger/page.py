@@ -195,24 +195,19 @@ def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str],
 
 
 def _accuracy(column: str, mean: Mean, seeds: int) -> str:
-    """An interval is cut at what the metric can be."""
     if not mean.n:
         return _NONE
     main = f"{mean.mean:.1f}" + ("" if math.isnan(mean.std) else f" ± {mean.std:.1f}")
-    metric = metric_of(column)
-    low, high = max(metric.least, mean.low), min(metric.most, mean.high)
+    low, high = metric_of(column).cut(mean.low, mean.high)
     note = "" if math.isnan(mean.low) else f"<small>{low:.1f} to {high:.1f}</small>"
     note += f"<small>of {mean.n} seeds</small>" if mean.n != seeds else ""
     return _value(mean.mean, main + note)
 
 
 def _difference(difference: Difference | None) -> str:
-    """An interval is cut at what two accuracies can differ by."""
     if difference is None:
         return _NONE
-    metric = metric_of(HEADLINE)
-    most = metric.most - metric.least
-    low, high = max(-most, difference.low), min(most, difference.high)
+    low, high = metric_of(HEADLINE).cut_difference(difference.low, difference.high)
     note = "" if math.isnan(difference.low) else f"<small>{low:+.1f} to {high:+.1f}</small>"
     return _value(difference.mean, f"{difference.mean:+.1f}{note}")
 
@@ -390,7 +385,7 @@ def _curve(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def _interval(mean: Mean) -> dict[str, Any]:
     """low, high: as they are; from, to: what is drawn, since an accuracy does not leave 0 to 100 and one seed has no interval."""
-    drawn = (mean.mean if math.isnan(end) else min(100.0, max(0.0, end)) for end in (mean.low, mean.high))
+    drawn = (mean.mean if math.isnan(end) else end for end in metric_of(HEADLINE).cut(mean.low, mean.high))
     return {**mean._asdict(), **dict(zip(("from", "to"), drawn, strict=True))}
 
 
