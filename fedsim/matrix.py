@@ -49,7 +49,7 @@ SMALL: Mapping[tuple[str, str], Mapping[str, Any]] = {  # options that suit so s
     ("adapters", "prefix"): {"length": 2},
     ("adapters", "vpt"): {"length": 2},
     ("heads", "random_features"): {"size": 12},
-    **{("learners", name): {"size": 4} for name in ("abs", "aer", "derpp", "er", "icarl", "xder")},
+    **{("learners", name): {"size": 4} for name in ("abs", "aer", "derpp", "er", "glfc", "icarl", "xder")},
     ("learners", "target"): {"images": 8, "batch": 4, "steps": 2, "warmup": 0, "latent": 4, "width": 2},
     ("learners", "mfcl"): {"steps": 2, "batch": 4, "latent": 4, "width": 2},
     ("aggregators", "flower"): {"strategy": "FedMedian"},

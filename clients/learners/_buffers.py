@@ -263,6 +263,13 @@ class Rehearsal(contracts.Learner):
         return {}
 
 
+def picked_at_the_end(name: str, config: SimConfig) -> tuple[str, ...]:
+    """What a run is told whose learner picks exemplars at a task's end, where samples go by only once."""
+    if not config.stream.online:
+        return ()
+    return (f"learner {name} picks exemplars at a task's end, and with stream.online from the last round's samples alone",)
+
+
 def rows_of(step: Step) -> slice | list[int]:
     """The client's own rows of a batch and those that this learner replayed, without those of others."""
     if not replays(step):

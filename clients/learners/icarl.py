@@ -78,13 +78,7 @@ class Learner(_buffers.Rehearsal):
         return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=refused)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
-        told = super().suits(config, sizes_TK)
-        if not config.stream.online:
-            return told
-        return (
-            *told,
-            "learner icarl picks exemplars at a task's end, and with stream.online from the last round's samples alone",
-        )
+        return (*super().suits(config, sizes_TK), *_buffers.picked_at_the_end("icarl", config))
 
     # ------------------------------------------------ on the client
 

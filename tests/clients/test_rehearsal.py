@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.learners import derpp, er, icarl, lider, lwf, xder
+from clients.learners import derpp, er, glfc, icarl, lider, lwf, xder
 from clients.learners._buffers import Buffer, Rehearsal
 from fedsim.core import contracts
 from fedsim.core.errors import ConfigError
@@ -139,6 +139,60 @@ def test_icarl_without_old_classes_is_the_binary_cross_entropy() -> None:
     want = F.binary_cross_entropy_with_logits(logits[rows][:, seen], targets)
     step = step_of(**known, classes=(5, 6), model=lambda params: contracts.Outputs(taught, taught))
     torch.testing.assert_close(icarl.Learner().loss({"teacher": {}}, step), want)
+
+
+def test_glfc_by_hand() -> None:
+    """Own rows 0-2 of new classes, another learner's row 3, replayed rows 4-5 of old ones: each group's weights are its distances
+    from the labels over their mean, and the teacher's word is the target for old classes in half of the loss."""
+    draw = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(6, 8, generator=draw).requires_grad_(), torch.randn(6, 8, generator=draw)
+    labels, rows, seen = torch.tensor([5, 6, 5, 7, 1, 2]), [0, 1, 2, 4, 5], [1, 2, 5, 6]
+    known = {"logits": logits, "labels": labels, "own": slice(0, 3), "replayed": slice(4, 6), "seen": seen, "classes": (5, 6)}
+    ours, targets = logits[rows][:, seen], F.one_hot(torch.tensor([2, 3, 2, 0, 1]), 4).float()
+    far = (1 - logits[rows].sigmoid()[range(5), labels[rows]]).detach()
+    weights = torch.cat([far[:3] / far[:3].mean(), far[3:] / far[3:].mean()])
+    each = F.binary_cross_entropy_with_logits(ours, targets, reduction="none")
+    first = (weights[:, None] * each).mean()
+    got = glfc.Learner().loss({"teacher": None}, step_of(**known))
+    torch.testing.assert_close(got, first)
+    (grad,) = torch.autograd.grad(got, logits, retain_graph=True)
+    want = torch.zeros_like(logits)
+    want[torch.tensor(rows)[:, None], torch.tensor(seen)] = weights[:, None] * (ours.sigmoid() - targets) / 20
+    torch.testing.assert_close(grad, want), "weights are no part of the gradient"
+    targets[:, :2] = taught[rows][:, [1, 2]].sigmoid()
+    second = F.binary_cross_entropy_with_logits(ours, targets)
+    step = step_of(**known, model=lambda params: contracts.Outputs(taught, taught))
+    torch.testing.assert_close(glfc.Learner(relation=0.25).loss({"teacher": {}}, step), 0.25 * second + 0.75 * first)
+
+
+def test_weights_of_glfc() -> None:
+    """Of mean 1 in both groups, and 1 where there is nothing to weigh: a group of one, of zeros, or nobody's."""
+    far, new = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.9]), torch.tensor([True, True, False, False, True])
+    found = glfc.weights(far, new)
+    torch.testing.assert_close(found, torch.tensor([0.2, 1.0, 2 / 3, 4 / 3, 1.8]))
+    assert glfc.weights(far[:1], new[:1]).tolist() == [1.0]
+    assert glfc.weights(torch.zeros(3), torch.tensor([True, False, True])).tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(glfc.weights(far, torch.ones(5, dtype=torch.bool)), far / far.mean())
+
+
+def test_glfc_picks_exemplars_of_a_task_at_its_end(tmp_path: Path) -> None:
+    """Of all tasks that a client held, and nothing is sent for it."""
+    config = tiny(
+        "client.learners=[{name: glfc, size: 5}]", "server.aggregator=fedavg", "server.consolidator=none", output=tmp_path
+    )
+    results = run(config)
+    manifest = prepare(config).manifest
+    for client, memory in kept(results.path)["memory"].items():
+        held, task = memory["learner.glfc/positions"].tolist(), int(memory["learner.glfc/task"])
+        shards = [manifest.shard(t, client).tolist() for t in range(2)]
+        assert set(held) <= set(shards[0] + shards[1]) and len(held) == min(5, len(shards[0] + shards[1]))
+        assert task == max(t for t, shard in enumerate(shards) if shard)
+    assert results.costs["bytes"]["up"]["statistics"] == 0
+
+
+def test_glfc_is_refused_where_no_class_is_old() -> None:
+    with pytest.raises(ConfigError, match="glfc weighs old classes against new ones, and with domain_incremental"):
+        glfc.Learner(size=2).suits(tiny("stream.name=domain_incremental"), np.array([[4, 4]]))
 
 
 def test_icarl_with_all_samples_is_the_nearest_mean_of_their_features() -> None:
@@ -369,7 +423,7 @@ def test_two_buffers_are_refused(others: list[str]) -> None:
         prepare(tiny(client={"learners": [{"name": name, "size": 4} for name in others]}))
 
 
-@pytest.mark.parametrize("method", ["derpp", "icarl", "xder"])
+@pytest.mark.parametrize("method", ["derpp", "glfc", "icarl", "xder"])
 def test_a_run_that_was_stopped_remembers_the_same(method: str, tmp_path: Path) -> None:
     config = tiny(
         f"client.learners=[{{name: {method}, size: 6}}]", "server.aggregator=fedavg", "server.consolidator=none",
