@@ -79,19 +79,24 @@ def test_a_preset_as_it_is_is_among_what_is_tried(name: str) -> None:
         assert as_it_is[variant] in [of_method(one.runs[10].config) for one in tuning.of(variant)], variant
 
 
-def test_the_winners_are_those_of_the_table(tmp_path: Path) -> None:
+TUNED = ("fashion", "digits")  # streams of which all that was tried is a committed table
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_the_winners_are_those_of_the_table(name: str, tmp_path: Path) -> None:
     """Every committed file is what the committed table of all that was tried makes of it."""
-    tuning = tune.read(LEDGER / "tune_fashion.yaml")
-    winners = tuning.winners(tune.told(tuning, [LEDGER / "tune_fashion.csv"]))
+    tuning = tune.read(LEDGER / f"tune_{name}.yaml")
+    winners = tuning.winners(tune.told(tuning, [LEDGER / f"tune_{name}.csv"]))
     assert list(winners) == list(tuning.variants)
     elsewhere = replace(tuning, options=replace(tuning.options, into=str(tmp_path)))
     written = {path.name: path.read_text() for path in tune.write(elsewhere, winners)}
-    assert written == {path.name: path.read_text() for path in (LEDGER / "best" / "fashion_tuned").glob("*.yaml")}
+    assert written == {path.name: path.read_text() for path in (LEDGER / "best" / f"{name}_tuned").glob("*.yaml")}
 
 
-def test_the_tuned_ledger_is_of_the_same_stream() -> None:
-    tuned, presets_ = (plan.expand(LEDGER / f"{name}.yaml").runs for name in ("fashion_tuned", "fashion"))
-    assert {run.entry.labels["method"] for run in tuned} == set(methods("fashion.yaml"))
+@pytest.mark.parametrize("name", TUNED)
+def test_the_tuned_ledger_is_of_the_same_stream(name: str) -> None:
+    tuned, presets_ = (plan.expand(LEDGER / f"{table}.yaml").runs for table in (f"{name}_tuned", name))
+    assert {run.entry.labels["method"] for run in tuned} == {run.entry.labels["method"] for run in presets_}
     splits = [
         {
             json.dumps([run.config.seed, run.config.to_dict()["data"], run.config.to_dict()["stream"], run.config.partition])
