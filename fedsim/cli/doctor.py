@@ -32,12 +32,10 @@ def run(args: argparse.Namespace) -> int:
 def _machine() -> Iterator[tuple[str, str]]:
     """Where fedsim lies and what runs it."""
     from fedsim.core import hardware, presets
-    from fedsim.runs.environment import environment
+    from fedsim.runs.environment import environment, version_of
 
     told = environment()
-    git = told["git"]
-    commit = f", commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else ""
-    yield "fedsim", f"{told['fedsim']} in {ROOT}{commit}"
+    yield "fedsim", f"{version_of(told)} in {ROOT}"
     yield "presets", f"{len(presets.names(presets.METHODS))} methods, {len(presets.names(presets.STREAMS))} streams"
     yield "python", f"{told['python']} on {told['platform']}"
     free = hardware.free_memory()
