@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from experiments.ledger import again
+from experiments.ledger import again, noise
 from fedsim import cli
 from fedsim.core import presets
 from fedsim.core.config import SimConfig, load
@@ -133,3 +135,45 @@ def test_rows_that_cannot_be_repeated_are_told(one_ray: None, tmp_path: Path, ca
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == "0 of 3 runs made again give their rows of my.csv, to the last digit"
     assert sum(": forgetting is " in line for line in told) == 3
+
+
+def test_noise_is_what_least_squares_leave() -> None:
+    """Of a method's and a seed's part, fitted with one column each; and the F test is of the two fits."""
+    draw = np.random.default_rng(0)
+    scores = 40 + 3 * draw.normal(size=(7, 1)) + 5 * draw.normal(size=(1, 4)) + draw.normal(size=(7, 4))
+    found = noise.noise(scores)
+    methods, seeds = (np.eye(n)[np.indices((7, 4))[k].ravel()] for k, n in ((0, 7), (1, 4)))
+    left = []
+    for columns in ([methods, seeds], [seeds]):
+        design = np.hstack(columns)
+        fit, *_ = np.linalg.lstsq(design, scores.ravel(), rcond=None)
+        left.append(float(((scores.ravel() - design @ fit) ** 2).sum()))
+    square = left[0] / 18
+    assert found.left == pytest.approx(square**0.5)
+    ratio = ((left[1] - left[0]) / 6) / square
+    assert found.methods_apart == pytest.approx((square * (ratio - 1) / 4) ** 0.5)
+    assert found.least == pytest.approx(2.100922 * (2 * square / 4) ** 0.5, rel=1e-6)  # Student's t at 18 degrees of freedom
+    assert 0 < found.p < 1e-4
+    assert noise.noise(scores + 100 * np.arange(4)).left == pytest.approx(found.left), "what a seed does to all is no noise"
+
+
+def test_noise_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {
+            "run": f"{m}{s}{a}",
+            "method": m,
+            "partition.alpha": a,
+            "seed": s,
+            "final_average_accuracy": 40.0 + i + (1.5 * s if a else 0),
+        }
+        for i, (m, a) in enumerate([("one", 0.5), ("two", 0.5), ("solved", None), ("one", 0.1), ("far", 0.5)])
+        for s in range(3)
+        if (m, s) != ("far", 2)
+    ]
+    table = tmp_path / "my.csv"
+    pd.DataFrame(rows).to_csv(table, index=False)
+    assert noise.main([str(table)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("3 methods, 3 seeds"), "far lacks a seed; solved has no split and is on every one"
+    assert noise.main([str(table), "--between", "40", "41.9"]) == 2
+    assert "between 40 and 41.9 %: 1; seeds: 3; two of each are needed" in capsys.readouterr().err
