@@ -175,5 +175,8 @@ def test_noise_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert noise.main([str(table)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("3 methods, 3 seeds"), "far lacks a seed; solved has no split and is on every one"
+    pd.DataFrame([*rows, rows[0]]).to_csv(tmp_path / "twice.csv", index=False)
+    assert noise.main([str(tmp_path / "twice.csv")]) == 2
+    assert "several rows of one seed at alpha 0.5: one;" in capsys.readouterr().err
     assert noise.main([str(table), "--between", "40", "41.9"]) == 2
     assert "between 40 and 41.9 %: 1; seeds: 3; two of each are needed" in capsys.readouterr().err

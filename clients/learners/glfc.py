@@ -61,12 +61,16 @@ class Learner(_buffers.Rehearsal):
     were `offered`, the last `task`. With `stream.online` a client still has the last part of a task at its end, and picks from
     that. Refused with domain_incremental, which has no old classes.
 
-    relation: the weight of L_RD, from 0 to 1; published 0.5.
+    relation: the weight of L_RD, from 0 to 1; published 0.5; 0: no teacher is sent.
     size: of a client's buffer, in samples (200 where neither is given); total: of all clients' buffers together, shared evenly.
     batch_size: samples replayed in a step; null: as many as `client.batch_size`. buffer: herding | balanced | reservoir.
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 4}, {"total": 12, "batch_size": 1, "relation": 1.0})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"size": 4},
+        {"total": 12, "batch_size": 1, "relation": 1.0},
+        {"size": 4, "relation": 0.0},
+    )
     buffer: str = "herding"
     relation: float = 0.5
 
@@ -77,7 +81,7 @@ class Learner(_buffers.Rehearsal):
 
     @property
     def traits(self) -> Traits:
-        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs=_teacher.NEEDS)
+        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs=_teacher.NEEDS if self.relation else {})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.stream.name == "domain_incremental":
@@ -90,7 +94,7 @@ class Learner(_buffers.Rehearsal):
     # ------------------------------------------------ on the client
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
-        return {**super().begin(work, memory, context, draw), "teacher": _teacher.teacher(context)}
+        return {**super().begin(work, memory, context, draw), "teacher": _teacher.teacher(context) if self.relation else None}
 
     def loss(self, state: LocalState, step: Step) -> Tensor:
         rows, teacher = rows_of(step), state["teacher"]

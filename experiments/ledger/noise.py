@@ -72,11 +72,15 @@ def noise(scores_MS: NDArray[np.float64]) -> Noise:
 
 def chosen(table: pd.DataFrame, alpha: float, low: float, high: float) -> pd.DataFrame:
     """The rows of methods that have all of the table's seeds on this split and whose mean lies in the range; runs to which no
-    split applies are on every one. Raises DataError where fewer than two methods or seeds are left, or a column is missing."""
+    split applies are on every one. Raises DataError where fewer than two methods or seeds are left, a method has a
+    seed twice, or a column is missing."""
     if lacking := [column for column in (SPLIT, METHOD, "seed", HEADLINE) if column not in table]:
         raise DataError(f"the table has no column {', '.join(lacking)}: write it with fedsim results --csv")
     split = pd.to_numeric(table[SPLIT], errors="coerce")
     here = table[split.isna() | (split == alpha)]
+    if here.duplicated([METHOD, "seed"]).any():
+        twice = ", ".join(sorted(set(here[here.duplicated([METHOD, "seed"])][METHOD].astype(str))))
+        raise DataError(f"several rows of one seed at alpha {alpha:g}: {twice}; leave one setting of each in the table")
     by_method = here.groupby(METHOD)
     seeds = here["seed"].nunique()
     means = by_method[HEADLINE].mean()

@@ -162,6 +162,8 @@ def test_glfc_by_hand() -> None:
     targets[:, :2] = taught[rows][:, [1, 2]].sigmoid()
     second = F.binary_cross_entropy_with_logits(ours, targets)
     step = step_of(**known, model=lambda params: contracts.Outputs(taught, taught))
+    assert glfc.Learner(relation=0.0).begin(work().works()[0], {}, {"teacher": {}}, draw)["teacher"] is None
+    assert not glfc.Learner(relation=0.0).traits.needs, "and none is sent"
     torch.testing.assert_close(glfc.Learner(relation=0.25).loss({"teacher": {}}, step), 0.25 * second + 0.75 * first)
 
 
