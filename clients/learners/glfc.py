@@ -81,7 +81,11 @@ class Learner(_buffers.Rehearsal):
 
     @property
     def traits(self) -> Traits:
-        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs=_teacher.NEEDS if self.relation else {})
+        composed = (
+            "picks exemplars by one model's features, but what {other} deploys are the clients' models: use another aggregator"
+        )
+        needs = _teacher.NEEDS if self.relation else {}
+        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs=needs, refuses={"a module per client": composed})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.stream.name == "domain_incremental":

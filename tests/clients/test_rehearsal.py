@@ -192,6 +192,13 @@ def test_glfc_picks_exemplars_of_a_task_at_its_end(tmp_path: Path) -> None:
     assert results.costs["bytes"]["up"]["statistics"] == 0
 
 
+def test_glfc_is_refused_with_a_module_per_client() -> None:
+    parts = ("server.aggregator=collect", "server.consolidator=compose", "adapter=apt", "head=mixture", "server.rounds=1")
+    told = r"^learner glfc picks exemplars by one model's features, but what .* are the clients' models"
+    with pytest.raises(ConfigError, match=told):
+        prepare(tiny("client.learners=[{name: glfc, size: 4}]", *parts))
+
+
 def test_glfc_is_refused_where_no_class_is_old() -> None:
     with pytest.raises(ConfigError, match="glfc weighs old classes against new ones, and with domain_incremental"):
         glfc.Learner(size=2).suits(tiny("stream.name=domain_incremental"), np.array([[4, 4]]))
