@@ -49,10 +49,15 @@ def sigmoid_distillation(
 ) -> Tensor:
     """Rebuffi et al. 2017 (iCaRL, LwF.MC): the mean over samples and classes seen of the binary cross-entropy of σ(z_c). Its
     target is the one-hot label for the task's classes, and σ(t_c) for older ones (None: nobody teaches, they are one-hot too)."""
-    logits_bS, places_b = masked(logits_bC, labels_b, seen)
-    targets_bS = F.one_hot(places_b, len(seen)).to(logits_bS.dtype)
+    logits_bS, targets_bS = sigmoids(logits_bC, labels_b, seen)
     if taught_bC is not None:
         new = set(classes)
         old = [place for place, c in enumerate(seen) if c not in new]
         targets_bS[:, old] = columns(taught_bC, seen)[:, old].sigmoid()
     return F.binary_cross_entropy_with_logits(logits_bS, targets_bS)
+
+
+def sigmoids(logits_bC: Tensor, labels_b: Tensor, seen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The columns of the classes seen, and the one-hot labels that their sigmoids should be, both (b, S)."""
+    logits_bS, places_b = masked(logits_bC, labels_b, seen)
+    return logits_bS, F.one_hot(places_b, len(seen)).to(logits_bS.dtype)

@@ -31,7 +31,6 @@ from fedsim.core.contracts import (
 )
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
-from fedsim.models.logits import masked
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Learner(_buffers.Rehearsal):
 
     def compensated(self, logits_bC: Tensor, labels_b: Tensor, step: Step) -> Tensor:
         """L_GC."""
-        logits_bS, places_b = masked(logits_bC, labels_b, step.seen)
-        targets_bS = F.one_hot(places_b, len(step.seen)).to(logits_bS.dtype)
+        logits_bS, targets_bS = _teacher.sigmoids(logits_bC, labels_b, step.seen)
         each_b = F.binary_cross_entropy_with_logits(logits_bS, targets_bS, reduction="none").mean(dim=1)
         new_b = torch.isin(labels_b.long(), torch.as_tensor(step.classes, device=labels_b.device))
         far_b = 1 - (logits_bS * targets_bS).sum(dim=1).sigmoid()

@@ -78,9 +78,9 @@ def chosen(table: pd.DataFrame, alpha: float, low: float, high: float) -> pd.Dat
         raise DataError(f"the table has no column {', '.join(lacking)}: write it with fedsim results --csv")
     split = pd.to_numeric(table[SPLIT], errors="coerce")
     here = table[split.isna() | (split == alpha)]
-    if here.duplicated([METHOD, "seed"]).any():
-        twice = ", ".join(sorted(set(here[here.duplicated([METHOD, "seed"])][METHOD].astype(str))))
-        raise DataError(f"several rows of one seed at alpha {alpha:g}: {twice}; leave one setting of each in the table")
+    if twice := sorted(set(here.loc[here.duplicated([METHOD, "seed"]), METHOD].astype(str))):
+        told = ", ".join(twice)
+        raise DataError(f"several rows of one seed at alpha {alpha:g}: {told}; leave one setting of each in the table")
     by_method = here.groupby(METHOD)
     seeds = here["seed"].nunique()
     means = by_method[HEADLINE].mean()
