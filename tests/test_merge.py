@@ -25,6 +25,7 @@ from fedsim.merging.measure import measure, measure_source
 from fedsim.merging.merge import merge
 from fedsim.merging.sources import of_runs, of_tasks
 from fedsim.simulation import run
+from server.merging.dare import Merging as Dare
 from server.merging.ties import Merging as Ties
 from tests.tiny import plain_vit, same_bits, tiny
 
@@ -90,6 +91,22 @@ def test_ties_of_two_runs_is_the_pure_rule(runs: Runs) -> None:
     base = {p: torch.zeros_like(t) for p, t in members[0].params.items()}
     want = Ties(density=0.3, scale=0.7).merge(members, base, torch.Generator())
     close(effect(merge(sources, {"name": "ties", "density": 0.3, "scale": 0.7}).deployed), dict(want))
+
+
+def test_what_dare_drops_of_a_run_hangs_on_the_run_and_not_on_its_folder(runs: Runs, tmp_path: Path) -> None:
+    """Elsewhere, and both in folders of one name, the merge is the same; the two runs' draws are independent."""
+    dare = {"name": "dare", "p": 0.5, "then": {"name": "task_arithmetic", "scale": 1.0}}
+    found = merge(of_runs([runs.one, runs.other]), dare, seed=3)
+    moved = []
+    for folder, path in (("a", runs.one), ("b", runs.other)):
+        moved.append(tmp_path / folder / "run")
+        shutil.copytree(path, moved[-1])
+    assert same_bits(merge(of_runs(moved), dare, seed=3).deployed, found.deployed)
+    members = [Member("run run", {"w": torch.ones(1000)}, key=key) for key in ("one", "other")]
+    rule, base = Dare(p=0.5, then="mean"), {"w": torch.zeros(1000)}
+    alone = [rule.merge([member], base, torch.Generator().manual_seed(3))["w"] for member in members]
+    both = sum(int(((a > 0) & (b > 0)).sum()) for a, b in [alone])
+    assert 180 < both < 320, both  # 250 of 1000 stay in both, where equal masks would leave 500
 
 
 def test_statistics_are_those_of_the_run_s_own_clients(runs: Runs) -> None:

@@ -100,7 +100,7 @@ def _module(sources: Sources, rule: Merging, seed: int, shown: Sequence[str]) ->
     for source in sources.members:
         module = _chosen(source.params, shown)
         told = source.statistics(_products.asked(rule, module))
-        members.append(Member(source.who, module, 1.0, told))
+        members.append(Member(source.who, module, 1.0, told, source.key))
     return _typed(_products.merged(rule, members, base, rng.torch_stream(seed, "merge")), base)
 
 
@@ -108,7 +108,7 @@ def _chained(sources: Sequence[Source], rule: ChainedMerging, base: Tensors, sho
     """What a rule makes that merges part after part: before each, the sources' samples go through their own models with all parts
     before it as they were merged. Pairs are merged as whole products, of which nothing is cut."""
     modules = [_chosen(source.params, shown) for source in sources]
-    members = [Member(s.who, _products.Products(m)) for s, m in zip(sources, modules, strict=True)]
+    members = [Member(s.who, _products.Products(m), key=s.key) for s, m in zip(sources, modules, strict=True)]
     look = rule.further(members, _products.Products(base), None, True)
     while look.statistics:
         requests = _products.of_pairs(look.statistics, base)

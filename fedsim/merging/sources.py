@@ -26,9 +26,9 @@ from fedsim.merging import alike
 class Source:
     """One of the models that are merged, with the data that it was trained on.
 
-    who: as messages call it. params: its module and the head that goes with it. start: what the module was before it learned
-    anything. tasks: of which its run's clients hold the training samples; classes: head rows that it learned; seen: those, and
-    the rows of what its run had learned before.
+    who: as messages call it; key: what its own draws hang on, wherever it lies. params: its module and the head that goes with
+    it. start: what the module was before it learned anything. tasks: of which its run's clients hold the training samples;
+    classes: head rows that it learned; seen: those, and the rows of what its run had learned before.
     """
 
     who: str
@@ -38,6 +38,7 @@ class Source:
     tasks: Sequence[int]
     classes: Sequence[int]
     seen: Sequence[int]
+    key: str = ""
     _measured: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
     def statistics(self, requests: Sequence[StatisticRequest], merged: Tensors | None = None) -> Tensors:
@@ -137,4 +138,6 @@ def of_tasks(run: OpenedRun | str | Path) -> Sources:
 def _whole(run: OpenedRun) -> Source:
     """A run as one of those that are merged."""
     learned, tasks = run.learned, [t for t in run.tasks if run.participants(t)]
-    return Source(f"run {run.dir.path.name}", run, run.deployed, run.parts.state.params, tasks, learned, learned)
+    return Source(
+        f"run {run.dir.path.name}", run, run.deployed, run.parts.state.params, tasks, learned, learned, run.dir.identity
+    )

@@ -21,7 +21,8 @@ from server.merging import _rule
 class Merging(_rule.Around):
     """τ̃_i = m_i ⊙ τ_i / (1 − p), m_i ∼ Bernoulli(1 − p) for every number of every member; then `then` merges θ_0 + τ̃_i.
 
-    E τ̃_i = τ_i. A member's draws hang on its name and the generator of the merge, not on its place among the others.
+    E τ̃_i = τ_i. A member's draws hang on who it is (client 3; task 2; of a run its config, wherever it lies)
+    and the generator of the merge, not on its place among the others.
     DARE-TIES is `{name: dare, then: ties}`; of LoRA pairs in core space it is `{name: core_space, then: {name: dare}}`.
 
     p: the share that is dropped, in [0, 1). 0.3 as in Core Space's code; MergeLM's has 0.1, and the paper goes up to 0.9.
@@ -74,7 +75,7 @@ class _Thinned(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         start = self._base[name].double()
-        draw = torch_stream(self._seed, "dare", self._member.who, name)
+        draw = torch_stream(self._seed, "dare", self._member.key or self._member.who, name)
         return start + self._rule.thinned(self._member.params[name].double() - start, draw)
 
     def __iter__(self) -> Iterator[str]:

@@ -21,14 +21,15 @@ TOLD = "use it as a rule of server.aggregator merged, or in fedsim merge"
 class Member:
     """One of the models that are merged: a client's, a task's or a run's.
 
-    who: as messages call it, "client 3". weight: what it counts for where a rule weighs: a client's samples, 1 for a task.
-    statistics: what the rule asked for, named as in an update.
+    who: as messages call it, "client 3"; key: what its own draws hang on, by default the same. weight: what it counts for where a
+    rule weighs: a client's samples, 1 for a task. statistics: what the rule asked for, named as in an update.
     """
 
     who: str
     params: Tensors
     weight: float = 1.0
     statistics: Tensors = field(default_factory=dict)
+    key: str = ""
 
     @classmethod
     def client(cls, update: ClientUpdate) -> Member:
