@@ -9,7 +9,7 @@ probe works on copies, draws from addresses of its own, and leaves the global ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from fedsim.core.work import WorkSpec
 from fedsim.models import inject
 from fedsim.models.model import ADAPTER, Asked, Model
 
-SIGMA = 0.02  # how far from its start every tensor is moved: at B = 0 LoRA's A has no gradient
+SIGMA = 0.02  # how far from its start every trained tensor is moved: at B = 0 LoRA's A has no gradient
 FEW, MANY = 2, 16  # samples; where a tensor seems to do nothing, more samples may know better
 NOT_FINITE = "gives features that are not finite (NaN or infinity): check its weights, transform.mean and transform.std"
 AT_RANDOM = (
@@ -116,10 +116,13 @@ class _Probe:
                 alone = bad(self._features(nullcontext, inputs), self._features(nullcontext, inputs))
                 raise ModelError(f"{self.backbone} {what}" if alone else f"{self.adapter} on {self.backbone} {what}")
 
-    def idle(self, inputs: Tensors) -> list[str]:
-        """The trained tensors that the features of these samples do not depend on, a step away from the start."""
+    def idle(self, inputs: Tensors, moving: Collection[str] | None = None) -> list[str]:
+        """The trained tensors that the features of these samples do not depend on, once tensors have moved a step away from the
+        start: those that are trained, or these."""
+        moving = self.trained if moving is None else moving
         draw = rng.torch_stream(0, "probe")
-        away = {n: (t + SIGMA * torch.randn(t.shape, generator=draw).to(t)).detach() for n, t in self.params.items()}
+        steps = {n: SIGMA * torch.randn(t.shape, generator=draw).to(t) for n, t in self.params.items()}
+        away = {n: (t + steps[n]).detach() if n in moving else t for n, t in self.params.items()}
         for name in self.trained:
             away[name].requires_grad_()
         augment, dropout = (rng.torch_stream(0, "probe", what, device=self.model.device) for what in ("augment", "dropout"))
@@ -144,10 +147,12 @@ class _Probe:
         idle = self.idle(inputs)
         if idle:
             rest = f" (nor do {len(idle) - 1} more)" if len(idle) > 1 else ""
-            raise ModelError(
-                f"{self.adapter} on {self.backbone}: the trained tensor '{idle[0]}' moves no feature and gets no gradient{rest}: "
-                "choose other targets or blocks, another adapter or another backbone"
-            )
+            what = "choose other targets or blocks, another adapter or another backbone"
+            if idle[0] not in self.idle(inputs, self.params):
+                still = "what it is multiplied with is zero and is trained in no round"
+                what = f"{still}: train both factors (server.aggregator.train: alternate), or the other one alone"
+            does = f"the trained tensor '{idle[0]}' moves no feature and gets no gradient{rest}"
+            raise ModelError(f"{self.adapter} on {self.backbone}: {does}: {what}")
 
     def _features(self, applied: Callable[[], AbstractContextManager[None]], inputs: Tensors) -> Tensor:
         return self._asked(applied, inputs).features

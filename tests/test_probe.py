@@ -268,6 +268,19 @@ def test_a_schedule_of_the_clients_own_steps_lasts() -> None:
     prepare(client={"schedule": "onecyclelr", "schedule_options": {"max_lr": 0.1, "total_steps": "steps"}, "epochs": 3})
 
 
+@pytest.mark.parametrize("rule", ["rolora", "lorm"])
+def test_a_factor_beside_one_that_stays_zero_is_not_trained_in_vain(rule: str) -> None:
+    """B starts at zero: where A alone is trained, it has no gradient in any round, and the head alone would learn."""
+    options = "server.aggregator={name: %s, train: %s}"
+    with pytest.raises(ModelError, match=r"lora_A' moves no feature .* multiplied with is zero .* train both factors"):
+        simulation.prepare(tiny("server.consolidator=none", options % (rule, "A")))
+    for factor in ("B", "alternate"):
+        simulation.prepare(tiny("server.consolidator=none", options % (rule, factor)))
+    with pytest.raises(ModelError, match=r"is trained in no round"):  # its one round is that of A
+        simulation.prepare(tiny("server.consolidator=none", "server.aggregator={name: lorm, start: A}", "server.rounds=1"))
+    simulation.prepare(tiny("server.consolidator=none", "server.aggregator={name: lorm, start: A}", "server.rounds=2"))
+
+
 def test_no_adapter_needs_no_gradient() -> None:
     prepare(adapter={"name": "none"}, server={"aggregator": "fedavg"})
 

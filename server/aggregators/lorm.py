@@ -41,7 +41,8 @@ class Aggregator(contracts.AdditiveAggregator):
     client's own (blended). With the published decay 0 an A-round is the mean of columns weighted by feature energies.
     Asks for `gram`: M_i in B-rounds, d energies a layer (or d(d+1)/2 numbers) in A-rounds, the head's triangle in both.
 
-    train: alternate | A | B (only that factor, every round). start: the factor of a task's first round.
+    train: alternate | A | B (only that factor, every round; A for pairs whose B does not start at zero, see `rolora`). start: the
+    factor of a task's first round: with A, and B at zero, the head alone learns in it.
     decay, head_decay: of the off-diagonals, in [0, 1]. form: of the Gram in A-rounds: full | diagonal | auto (diagonal when
     decay is 0 and gram is projected). gram: projected (only M_i travels in B-rounds) | full (d×d Grams in every round: the
     same result, dearer). keep_unseen: W_0 + (Σ (W_i − W_0) Ĝ_i)(Σ Ĝ_i)⁺, which keeps the server's W_0 in directions that no

@@ -28,7 +28,8 @@ class Aggregator(contracts.AdditiveAggregator):
     LoRM without its statistics. A task begins with B: while B is zero, A has no gradient. Every round sends one factor, r·m or
     r·d numbers a layer, and the head; no more comes down, since a client has the other factor already.
 
-    train: alternate (RoLoRA) | B (FFA-LoRA: A stays as it was drawn for the task, the same for all) | A.
+    train: alternate (RoLoRA) | B (FFA-LoRA: A stays as it was drawn for the task, the same for all) | A (for
+        pairs whose B does not start at zero: with `adapter: lora` nothing would be trained, and a run is refused).
     FFA-LoRA trains half of the numbers, and its authors give it a larger learning rate. The head by FedAvg [ours].
     Raises ConfigError for an adapter without pairs, AggregationError when nobody sent an update or nobody holds samples.
     """
