@@ -15,7 +15,8 @@ from server.state import ServerState, Simulation
 
 def looked_further(sim: Simulation, state: ServerState, round: Round) -> Generator[Event, None, ServerState]:
     """The looks at clients' data that the aggregator asks for between their training and its merge; its state knows what came of
-    them. Every client still has what it trained, so that only what is merged by now is sent."""
+    them. Every client knows what it sent, so that only what is merged by now travels: it looks through its
+    tensors as the server has them, after what channels did to them, since these are what is merged."""
     if planning.rests(sim, state):
         return state
     updates, last = round.updates, state.round == sim.config.server.rounds - 1

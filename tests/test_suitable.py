@@ -84,6 +84,38 @@ def test_refused_before_training(overrides: list[str], told: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+PRODUCTS = "server.aggregator={name: merged, rule: mean, pairs: products}"
+CHAIN = "server.aggregator={name: merged, rule: chain_of_merges}"
+SPARSE = "server.channel=[{name: topk, share: 0.1, feedback: %s}]"
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        "client.learners=[ewc]",
+        "client.learners=[si]",
+        "client.learners=[scaffold]",
+        "server.consolidator=coma",
+        "server.consolidator=cofima",
+        SPARSE % "true",
+    ],
+)
+def test_numbers_for_every_factor_need_factors_that_last(keeps: str) -> None:
+    """An SVD gives a product that hardly moved other factors: signs and places of directions change."""
+    told = r"keeps (numbers|a residual) for every factor .* aggregator merged gives its product other factors in every round"
+    with pytest.raises(ConfigError, match=told):
+        prepare(tiny("server.consolidator=none", PRODUCTS, keeps))
+    for rule in ("server.aggregator=fedavg", CHAIN):  # the one keeps factors; the other gives those nearest to the ones before
+        prepare(tiny("server.consolidator=none", rule, keeps))
+
+
+def test_a_residual_does_not_outlast_the_pair_that_it_belongs_to() -> None:
+    with pytest.raises(ConfigError, match=r"topk keeps a residual .* aggregator flora gives .* feedback: false"):
+        prepare(tiny("server.consolidator=none", "server.aggregator=flora", SPARSE % "true"))
+    for rule in (PRODUCTS, "server.aggregator=flora"):
+        prepare(tiny("server.consolidator=none", rule, SPARSE % "false"))
+
+
 def test_a_class_that_nobody_holds_enough_of_is_refused_with_a_calibrator() -> None:
     """12 samples of a class over 36 clients: every client has one at most, which has no spread; pooled they have one."""
     spread = ("partition={name: iid, clients: 36, min_samples: 1}", "server.aggregator=fedavg", "server.consolidator=none")

@@ -24,7 +24,8 @@ class Channel(contracts.Channel):
                 gaussian    factor · ‖Δ‖ / √P · n,   n standard normal, P numbers in all tensors together.
 
     They train honestly and know nothing of each other or of the rule. Their statistics, and their numbers of samples, are honest
-    too: rules that weigh by them are attacked in the tensors alone. All others send what they learned.
+    too: rules that weigh by them are attacked in the tensors alone. A rule that looks again, part after part
+    (`chain_of_merges`), looks through the tensors that they sent. All others send what they learned.
 
     clients: their numbers, from 0; nobody by default. factor: above 0; with 1 a sign is flipped and nothing else, and noise is as
     long as the change. Sign flips and noise are those of the literature on robust rules (Blanchard et al. 2017 draw noise with a

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Parcel, Traits
+from fedsim.core.contracts import UNIFORM_SUM, Parcel, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import matching
@@ -37,9 +37,9 @@ class Channel(contracts.Channel):
         Δ_i = w_i − w₀,    Δ̄_i = Δ_i · min(1, S / ‖Δ_i‖₂),    w⁺ = w₀ + (Σ_i Δ̄_i + z S n) / N,    n standard normal.
 
     clip: S, over all trained tensors together; null: nothing is clipped. groups: in its place, a bound S_g for each group of
-    tensors, of which the first that matches decides; S² = Σ_g S_g². noise: z, the noise's standard deviation in units of S.
-    Norms are float64: ‖Δ̄_i‖ ≤ S (1 + 1e-6) for what is sent. The noise is added to the sum, in float64, from a generator with an
-    address (seed, task, round): a simulation, no source of secrets.
+    tensors, of which the first that matches decides; S² = Σ_g S_g². A group that decides for none is refused. noise: z, the
+    noise's standard deviation in units of S. Norms are float64: ‖Δ̄_i‖ ≤ S (1 + 1e-6) for what is sent. The noise is added to the
+    sum, in float64, from a generator with an address (seed, task, round): a simulation, no source of secrets.
 
     delta: δ of the promise that is printed.
 
@@ -119,10 +119,15 @@ class Channel(contracts.Channel):
             "part of the sum has no bound) or merges in another way: use aggregator fairavg, or noise: 0"
         )
         several = "adds noise to one sum over all tensors, which a list of rules does not make: use one rule, or noise: 0"
-        return Traits(needs={"uniform sum": weighed}, refuses={"several rules": several})
+        return Traits(needs={UNIFORM_SUM: weighed}, refuses={"several rules": several})
 
     def suits(self, trained: Sequence[str], rounds: int, clients: int) -> tuple[str, ...]:
-        self._members(trained)
+        idle = [g.match for g, (names, _) in zip(self.groups, self._members(trained), strict=False) if not names]
+        if idle:
+            raise ConfigError(
+                f"server.channel: clip_noise has a group '{idle[0]}' that decides for no trained tensor, and its bound would "
+                "make the noise larger for nothing: correct the glob, or leave the group out"
+            )
         if not self.noise:
             return ()
         lost = f", nor statistics ({', '.join(self.public)})" if self.public else ""

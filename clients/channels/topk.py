@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Code, Parcel
+from fedsim.core.contracts import NEW_BASIS, Code, Parcel, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 
@@ -28,7 +28,8 @@ class Channel(contracts.Channel):
 
     Sums are float32: sent + e⁺ = d holds bit for bit, since every number of d is in one of the two. e, the residual, is the
     client's memory: one number per trained number. It lasts from round to round in which a tensor is trained and ends with the
-    task, whose end changes the parameters that it belongs to.
+    task, whose end changes the parameters that it belongs to. Rules that change them in every round, since they give a product of
+    LoRA factors other factors (`flora`, `merged` with products), are refused with feedback.
     share: of a tensor's numbers that are sent, in (0, 1]. feedback: false leaves it out (e = 0).
     Without memory ‖sent − (w − w₀)‖² ≤ (1 − k/n) ‖w − w₀‖² of each tensor.
     On the wire, of each tensor: k numbers, and their positions in ⌈log₂ n⌉ bits each or a bitmap of n bits, whichever is less
@@ -51,6 +52,14 @@ class Channel(contracts.Channel):
     @property
     def covers(self) -> Sequence[str]:
         return ("*",)
+
+    @property
+    def traits(self) -> Traits:
+        why = (
+            "keeps a residual for every factor of a LoRA pair, but {aggregator} gives its product other factors in every round: "
+            "use another rule, or feedback: false"
+        )
+        return Traits(refuses={NEW_BASIS: why} if self.feedback else {})
 
     def send(self, start: Tensors, parcel: Parcel, memory: Tensors, draw: torch.Generator) -> tuple[Parcel, Tensors]:
         if not parcel.delta:

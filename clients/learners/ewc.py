@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clients.learners import _anchor
 from fedsim.core import contracts
-from fedsim.core.contracts import HOLDS_ON, ClientWork, Context, LocalState, Step, Traits
+from fedsim.core.contracts import HOLDS_FACTORS, ClientWork, Context, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import without_prefix
@@ -58,7 +58,7 @@ class Learner(contracts.Learner):
     @property
     def traits(self) -> Traits:
         other = "asks what the deployed model depends on, and {other} deploys other tensors than those that are trained"
-        return Traits(needs=_anchor.NEEDS, refuses={**HOLDS_ON, "other tensors deployed": other})
+        return Traits(needs=_anchor.NEEDS, refuses={**HOLDS_FACTORS, "other tensors deployed": other})
 
     # ------------------------------------------------ on the client
 

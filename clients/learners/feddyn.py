@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import WHOLE_PAIRS, ClientWork, Context, Ending, LocalState, Step, Traits
+from fedsim.core.contracts import UNIFORM_MEAN, WHOLE_PAIRS, ClientWork, Context, Ending, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix, without_prefix
@@ -49,7 +49,7 @@ class Learner(contracts.Learner):
             return Traits()
         uniform = "takes the uniform mean of its clients, which {aggregator} does not give: use aggregator: fairavg"
         several = "takes the uniform mean of all tensors, and server.aggregator is a list of rules: use aggregator: fairavg"
-        return Traits(needs={"uniform sum": uniform}, refuses={**WHOLE_PAIRS, "several rules": several})
+        return Traits(needs={UNIFORM_MEAN: uniform}, refuses={**WHOLE_PAIRS, "several rules": several})
 
     # ------------------------------------------------ on the client
 

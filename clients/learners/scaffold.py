@@ -13,7 +13,7 @@ import torch
 from clients.optim import group_of
 from fedsim.core import contracts
 from fedsim.core.config import ClientConfig, SimConfig
-from fedsim.core.contracts import HOLDS_ON, OWN, WHOLE_PAIRS, ClientWork, Context, Ending, IntArray, LocalState, Traits
+from fedsim.core.contracts import HOLDS_FACTORS, OWN, WHOLE_PAIRS, ClientWork, Context, Ending, IntArray, LocalState, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix
@@ -40,7 +40,7 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(refuses={**HOLDS_ON, **WHOLE_PAIRS})
+        return Traits(refuses={**HOLDS_FACTORS, **WHOLE_PAIRS})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         client = config.client

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clients.learners import _anchor
 from fedsim.core import contracts
-from fedsim.core.contracts import HOLDS_ON, ClientWork, Context, Ending, LocalState, Step, Traits
+from fedsim.core.contracts import HOLDS_FACTORS, ClientWork, Context, Ending, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import without_prefix
@@ -53,7 +53,7 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=_anchor.NEEDS, refuses=HOLDS_ON)
+        return Traits(needs=_anchor.NEEDS, refuses=HOLDS_FACTORS)
 
     # ------------------------------------------------ on the client
 

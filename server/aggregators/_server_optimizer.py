@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits
+from fedsim.core.contracts import UNIFORM_MEAN, UNIFORM_SUM, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
@@ -55,7 +55,8 @@ class ServerOptimizer(contracts.AdditiveAggregator):
 
     @property
     def traits(self) -> Traits:
-        words = {"uniform sum": self.weights == "uniform", REMEMBERS: not self.reset_on_task}
+        uniform = self.weights == "uniform"
+        words = {UNIFORM_SUM: uniform, UNIFORM_MEAN: uniform and self.is_mean, REMEMBERS: not self.reset_on_task}
         return Traits(gives={word for word, given in words.items() if given})
 
     @abstractmethod

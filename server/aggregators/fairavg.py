@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import TAKES_RANKS, Traits
+from fedsim.core.contracts import TAKES_RANKS, UNIFORM_MEAN, UNIFORM_SUM, Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
 
@@ -27,7 +27,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={"uniform sum", TAKES_RANKS})
+        return Traits(gives={UNIFORM_SUM, UNIFORM_MEAN, TAKES_RANKS})
 
     def lift(self, update: ClientUpdate) -> dict[str, Tensor]:
         return mean.lift(update.params, float(update.num_samples > 0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Traits
+from fedsim.core.contracts import UNIFORM_SUM, Traits
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
@@ -45,7 +45,7 @@ class Aggregator(contracts.AdditiveAggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits() if self.threshold else Traits(gives={"uniform sum"})
+        return Traits() if self.threshold else Traits(gives={UNIFORM_SUM})
 
     @property
     def additive(self) -> bool:

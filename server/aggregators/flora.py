@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BENEATH, TAKES_RANKS, Member, Traits
+from fedsim.core.contracts import BENEATH, NEW_BASIS, TAKES_RANKS, Member, Traits
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B
 from server.merging._factors import KEEPS_BENEATH, Factors, require_pairs, trained_pairs
@@ -40,7 +40,7 @@ class Aggregator(contracts.Aggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={BENEATH, TAKES_RANKS}, refuses=KEEPS_BENEATH)
+        return Traits(gives={BENEATH, NEW_BASIS, TAKES_RANKS}, refuses=KEEPS_BENEATH)
 
     @property
     def products(self) -> bool:

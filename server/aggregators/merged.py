@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import TAKES_RANKS, AdditiveMerging, ChainedMerging, Further, Member, Traits
+from fedsim.core.contracts import NEW_BASIS, TAKES_RANKS, AdditiveMerging, ChainedMerging, Further, Member, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging import _products, _rule
@@ -26,11 +26,13 @@ class Aggregator(contracts.AdditiveAggregator):
     as products B_i A_i, of which averaging the factors makes something else. Products are merged and brought back to the server's
     rank r by a truncated singular value decomposition, Δ = U S Vᵀ, B = U_r S_r^½, A = S_r^½ V_rᵀ: with the rule `mean` that is
     FlexLoRA's server step (Bai et al. 2024, "Federated fine-tuning of large language models under heterogeneous tasks and client
-    resources"), with the root of S on both sides. Clients' pairs may have ranks of their own, and for linear rules no m × d
-    matrix is made. A pair of which clients train one factor only is no pair: that factor is merged as it is.
-    Asks for what the rule asks for. A rule that is a sum over its members is summed where the clients run, but for products;
-    one that merges part after part looks at their data for each, and brings products to their rank itself.
-    Clients without samples are left out; tensors that nobody trained stay as they are.
+    resources"), with the root of S on both sides. The factors that come out say nothing of those before: directions
+    change signs and places, so that parts which keep numbers for every factor (EWC, SCAFFOLD, CoMA, the residuals of `topk`) are
+    refused beside it. Clients' pairs may have ranks of their own, and for linear rules no m × d matrix is made. A pair of which
+    clients train one factor only is no pair: that factor is merged as it is. Asks for what the rule asks for. A rule that is a
+    sum over its members is summed where the clients run, but for products; one that merges part after part looks at their data
+    for each, and brings products to their rank itself. Clients without samples are left out; tensors that nobody trained stay as
+    they are.
 
     rule: the name of one of `fedsim list merging` or the path of a file that defines a `Merging`, or {name: …, its options}.
     pairs: factors | products | auto (products for a rule that merges nothing else).
@@ -67,7 +69,11 @@ class Aggregator(contracts.AdditiveAggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={TAKES_RANKS} if self.products or isinstance(self.merging, Mean) else ())
+        words = {
+            TAKES_RANKS: self.products or isinstance(self.merging, Mean),
+            NEW_BASIS: self.products and not isinstance(self.merging, ChainedMerging),
+        }
+        return Traits(gives={word for word, given in words.items() if given})
 
     @property
     def additive(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import HOLDS_ON, TaskStart, Traits
+from fedsim.core.contracts import HOLDS_FACTORS, TaskStart, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix
@@ -43,7 +43,7 @@ class Consolidator(contracts.Consolidator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(refuses=HOLDS_ON)
+        return Traits(refuses=HOLDS_FACTORS)
 
     def init(self) -> State:
         return {"model": {}}

@@ -380,6 +380,14 @@ NOISY = "server.channel=[{name: clip_noise, clip: 1.0, noise: 1.0%s}]"
         (["server.channel=[{name: clip_noise, clip: 1, groups: [{match: '*', clip: 1}]}]"], "clip and groups exclude each other"),
         (["server.channel=[{name: clip_noise, groups: [{match: '*', clip: 0}]}]"], r"groups.0.clip must be positive, got 0.0"),
         (["server.channel=[{name: clip_noise, groups: [{match: 'head.*', clip: 1}]}]"], "has no group for 'adapter.layers.0"),
+        (
+            ["server.channel=[{name: clip_noise, groups: [{match: 'prompt.*', clip: 5}, {match: '*', clip: 1}]}]"],
+            r"clip_noise has a group 'prompt\.\*' that decides for no trained tensor",
+        ),
+        (
+            ["server.channel=[{name: clip_noise, groups: [{match: '*', clip: 5}, {match: 'head.*', clip: 1}]}]"],
+            r"clip_noise has a group 'head\.\*' that decides for no trained tensor",
+        ),
         (["server.channel=[topk, quantise, topk]"], r"^server.channel.2: 'topk' is there already: name a channel once$"),
         (["server.channel=[quantise, topk]"], "^server.channel: topk cannot come after quantise, which has encoded the numbers"),
         (

@@ -102,6 +102,9 @@ def test_in_a_run_h_is_the_mean_of_what_clients_keep_and_nothing_more_travels(tm
     ("overrides", "told"),
     [
         (["server.aggregator=fedavg"], r"^learner feddyn takes the uniform mean .* fedavg .* use aggregator: fairavg$"),
+        (["server.aggregator=fedsum"], r"feddyn takes the uniform mean .* fedsum does not give"),
+        (["server.aggregator={name: fedadam, weights: uniform}"], r"feddyn takes the uniform mean .* fedadam does not give"),
+        (["server.aggregator={name: fedavgm, weights: uniform}"], r"feddyn takes the uniform mean .* fedavgm does not give"),
         (["server.aggregator=[{match: 'head.*', name: fairavg}, {match: '*', name: fairavg}]"], "feddyn .* is a list of rules"),
     ],
 )  # fmt: skip
@@ -109,6 +112,11 @@ def test_another_mean_is_refused(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         prepare(tiny(*UNIFORM, "client.learners=[feddyn]", *overrides))
     prepare(tiny(*UNIFORM, "client.learners=[{name: feddyn, alpha: 0}]", *overrides))
+
+
+def test_a_server_that_steps_as_far_as_the_mean_is_the_mean() -> None:
+    still = "server.aggregator={name: fedavgm, weights: uniform, momentum: 0, lr: 1}"
+    prepare(tiny(*UNIFORM, "client.learners=[feddyn]", still))
 
 
 def test_a_negative_weight_is_refused() -> None:

@@ -37,9 +37,12 @@ from fedsim.core.contracts.server import (
     CALIBRATOR,
     CLOSING,
     LEARNER,
+    NEW_BASIS,
     RULE,
     STATISTICS,
     TAKES_RANKS,
+    UNIFORM_MEAN,
+    UNIFORM_SUM,
     AdditiveAggregator,
     Aggregator,
     Calibrator,
@@ -54,7 +57,7 @@ from fedsim.core.contracts.server import (
     statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import HOLDS_ON, ONE_ROUND, WHOLE_PAIRS, WORDS, Part, Traits
+from fedsim.core.contracts.traits import HOLDS_FACTORS, HOLDS_ON, ONE_ROUND, WHOLE_PAIRS, WORDS, Part, Traits
 from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
@@ -66,9 +69,11 @@ __all__ = [
     "CENTRES",
     "CLOSING",
     "CROSS_ENTROPY",
+    "HOLDS_FACTORS",
     "HOLDS_ON",
     "LEARNER",
     "MAY_BE_INFINITE",
+    "NEW_BASIS",
     "ONE_CLASS",
     "ONE_ROUND",
     "OWN",
@@ -77,6 +82,8 @@ __all__ = [
     "TAKES_RANKS",
     "TEACHER",
     "TOLD",
+    "UNIFORM_MEAN",
+    "UNIFORM_SUM",
     "WHOLE_PAIRS",
     "WORDS",
     "Accumulator",

@@ -27,6 +27,9 @@ from fedsim.core.tensors import stack_modules, without_prefix
 RULE, CALIBRATOR, STATISTICS, LEARNER, CLOSING = "rule", "calibrator", "statistics", "learner", "closing"
 
 BENEATH = "a module beneath"  # a word of `Traits`: of a rule whose rounds leave something beneath, see `Aggregator.beneath`
+NEW_BASIS = "pairs in a new basis"  # a word of `Traits`: of a rule that makes new factors of a product in every round
+UNIFORM_SUM = "uniform sum"  # a word of `Traits`: clients are summed with weight one each, whatever is made of the sum
+UNIFORM_MEAN = "uniform mean"  # the same, and what comes out is their mean
 TAKES_RANKS = "takes unequal ranks"  # a word of `Traits`: of a rule for clients with `client.ranks`
 BESIDE = "past modules beside"  # a word of `Traits`: who gives it starts every task with `TaskStart.trains_beside`
 

@@ -22,6 +22,7 @@ WORDS: Mapping[str, str] = {
     "old head rows rewritten": "the head's rows of classes of past tasks are changed",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "a module beneath": "rounds leave part of the model beneath the module that is trained, whose tensors then begin anew",
+    "pairs in a new basis": "a round brings LoRA pairs back as factors of which only the product goes on from those before it",
     "changes of weights": "what the module adds to the weights of linear layers is a matrix or a product of two",
     "takes unequal ranks": "merges LoRA pairs of which clients hold the first ranks only, and zeros in the place of the others",
     "affine features": "features are affine in the tensors, so that modules of clients and tasks add up",
@@ -29,6 +30,7 @@ WORDS: Mapping[str, str] = {
     "one module goes on": "a task starts from the very module that the last one ended with, and what is trained is deployed",
     "other tensors deployed": "what is evaluated at a task's end has other tensors than what is trained",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
+    "uniform mean": "what a round gives is the mean of its clients' tensors, each with weight one",
     "rule remembers tasks": "at a task's start the rule knows something of the clients of earlier tasks",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
@@ -37,6 +39,11 @@ WORDS: Mapping[str, str] = {
 HOLDS_ON: Mapping[str, str] = {  # for a part's `refuses`
     "a module beneath": "compares tensors with those of an earlier round or task, but {other} moves part of what they do beneath "
     "the module: use another rule, such as fedavg",
+}
+HOLDS_FACTORS: Mapping[str, str] = {  # for a part's `refuses`
+    **HOLDS_ON,
+    "pairs in a new basis": "keeps numbers for every factor of a LoRA pair, but {other} gives its product other factors in every "
+    "round: use another rule, such as fedavg",
 }
 WHOLE_PAIRS: Mapping[str, str] = {
     "unequal ranks": "keeps numbers for every tensor of a client, of which client.ranks takes a part from some: leave that out",
