@@ -229,7 +229,13 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     probe.require(config, model, spec, state.params, trained)
     probe.require_learners(config, model, spec, state.params, plan, learners)
     told += hardware.too_many_threads(config.runtime.threads)
-    notes = (*notes, *suitable.notes(config, manifest), *model.adapter.notes(model.backbone), *told)
+    notes = (
+        *notes,
+        *suitable.notes(config, manifest),
+        *pretrained.notes(config.model, config.transform),
+        *model.adapter.notes(model.backbone),
+        *told,
+    )
     weights = sum(t.nbytes for t in model.backbone.encoder.state_dict().values())
     spec = dataclasses.replace(spec, weights=weights, class_names=manifest.class_names, task_names=manifest.task_names)
     spec = dataclasses.replace(spec, split=manifest.hash)
@@ -350,7 +356,7 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     start = grown(config, model, 0, start)
     state = rule.init(start.params)
     plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
-    suitable.require_trained(config, start, plans)
+    suitable.require_trained(config, rule, start, plans)
     suitable.require_linear_map(config, start.params, plans[0])
     check_statistics(plans[0].statistics)
     trained = {n for plan in plans for n in planning.trained(start.frozen, params, plan)}

@@ -116,16 +116,22 @@ def run_words(config: SimConfig, spec: WorkSpec | None = None) -> dict[str, str]
     return {word: f"{key}: {_told(_value(config, key))}" for word, key, given in found if given}
 
 
-def require_trained(config: SimConfig, start: TaskStart, plans: Sequence[RoundPlan]) -> None:
+def require_trained(config: SimConfig, rule: Aggregator, start: TaskStart, plans: Sequence[RoundPlan]) -> None:
     """Raise ConfigError if a round's plan trains nothing of the adapter but what the consolidator freezes, or asks how much
-    frozen tensors matter."""
+    frozen tensors matter, or looks at pairs of which one factor is frozen as products."""
     frozen = set(matching(start.params, start.frozen))
     for request in (r for plan in plans if plan.train and frozen for r in plan.statistics):
         asked = [n for n in matching(start.params, request.match) if n in frozen]
+        consolidator = config.server.consolidator["name"]
+        if asked and getattr(rule, "products", False):
+            raise ConfigError(
+                f"aggregator {rule_name(config)} asks for the statistic {request.name} of whole LoRA pairs, but consolidator "
+                f"{consolidator} freezes '{asked[0]}': set pairs: factors, or use another rule"
+            )
         if asked and plugins.load("statistics", request.name).of_trained:
             raise ConfigError(
                 f"aggregator {rule_name(config)} asks for the statistic {request.name} of '{asked[0]}', which consolidator "
-                f"{config.server.consolidator['name']} freezes: nobody trains it, so use another rule or another consolidator"
+                f"{consolidator} freezes: nobody trains it, so use another rule or another consolidator"
             )
     for number, plan in enumerate(plans):
         wanted = [n for n in matching(start.params, plan.train) if n.startswith("adapter.")]

@@ -46,6 +46,10 @@ PRIVATE = ("server.aggregator=fairavg", "server.consolidator=none", "server.chan
         ),
         (["server.consolidator=dolfin"], r"lorm trains \*\.lora_A, head\.\* in round 1 .* dolfin .* freezes adapter\.\*\.lora_A"),
         (
+            ["server.aggregator={name: merged, rule: regmean, pairs: products}", "server.consolidator=dolfin"],
+            r"merged asks for the statistic gram of whole LoRA pairs, but .* dolfin freezes .*lora_A': set pairs: factors",
+        ),
+        (
             ["server.aggregator=fedavg", "server.consolidator=dolfin", "server.calibrator=hgp"],
             "dolfin keeps the head's rows of old tasks as they are, which calibrator hgp trains: let that",
         ),

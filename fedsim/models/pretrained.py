@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedsim.core import hub
-from fedsim.core.config import ModelConfig
+from fedsim.core.config import ModelConfig, TransformConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import families, timm_names, vit
 
@@ -25,6 +25,7 @@ from fedsim.models import families, timm_names, vit
 
 OMNIGLOT_VIT = Path(__file__).resolve().parent.parent / "assets" / "omniglot_vit"
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+SAFETENSORS = ".safetensors"  # the ending of a file with timm names
 PREPROCESSOR = "preprocessor_config.json"
 USUAL_SIDE = 224  # of images, where neither the config nor the preprocessor says
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -41,7 +42,7 @@ def load(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]:
 
 def tokenizer_name(config: ModelConfig) -> str | None:
     """Hub id or folder of the backbone's tokenizer, without loading weights; None where there is none."""
-    if config.backbone in ("random", "omniglot-vit") or config.backbone.endswith(".safetensors"):
+    if config.backbone in ("random", "omniglot-vit") or config.backbone.endswith(SAFETENSORS):
         return None
     source = _source(config.backbone)
     if Path(source).is_dir() and not any((Path(source) / f).is_file() for f in TOKENIZER_FILES):
@@ -55,6 +56,16 @@ def normalisation(preprocessor: Mapping[str, Any]) -> tuple[tuple[float, ...], t
         return (0.0,), (1.0,)
     mean, std = (preprocessor.get(key, [0.5]) for key in ("image_mean", "image_std"))
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def notes(config: ModelConfig, transform: TransformConfig) -> tuple[str, ...]:
+    """What whoever reads the numbers has to know of how images are normalised."""
+    if not config.backbone.endswith(SAFETENSORS) or (transform.mean is not None and transform.std is not None):
+        return ()
+    return (
+        f"model.backbone {Path(config.backbone).name} does not say how its images were normalised: with three channels they are "
+        "as DeiT's (ImageNet's mean and deviation). timm's augreg ViTs have transform.mean and transform.std [0.5, 0.5, 0.5]",
+    )
 
 
 def usual_side(preprocessor: Mapping[str, Any]) -> int:
@@ -77,7 +88,7 @@ def _source(name: str) -> str:
 
 def _plain_vit(name: str) -> tuple[nn.Module, Mapping[str, Any]] | None:
     """Encoder and preprocessor of a folder with a plain ViT, without transformers, which is slow to import; None for all else."""
-    if name == "random" or name.endswith(".safetensors"):
+    if name == "random" or name.endswith(SAFETENSORS):
         return None
     folder = Path(_source(name))
     encoder = vit.load(folder)
@@ -92,7 +103,7 @@ def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]
     with unseeded(), quiet():
         if config.backbone == "random":
             return _random(config), {}
-        if config.backbone.endswith(".safetensors"):
+        if config.backbone.endswith(SAFETENSORS):
             encoder: Any = timm_names.load(Path(os.path.expanduser(config.backbone)))
             return encoder, IMAGENET if encoder.config.num_channels == 3 else {}
         name = _source(config.backbone)

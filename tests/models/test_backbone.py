@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedsim.core.config import ModelConfig, SimConfig
+from fedsim.core.config import ModelConfig, SimConfig, TransformConfig
 from fedsim.core.errors import ModelError
 from fedsim.models import backbone, pretrained, timm_names
 from fedsim.models import model as models
@@ -200,6 +200,16 @@ def test_timm_names_give_timm_features(tmp_path: Path, bias: bool) -> None:
     want = timm_forward({n: t.double() for n, t in load_file(file).items()}, x)
     loaded.encoder.double()
     assert torch.allclose(loaded.image_features(x), want, rtol=0, atol=1e-11)
+
+
+def test_a_file_that_does_not_say_how_images_were_normalised_is_spoken_of(tmp_path: Path) -> None:
+    """Until transform.mean and transform.std are set; a folder says it itself."""
+    file, half = timm_file(tmp_path / "small.safetensors", bias=True), [0.5]
+    (note,) = pretrained.notes(config(file), TransformConfig())
+    assert note.startswith("model.backbone small.safetensors does not say how its images were normalised")
+    assert pretrained.notes(config(file), TransformConfig(mean=half))  # one of the two alone
+    assert not pretrained.notes(config(file), TransformConfig(mean=half, std=half))
+    assert not pretrained.notes(config("omniglot-vit"), TransformConfig())
 
 
 def test_deit_tiny_gives_timm_features(shared_data: Callable[[str], Path]) -> None:

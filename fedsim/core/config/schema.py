@@ -86,7 +86,8 @@ class TransformConfig:
 
     augment: none | flip | crop (random resized crop) | crop_flip | affine (small rotations, shifts, scales).
     interpolation: bicubic | bilinear | nearest, of resizing.
-    mean, std: per channel in 0..1; null: what the backbone was trained with.
+    mean, std: per channel in 0..1; null: what the backbone was trained with, as its preprocessor_config.json says it (without one
+        0.5). A .safetensors file does not say it: null is then ImageNet's, as for DeiT; timm's augreg ViTs have 0.5.
     """
 
     augment: str = "none"
