@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from clients.channels import topk
+from clients.learners import er
 from clients.pools.ray import to_numpy, with_tensors
 from clients.worker import Worker
 from fedsim import simulation
@@ -23,11 +26,13 @@ from fedsim.core.contracts import lifts_of
 from fedsim.core.errors import AggregationError, ClientFailed, ConfigError, DataError, RunDirError
 from fedsim.core.events import ClientDone, ClientSkipped, Note, RoundDone, RunDirOpened, RunStarted, TaskDone
 from fedsim.core.messages import Bundle
+from fedsim.exports.deployed import load_model
 from fedsim.runs.directory import RunDir
 from fedsim.runs.results import Results
 from fedsim.simulation import prepare_again, prepare_data, run
 from fedsim.watch.progress import ProgressDisplay
 from server import checkpoint, gather, loop
+from server.aggregators import fedavg
 from tests.pages import median_rule
 from tests.tiny import final_state, kept, learned, plain_vit, same_bits, stopping, tiny
 
@@ -276,6 +281,28 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert same_bits(learned(final_state(never.path, config)), learned(final_state(stopped, config)))
     assert same_bits(kept(never.path), kept(stopped))
     np.testing.assert_array_equal(resumed.accuracy, never.accuracy)
+
+
+def test_a_run_with_plug_in_files_of_ones_own_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, server state and draws go by the files' names, which copies keep, two files of one name too."""
+    files = {"learner": tmp_path / "b" / "mine.py", "channel": tmp_path / "c" / "mine.py", "rule": tmp_path / "a_rule.py"}
+    for plugin, path in zip((er, topk, fedavg), files.values(), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(inspect.getsource(plugin))
+    server = {"aggregator": str(files["rule"]), "consolidator": "none", "rounds": 1, "channel": [str(files["channel"])]}
+    client = {"learners": [{"name": str(files["learner"]), "size": 6, "batch_size": 3}], "epochs": 4}
+    config = tiny(server=server, client=client, model=plain_vit())
+    whole, stopped = run(config, output=tmp_path / "whole"), tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping(2))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=stopped)
+    run(resume=stopped)
+    state = final_state(stopped, config)
+    assert same_bits(learned(final_state(tmp_path / "whole", config)), learned(state))
+    assert same_bits(kept(tmp_path / "whole"), kept(stopped))
+    assert {name.partition("/")[0] for name in kept(stopped)["memory"][0]} == {"learner.mine", "channel.0.mine"}
+    assert same_bits(dict(load_model(str(whole.path)).params), dict(state.params))
 
 
 def test_a_run_whose_data_have_moved_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

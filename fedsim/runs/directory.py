@@ -1,7 +1,8 @@
 """The run directory: what is written there, and how it is loaded.
 
     config.yaml        the resolved config; runs again with `fedsim run config.yaml`
-    plugins/           copies of the user's own plug-in files and manifest, which config.yaml names
+    plugins/           copies of the user's own plug-in files and manifest, which config.yaml names; a file whose name another
+                       has already lies in a folder of its own, plugins/<number>/
     manifest.json      the stream and partition: indices, histograms, hash
     environment.json   versions, machine, git commit, command line
     partition.csv      training samples per (task, client, class), where there are any
@@ -246,13 +247,16 @@ class RunDir:
 
     def _copy_plugins(self) -> SimConfig:
         """Copy the user's plug-in files and manifest here, and return the config that names the copies."""
-        config = self.config
-        for number, source in enumerate(config.user_files()):
-            copy = self.path / "plugins" / (Path(source).name if number == 0 else f"{Path(source).stem}_{number}.py")
+        config, files = self.config, self.config.user_files()
+        for number, source in enumerate(files):
+            name = Path(source).name  # stays: a learner's memory and draws go by it, and a channel's memory
+            taken = any(Path(other).name.casefold() == name.casefold() for other in files[:number])
+            place = f"plugins/{number}/{name}" if taken else f"plugins/{name}"
+            copy = self.path / place
             with storage_errors(copy, self.advice):
-                copy.parent.mkdir(exist_ok=True)
+                copy.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(copy, Path(source).read_bytes(), self.advice)
-            config = _renamed(config, source, f"./plugins/{copy.name}")
+            config = _renamed(config, source, f"./{place}")
         if config.manifest is not None and Path(config.manifest).is_file():  # its bytes are part of the identity
             copy = self.path / "plugins" / "manifest.json"
             with storage_errors(copy, self.advice):
