@@ -33,7 +33,9 @@ def build(
     options: dict[str, Any] = {"lr": client.lr, **_numbers(client.optimizer_options, steps)}
     cls = _find(torch.optim, Optimizer, client.optimizer, "client.optimizer")
     if "weight_decay" in inspect.signature(cls).parameters:
-        options.setdefault("weight_decay", client.weight_decay)
+        options["weight_decay"] = client.weight_decay
+    elif client.weight_decay:
+        raise ConfigError(f"client.weight_decay is no option of {cls.__name__}: set it to 0")
     if fused_step and "fused" in inspect.signature(cls).parameters and not CHOOSES & options.keys():
         options["fused"] = True
     eager.keep_compiler_out()

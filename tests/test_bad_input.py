@@ -44,6 +44,15 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["client.optimizer_options={momentun: 0.9}"],
         r"client.optimizer_options.momentun is no option of AdamW",
     ),
+    "a second learning rate": (
+        ["client.optimizer_options={lr: 0.5}"],
+        r"client.optimizer_options.lr would take the place of client.lr: set client.lr",
+    ),
+    "a second weight decay": (["client.optimizer_options={weight_decay: 0.5}"], r"optimizer_options.weight_decay .* set client.wei"),
+    "weight decay that the optimizer lacks": (
+        ["client.optimizer=rprop", "client.weight_decay=0.1"],
+        r"client.weight_decay is no option of Rprop: set it to 0",
+    ),
     "unknown schedule": (["client.schedule=cosin"], r"client.schedule 'cosin' is unknown"),
     "rank larger than a layer": (["adapter.rank=17"], r"rank 17"),
     "targets that match nothing": (["adapter.targets=[query]"], r"query.*q_proj"),

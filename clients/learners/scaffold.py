@@ -93,7 +93,7 @@ def _rate(client: ClientConfig, name: str) -> float:
 def _not_plain_sgd(client: ClientConfig) -> str | None:
     if client.optimizer.lower() != "sgd":
         return f"client.optimizer is {client.optimizer}"
-    odd = [k for k in ("momentum", "dampening", "nesterov") if client.optimizer_options.get(k)]
+    odd = [k for k in ("momentum", "dampening", "nesterov", "maximize") if client.optimizer_options.get(k)]
     if odd:
         return f"client.optimizer_options.{odd[0]} is set"
     if client.weight_decay or any(group.weight_decay for group in client.groups):

@@ -89,6 +89,7 @@ def test_one_client_is_fedavg(tmp_path: Path) -> None:
     [
         (("client.optimizer=adamw",), "client.optimizer is adamw"),
         (("client.optimizer_options={momentum: 0.9}",), "client.optimizer_options.momentum is set"),
+        (("client.optimizer_options={maximize: true}",), "client.optimizer_options.maximize is set"),
         (("client.weight_decay=0.1",), "there is weight decay"),
         (("client.clip_norm=1.0",), "client.clip_norm is set"),
     ],

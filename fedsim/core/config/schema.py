@@ -157,7 +157,7 @@ class ClientConfig:
     optimizer: any class of torch.optim, in any case; lr, weight_decay: its options, for all tensors that no group names.
     schedule: any class of torch.optim.lr_scheduler, stepped per batch; null: none.
     optimizer_options, schedule_options: their further options, {name: value}; the number of steps of this client's round may be
-        written as the word "steps".
+        written as the word "steps". lr and weight_decay have keys of their own, and are refused here.
     groups: tensors with a learning rate or weight decay of their own: a list of {match: "head.*", lr: ..., weight_decay: ...}.
     ranks: of every client's LoRA pairs, at most adapter.rank. null: that of all; a list: one for each client;
         {law: turns, of: [2, 4, 8]}: dealt to the clients in turn; {law: drawn, of: [2, 4, 8]}: drawn, all with equal chances.
@@ -184,6 +184,9 @@ class ClientConfig:
         _require(self.lr > 0, "lr", "must be positive", self.lr)
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative", self.weight_decay)
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive", self.clip_norm)
+        for name in ("lr", "weight_decay"):
+            if name in self.optimizer_options:
+                raise ConfigError(f"optimizer_options.{name} would take the place of client.{name}: set client.{name}")
         _require_ranks(self.ranks)
 
 
