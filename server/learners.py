@@ -29,11 +29,12 @@ def context(sim: Simulation, state: ServerState) -> Mapping[str, Tensors]:
 def merged(sim: Simulation, state: ServerState, params: Tensors, round: Round) -> tuple[State, Tensors]:
     """The learners' states after a round, from the sums of what clients sent, and the merged parameters as they leave them."""
     states, taken = dict(state.learners), sum(u.num_samples > 0 for u in round.updates)
+    clients = sim.num_clients - len(set(sim.config.server.without))  # those that never take part are not there
     for name, rule in sim.learners.items():
         total = round.totals.get(f"{LEARNER}.{name}")
         if total is not None:
-            states[name] = rule.heard(states[name], total, sim.num_clients)
-        states[name], params = rule.merged(states[name], state.params, params, taken, sim.num_clients)
+            states[name] = rule.heard(states[name], total, clients)
+        states[name], params = rule.merged(states[name], state.params, params, taken, clients)
     return states, params
 
 

@@ -98,6 +98,17 @@ def test_in_a_run_h_is_the_mean_of_what_clients_keep_and_nothing_more_travels(tm
     assert not any("stored" in results[name].costs for name in ("null", "none"))
 
 
+def test_clients_that_never_take_part_are_not_of_the_mean(tmp_path: Path) -> None:
+    left_out = ("partition.clients=4", "server.without=[1, 1]", "server.rounds=3", "client.learners=[{name: feddyn, alpha: 0.1}]")
+    config = tiny(*UNIFORM, *left_out, output=tmp_path)
+    path = run(config).path
+    memory = kept(path)["memory"]  # type: ignore[arg-type]
+    assert sorted(memory) == [0, 2, 3]
+    for name, h in final_state(path, config).learners["feddyn"].items():  # type: ignore[arg-type]
+        mean = torch.stack([m[f"learner.feddyn/gradient/{name}"].double() for m in memory.values()]).mean(0)
+        torch.testing.assert_close(h, mean, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -60,9 +60,10 @@ def test_control_variates_are_the_mean_gradients_along_the_path() -> None:
     require_same(here.together(), here.one_by_one())
 
 
-def test_the_servers_control_variate_is_the_mean_of_the_clients(tmp_path: Path) -> None:
-    """All take part: after every round of a task c = 1/N Σ c_i. Both start anew in a new task."""
-    config = tiny(*SGD, "client.learners=[scaffold]", output=tmp_path)
+@pytest.mark.parametrize("without", [(), ("partition.clients=4", "server.without=[1, 1]")], ids=["all", "one left out"])
+def test_the_servers_control_variate_is_the_mean_of_the_clients(without: tuple[str, ...], tmp_path: Path) -> None:
+    """All take part: after every round of a task c = 1/N Σ c_i. Both start anew in a new task. Who is left out does not count."""
+    config = tiny(*SGD, *without, "client.learners=[scaffold]", output=tmp_path)
     results = run(config)
     common, own = final_state(results.path, config).learners["scaffold"], kept(results.path)["memory"]
     assert len(own) == 3 and all(int(m["learner.scaffold/task"]) == 1 for m in own.values())

@@ -305,12 +305,13 @@ class Learner(Part):
         return {name: t.double() for name, t in statistics.items()}
 
     def heard(self, state: State, total: Tensors, clients: int) -> State:
-        """State after a round. total: the sum over those that took part; clients: how many there are in all."""
+        """State after a round. total: the sum over those that took part; clients: how many there are in all, without those
+        of `server.without`."""
         return state
 
     def merged(self, state: State, before: Tensors, after: Tensors, taken: int, clients: int) -> tuple[State, Tensors]:
         """State and parameters that a round leaves, from all tensors before and after the rule's merge. taken: clients that took
-        part with samples; clients: how many there are in all."""
+        part with samples; clients: as in `heard`."""
         return state, after
 
     def closing(self, state: State, params: Tensors) -> RoundPlan | None:
