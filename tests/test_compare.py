@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedsim.core.errors import ConfigError
-from fedsim.core.events import ClassRow
-from fedsim.runs import compare, metrics
+from fedsim.core.events import ClassRow, Row
+from fedsim.runs import bounds, compare, metrics
 from fedsim.runs.directory import Holding
 from fedsim.runs.results import Results
 from tests import run_dirs
@@ -333,6 +333,50 @@ def test_intransigence_is_of_streams_with_new_classes_only() -> None:
     got = compare.gap_to_joint(run_dirs.collection(counted(0, [[90], [60, 70]], stream={"name": "task_incremental"})), joint)
     assert got["gap_to_joint"].tolist() == [pytest.approx(25)]
     assert got["intransigence"].isna().all()
+
+
+def unequal(seed: int, name: str, right: Sequence[Sequence[int]], joint: bool = False) -> Results:
+    """Two classes, tested on 100 samples of the first task and 300 of the second. right: correct[i][j]. Domains share the
+    classes, else each task has one; of the joint run `right` is [[all]]."""
+    sizes = [400] if joint else [100, 300]
+    rows = [Row(i, 2, "task_end", j, c, c, sizes[j]) for i, row in enumerate(right) for j, c in enumerate(row)]
+    shared = name == "domain_incremental"
+    counts = [(sum(right[-1]) // 2, 200)] * 2 if shared else [(60, 100), (240, 300)]
+    last = len(right) - 1
+    classes = [ClassRow(last, 2, "task_end", c, *(correct, 0, total)) for c, (correct, total) in enumerate(counts)]
+    if not shared and not joint:
+        classes.insert(0, ClassRow(0, 2, "task_end", 0, 90, 0, 100))
+    config = tiny(f"seed={seed}", f"stream.name={name}", "stream.tasks=2", f"stream.joint={str(joint).lower()}")
+    held = tuple(Holding(0, 0, c, f"class {c}", 6) for c in range(2))
+    costs = {"bytes": {}, "seconds": {}, "client_rounds": 0}
+    return Results(config, tuple(rows), costs, classes=tuple(classes), holdings=held)
+
+
+def test_a_run_that_predicts_what_a_joint_run_does_has_no_gap() -> None:
+    """60 of 100 and 240 of 300 are right: 70 % over tasks, 75 % over samples. Of classes that a task brings, the joint run is
+    regrouped by task; of domains, which share them, nobody knows, and samples are held against samples."""
+    for name in ("class_incremental", "domain_incremental"):
+        run, joint = unequal(0, name, [[90], [60, 240]]), unequal(0, name, [[300]], joint=True)
+        assert (run.metrics["final_average_accuracy"], joint.metrics["final_average_accuracy"]) == (70, 75)
+        got = compare.gap_to_joint(run_dirs.collection(run), run_dirs.collection(joint))
+        assert got["gap_to_joint"].tolist() == [pytest.approx(0)]
+
+
+def test_headroom_is_a_difference_in_one_average() -> None:
+    for name, want in (
+        ("class_incremental", {"ncm": 70.0, "joint": 70.0}),
+        ("domain_incremental", {"ncm": 70.0, "ncm_micro": 75.0, "joint_micro": 75.0}),
+    ):
+        run, joint = unequal(0, name, [[90], [60, 240]]), unequal(0, name, [[300]], joint=True)
+        for of in (run, joint):  # whichever run asks
+            found = bounds.reached(of, {"ncm": run, "joint": joint})
+            assert found == pytest.approx(want)
+            assert bounds.Bounds(50.0, **found).headroom == pytest.approx(0)
+    assert bounds.Bounds(50.0, **found).lines[0] == (
+        "Bounds: chance 50.0, nearest class mean of the bare backbone 70.0, training on all data at once (over all test samples) "
+        "75.0. Headroom, over all test samples: 0.0 points."
+    )
+    assert bounds.reached(unequal(0, "task_incremental", [[90], [60, 240]]), {"joint": joint}) == {}
 
 
 def test_two_joint_runs_of_one_seed() -> None:

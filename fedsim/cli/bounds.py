@@ -70,5 +70,6 @@ def _table(config: SimConfig, found: Bounds) -> Table:
     for text, value in found.rows.items():
         table.add_row(text, f"{value:.2f}")
     if found.headroom is not None:
-        table.add_row("headroom: the last less nearest class mean", f"{found.headroom:.2f}")
+        over = found.over and f", {found.over}"
+        table.add_row(f"headroom{over}: the last less nearest class mean", f"{found.headroom:.2f}")
     return table

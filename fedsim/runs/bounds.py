@@ -7,7 +7,8 @@ A bound is an ordinary run on the stream, with the method of a preset:
     joint    one client that trains on all tasks at once: what can be learned
 
 Headroom is the difference between the last and the first, in points: how much there is to win by training. Where it is small, a
-stream cannot tell methods apart.
+stream cannot tell methods apart. A joint run has one task; where its accuracy on each task of the stream is not known (domains,
+say, which all have the same classes), both are taken over all test samples.
 
 The runs are found by what they are (the identity of their config), in the folder of the run that is held against them; `fedsim
 bounds` makes them. For the streams that are embedded in the package the figures come with it (assets/bounds.json, means over
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,7 @@ from fedsim.core.config import SimConfig, compose, read_layers
 from fedsim.core.errors import FedsimError, RunDirError
 from fedsim.core.home import ROOT
 from fedsim.runs.collection import chance
-from fedsim.runs.metrics import HEADLINE
+from fedsim.runs.metrics import HEADLINE, MICRO
 from fedsim.runs.results import Results
 
 REFERENCES = {  # preset -> what it is called
@@ -38,6 +39,7 @@ REFERENCES = {  # preset -> what it is called
     "ranpac": "ridge regression on random features of it",
     "joint": "training on all data at once",
 }
+OVER_SAMPLES = "over all test samples"
 LITTLE = 5.0  # points of headroom below which a stream says little about methods
 SHIPPED = Path(ROOT) / "fedsim" / "assets" / "bounds.json"
 OF_THE_STREAM = ("data", "transform", "model", "stream")  # sections that say which samples are told apart, and by what
@@ -46,22 +48,34 @@ NOT_OF_IT = ("online", "keep", "joint")  # keys of the stream that no bound depe
 
 @dataclass(frozen=True)
 class Bounds:
-    """Final average accuracies in percent, means over runs; None where there is no such run."""
+    """Final average accuracies in percent, over the tasks of the stream, means over runs; None where there is no such run.
+
+    ncm_micro, joint_micro: the accuracies over all test samples, where joint is not known over tasks (see `joint_accuracy`).
+    """
 
     chance: float
     ncm: float | None = None
     ranpac: float | None = None
     joint: float | None = None
+    ncm_micro: float | None = None
+    joint_micro: float | None = None
+
+    @property
+    def over(self) -> str:
+        """What joint and headroom are taken over, where it is not the tasks of the stream."""
+        return OVER_SAMPLES if self.joint is None and self.joint_micro is not None else ""
 
     @property
     def headroom(self) -> float | None:
-        """joint − ncm, in points."""
-        return None if self.joint is None or self.ncm is None else self.joint - self.ncm
+        """joint − ncm in points, both over the tasks of the stream, else both over all test samples."""
+        joint, ncm = (self.joint_micro, self.ncm_micro) if self.over else (self.joint, self.ncm)
+        return None if joint is None or ncm is None else joint - ncm
 
     @property
     def rows(self) -> dict[str, float]:
         """What is known, by what it is called."""
         known = {text: getattr(self, name) for name, text in REFERENCES.items()}
+        known |= {f"{REFERENCES['joint']} ({self.over})": self.joint_micro} if self.over else {}
         return {"chance": self.chance} | {text: value for text, value in known.items() if value is not None}
 
     @property
@@ -71,7 +85,10 @@ class Bounds:
         if self.headroom is None:
             return [told]
         little = f"Headroom below {LITTLE:g} points: this stream says little about methods."
-        return [f"{told} Headroom: {self.headroom:.1f} points.", *([little] if self.headroom < LITTLE else [])]
+        return [
+            f"{told} Headroom{self.over and f', {self.over}'}: {self.headroom:.1f} points.",
+            *([little] if self.headroom < LITTLE else []),
+        ]
 
 
 def reference(config: SimConfig, name: str) -> SimConfig:
@@ -91,18 +108,17 @@ def reference(config: SimConfig, name: str) -> SimConfig:
 def find(results: Results) -> Bounds | None:
     """The bounds of a run's stream, as finished runs in the folder of its run directory tell them, else what comes with the
     package; None where nothing but chance is known."""
-    found: dict[str, float] = {}
+    made: dict[str, Results] = {}
     for name in REFERENCES:
         try:
             wanted = reference(results.config, name).identity()
         except FedsimError:  # a stream for which there is no such run
             continue
         run = None if results.path is None else beside(results.path.parent, wanted)
-        if run is not None and (value := reached(results, run)) is not None:
-            found[name] = value
-    if not found:
-        return shipped(results)
-    return Bounds(chance(results), **found)
+        if run is not None:
+            made[name] = run
+    known = reached(results, made)
+    return Bounds(chance(results), **known) if known else shipped(results)
 
 
 def common(runs: Sequence[Results]) -> Bounds | None:
@@ -121,22 +137,27 @@ def mean(bounds: Sequence[Bounds]) -> Bounds | None:
     """Over splits and seeds of one stream; None for none."""
     if not bounds:
         return None
-    values = {name: [v for b in bounds if (v := getattr(b, name)) is not None] for name in REFERENCES}
-    means = {name: fmean(known) for name, known in values.items() if known}
-    return Bounds(fmean(b.chance for b in bounds), **means)
+    values = {f.name: [v for b in bounds if (v := getattr(b, f.name)) is not None] for f in fields(Bounds)}
+    return Bounds(**{name: fmean(known) for name, known in values.items() if known})
 
 
-def reached(results: Results, run: Results) -> float | None:
-    """The final average accuracy of a reference run over the tasks of a run: a joint run has one task of its own. None where that
-    cannot be said: it was tested on other samples, or the task is told at test time, which a joint run is not."""
-    if not run.config.stream.joint or results.config.stream.joint:
-        return run.metrics[HEADLINE]
-    if results.config.stream.name == "task_incremental":
-        return None
-    from fedsim.runs.compare import joint_accuracy
+def reached(results: Results, made: Mapping[str, Results]) -> dict[str, float]:
+    """Fields of `Bounds` as the reference runs of a run's stream tell them, by their names.
 
-    value = joint_accuracy(results, run)
-    return None if math.isnan(value) else value
+    The joint run, which has a task of its own, is left out where it cannot be held against the others: it was tested on other
+    samples, or the task is told at test time, which a joint run is not.
+    """
+    from fedsim.runs.compare import joint_accuracy, same_tests
+
+    found = {name: run.metrics[HEADLINE] for name, run in made.items() if not run.config.stream.joint}
+    of_tasks = next((run for run in (results, *made.values()) if not run.config.stream.joint), results)
+    joint = made.get("joint")
+    if joint is not None and of_tasks.config.stream.name != "task_incremental" and same_tests(of_tasks, joint):
+        found["joint"] = joint_accuracy(of_tasks, joint)
+        if math.isnan(found["joint"]):
+            ncm = made["ncm"].metrics[MICRO] if "ncm" in made else None
+            found |= {"joint": None, "joint_micro": joint.metrics[MICRO], "ncm_micro": ncm}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def shipped(results: Results) -> Bounds | None:
@@ -157,7 +178,7 @@ def of_stream(config: SimConfig) -> dict[str, Any]:
 
 def entry(config: SimConfig, bounds: Bounds, seeds: Iterable[int]) -> Mapping[str, Any]:
     """A record of the shipped file."""
-    figures = {key: value if value is None else round(value, 4) for key, value in asdict(bounds).items()}
+    figures = {key: round(value, 4) for key, value in asdict(bounds).items() if value is not None}
     return {"name": config.name, "seeds": list(seeds), "bounds": figures, "of": of_stream(config)}
 
 

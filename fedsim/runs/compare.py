@@ -35,7 +35,7 @@ from fedsim.core import plugins
 from fedsim.core.errors import ConfigError, did_you_mean
 from fedsim.runs.collection import Collection
 from fedsim.runs.known import Label
-from fedsim.runs.metrics import GAP, HEADLINE, INTRANSIGENCE, accuracy
+from fedsim.runs.metrics import GAP, HEADLINE, INTRANSIGENCE, MICRO, accuracy
 from fedsim.runs.metrics import of as metric_of
 from fedsim.runs.results import Results
 
@@ -178,7 +178,7 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
     """The collection's frame with two more columns, in points, that hold every run against a joint run: one that learned all data
     at once. The joint run is the one of the same seed, else the mean over joint runs is taken.
 
-    gap_to_joint: joint_accuracy − final_average_accuracy, both over the run's tasks
+    gap_to_joint: see `gap`
     intransigence: see there; NaN where it cannot be known
     Both are NaN where no joint run was tested on the same samples: the same `data` section, as many test samples of every class.
     A run that is known by its row has what its table says. Raises ConfigError when two joint runs would do for the same seed.
@@ -193,10 +193,20 @@ def gap_to_joint(collection: Collection, joint: Collection) -> pd.DataFrame:
             missed.append(_number(told[name].get(INTRANSIGENCE)))
             continue
         run = runs[name]
-        fit = _of_seed(run, [one.results for one in joint.runs if _same_tests(run, one.results)])
-        gaps.append(_mean([joint_accuracy(run, one) - _number(run.metrics[HEADLINE]) for one in fit]))
+        fit = _of_seed(run, [one.results for one in joint.runs if same_tests(run, one.results)])
+        gaps.append(_mean([gap(run, one) for one in fit]))
         missed.append(_mean([intransigence(run, one) for one in fit]))
     return frame.assign(**{GAP: gaps, INTRANSIGENCE: missed})
+
+
+def gap(run: Results, joint: Results) -> float:
+    """joint_accuracy − final_average_accuracy in points, both over the run's tasks; where joint_accuracy is not known, the final
+    accuracy over all test samples of the one less that of the other. NaN where the two were tested on other samples."""
+    if not same_tests(run, joint):
+        return math.nan
+    over_tasks = joint_accuracy(run, joint) - _number(run.metrics[HEADLINE])
+    over_samples = _number(joint.metrics[MICRO]) - _number(run.metrics[MICRO])
+    return over_samples if math.isnan(over_tasks) else over_tasks
 
 
 def intransigence(run: Results, joint: Results) -> float:
@@ -216,19 +226,22 @@ def joint_accuracy(run: Results, joint: Results) -> float:
     """1/T Σ_j a_joint[j] in percent: the joint run's final accuracy, where every task of the run counts the same.
 
     Where tasks do not bring classes of their own (domains come one after the other), or classes are not told apart by their
-    names, every test sample counts the same. NaN where it was tested on other samples.
+    names, it is known only if all tasks have as many test samples. NaN where it is not known, and where the joint run was tested
+    on other samples.
     """
-    if not _same_tests(run, joint):
+    if not same_tests(run, joint):
         return math.nan
     known_T = _by_task(run, joint) if run.config.stream.name == "class_incremental" else None
-    return _number(joint.metrics[HEADLINE]) if known_T is None else float(np.mean(known_T))
+    if known_T is not None:
+        return float(np.mean(known_T))
+    return _number(joint.metrics[MICRO]) if len(set(run.counts.total[-1].tolist())) == 1 else math.nan
 
 
 def _by_task(run: Results, joint: Results) -> FloatArray | None:
     """(T,) the joint run's final accuracy on the test samples of the classes of every task of the run, in percent. None unless
     the classes, known by their names, are the same with as many test samples."""
     ours, theirs = final_counts(run), final_counts(joint)
-    if not _same_tests(run, joint) or len({c.name for c in ours}) < len(ours):
+    if not same_tests(run, joint) or len({c.name for c in ours}) < len(ours):
         return None
     of_name = {c.name: c for c in theirs}
     correct_T, total_T = np.zeros(len(run.accuracy)), np.zeros(len(run.accuracy))
@@ -263,7 +276,8 @@ def final_counts(results: Results) -> list[ClassCount]:
     ]
 
 
-def _same_tests(run: Results, joint: Results) -> bool:
+def same_tests(run: Results, joint: Results) -> bool:
+    """Whether both were tested on the same samples: the same `data` section, as many test samples of every class."""
     ours, theirs = (sorted((c.name, c.total) for c in final_counts(r)) for r in (run, joint))
     return run.config.data == joint.config.data and ours == theirs
 

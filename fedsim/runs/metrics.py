@@ -30,6 +30,7 @@ Value: TypeAlias = float | Mapping[str, float] | None
 
 TOLD = "_task_incremental"  # ends the name of a metric that is computed with the task told at test time
 HEADLINE = "final_average_accuracy"  # orders methods, stands in progress lines
+MICRO = f"{HEADLINE}_micro"  # the same over all test samples: what a joint run, which has one task, can be held against
 GAP, INTRANSIGENCE = "gap_to_joint", "intransigence"
 EVERYWHERE: tuple[Place, ...] = ("run", "results", "report", "page")
 
@@ -295,7 +296,7 @@ _OF_TASKS = (
         short="BWT", alias="bwt", least=-100.0, shown=("run", "report"), told=(),
     ),
     Metric(
-        "final_average_accuracy_micro", "Final accuracy over all samples",
+        MICRO, "Final accuracy over all samples",
         lambda c: final_average_accuracy_micro(c.correct, c.total), "higher", "a task", told=(),
     ),
 )  # fmt: skip
