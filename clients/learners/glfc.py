@@ -43,10 +43,10 @@ class Learner(_buffers.Rehearsal):
         L    = relation · L_RD + (1 − relation) · L_GC,   L_GC alone where nobody teaches yet
 
     Rows whose label is of an earlier task are one group, the others another: so weights are 1 on average in both, and a row that
-    is far from its label counts more (class-aware gradient compensation). No gradient flows through w. t are the logits of the
-    teacher, the model that the last task's end deployed (class-semantic relation distillation). At a task's end every client
-    looks at its samples through the model that is deployed then, and picks exemplars by herding, as `icarl` does; what is
-    deployed is the head that was trained.
+    is far from its label counts more (class-aware gradient compensation). In the first task, where no class is old, w is 1 and
+    L_GC the plain binary cross-entropy. No gradient flows through w. t are the logits of the teacher, the model that the last
+    task's end deployed (class-semantic relation distillation). At a task's end every client looks at its samples through the
+    model that is deployed then, and picks exemplars by herding, as `icarl` does; what is deployed is the head that was trained.
 
     Left out: the paper's proxy server, to which clients send gradients of perturbed prototypes, which it turns back into images,
     to judge by them which of the last models is the best teacher. Here it is the last task's, as it is in theirs where the last
@@ -113,6 +113,8 @@ class Learner(_buffers.Rehearsal):
         """L_GC."""
         logits_bS, targets_bS = _teacher.sigmoids(logits_bC, labels_b, step.seen)
         each_b = F.binary_cross_entropy_with_logits(logits_bS, targets_bS, reduction="none").mean(dim=1)
+        if set(step.seen) <= set(step.classes):
+            return each_b.mean()
         new_b = torch.isin(labels_b.long(), torch.as_tensor(step.classes, device=labels_b.device))
         far_b = 1 - (logits_bS * targets_bS).sum(dim=1).sigmoid()
         return (weights(far_b.detach(), new_b) * each_b).mean()

@@ -177,6 +177,21 @@ def test_weights_of_glfc() -> None:
     torch.testing.assert_close(glfc.weights(far, torch.ones(5, dtype=torch.bool)), far / far.mean())
 
 
+def test_glfc_weighs_nothing_where_no_class_is_old() -> None:
+    """In the first task: the plain binary cross-entropy, as in the authors' code. With old classes known, a batch without any of
+    their rows is weighed all the same."""
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = 2 * torch.randn(6, 4, generator=draw), torch.tensor([2, 3, 3, 2, 2, 3])
+    targets = F.one_hot(labels, 4).float()
+    want = F.binary_cross_entropy_with_logits(logits[:, 2:], targets[:, 2:])
+    first = step_of(logits=logits, labels=labels, classes=(2, 3), seen=(2, 3))
+    torch.testing.assert_close(glfc.Learner().loss({"teacher": None}, first), want)
+    far = 1 - logits.sigmoid()[range(6), labels]
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    later = step_of(logits=logits, labels=labels, classes=(2, 3), seen=(0, 1, 2, 3))
+    torch.testing.assert_close(glfc.Learner().loss({"teacher": None}, later), (far / far.mean() * each).mean())
+
+
 def test_glfc_picks_exemplars_of_a_task_at_its_end(tmp_path: Path) -> None:
     """Of all tasks that a client held, and nothing is sent for it."""
     config = tiny(
