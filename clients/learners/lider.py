@@ -25,19 +25,20 @@ BUDGETS = "budgets"
 
 @dataclass(frozen=True)
 class Learner(contracts.Learner):
-    """Over all samples that other learners replay in a batch, for the tokens f_k that come out of blocks k and k + 1:
+    """Over all samples i that other learners replay in a batch, for the tokens F_k that come out of blocks k and k + 1:
 
-        s_k = mean over samples of the largest singular value of   T = F_kᵀ F_{k+1} / L,   (D, D), tokens brought to length 1
-        adds  α · mean_k s_k + β · mean_k |s_k − max(c_k, 0)|
+        s_ik = the largest singular value of   T = F_kᵀ F_{k+1} / L,   (D, D), tokens brought to length 1
+        adds   α · mean_ik s_ik + β · mean_ik |s_ik − max(c_k, 0)|
 
-    s_k stands for the Lipschitz constant of block k + 1. It is found by power iteration on T Tᵀ, from the vector of ones; T is
+    s_ik stands for the Lipschitz constant of block k + 1 at sample i. It is found by power iteration on T Tᵀ, from the vector of ones; T is
     never made, and the gradient flows through its last product, which is that of the singular value. c_k are budgets, trained by
     the same loss with plain steps of `client.lr`. Where nothing is replayed nothing is added; α = β = 0: off.
 
     [Ours: the paper has the maps of a convolution, channels by pixels, where these are tokens of a transformer, features by
-    tokens; padding of texts is left out, and the input of the first block too. Budgets are each client's own and start at the s_k
-    of the first batch that it ever trains on, with the model as it is then; the paper takes those of the whole first task before
-    training. They are no part of the model, so they do not travel and are not averaged.]
+    tokens; padding of texts is left out, and the input of the first block too; both terms look at what the step replays, where
+    mammoth draws from the buffer for each of them. Budgets are each client's own and start at the
+    means of s_ik over the first batch that it ever trains on, with the model as it is then; the paper takes those over the whole
+    first task before training. They are no part of the model, so they do not travel and are not averaged.]
 
     Memory: `budgets` (K,), for β > 0. Nothing travels. Blocks are looked at client by client, and none is cached.
 
@@ -72,16 +73,16 @@ class Learner(contracts.Learner):
         state["slope"] = None
         if self.beta and state[BUDGETS] is None:
             with torch.no_grad():
-                state[BUDGETS] = self.constants(step, step.own)
+                state[BUDGETS] = self.constants(step, step.own).mean(0)
         if rows.start == rows.stop or not (self.alpha or self.beta):
             return None
-        constants_K = self.constants(step, rows)
+        constants_bK = self.constants(step, rows)
         if not self.beta:
-            return self.alpha * constants_K.mean()
+            return self.alpha * constants_bK.mean()
         budgets_K: Tensor = state[BUDGETS]
-        over_K = constants_K - budgets_K.clamp(min=0)
-        state["slope"] = -self.beta / len(over_K) * over_K.detach().sign() * (budgets_K > 0)
-        return self.alpha * constants_K.mean() + self.beta * over_K.abs().mean()
+        over_bK = constants_bK - budgets_K.clamp(min=0)
+        state["slope"] = -self.beta / len(budgets_K) * over_bK.detach().sign().mean(0) * (budgets_K > 0)
+        return self.alpha * constants_bK.mean() + self.beta * over_bK.abs().mean()
 
     def stepped(self, state: LocalState, params: Tensors) -> None:
         if state["slope"] is not None:
@@ -91,11 +92,10 @@ class Learner(contracts.Learner):
         return Ending({BUDGETS: state[BUDGETS]} if state[BUDGETS] is not None else None)
 
     def constants(self, step: Step, rows: slice) -> Tensor:
-        """s_k of every pair of blocks, (K,)."""
+        """s_ik of these rows and of every pair of blocks, (b, K)."""
         mask_bL = step.inputs.get("attention_mask")
         outs = [unit_tokens(block[rows], None if mask_bL is None else mask_bL[rows]) for block in step.blocks]
-        singular = [largest_singular(front, back, self.iterations).mean() for front, back in pairwise(outs)]
-        return torch.stack(singular)
+        return torch.stack([largest_singular(front, back, self.iterations) for front, back in pairwise(outs)], dim=1)
 
 
 def require_tokens(blocks: Sequence[Tensor]) -> None:

@@ -397,23 +397,46 @@ def test_the_largest_singular_value_of_what_a_block_makes_of_tokens(masked: bool
     torch.testing.assert_close(again, got)
 
 
+def lipschitz(blocks: list[torch.Tensor], row: int) -> list[torch.Tensor]:
+    """Of one sample and every pair of blocks, from the whole matrix that one block makes of the other's unit tokens."""
+    found = []
+    for front, back in zip(blocks[:-1], blocks[1:], strict=True):
+        pairs = [torch.outer(f / f.norm(), g / g.norm()) for f, g in zip(front[row], back[row], strict=True)]
+        found.append(torch.linalg.matrix_norm(torch.stack(pairs).mean(0), ord=2))
+    return found
+
+
 def test_lider_by_hand() -> None:
-    """Two own rows, three that others replay, one synthetic; three blocks. Budgets start at own rows, then follow the loss."""
+    """Two own rows, three that others replay, one synthetic; three blocks. Budgets start at means over own rows, then follow the
+    loss, whose distances are those of every sample and block: budgets lie between the samples' constants."""
     generator = torch.Generator().manual_seed(0)
-    blocks = [torch.randn(6, 4, 3, generator=generator) + 1 for _ in range(3)]
-    positions = np.array([4, 5, 8, 9, 4, -1])
+    common = torch.tensor([1.0, 2.0, 0.0, 1.0, 4.0, 0.0], dtype=torch.float64)[:, None, None]  # in all tokens of a sample
+    blocks = [(torch.randn(6, 4, 3, generator=generator).double() + common).requires_grad_() for _ in range(3)]
+    positions = np.array([4, 5, 8, 9, 7, -1])
     step = step_of(blocks=blocks, labels=torch.zeros(6), positions=positions, own=slice(0, 2), replayed=slice(5, 5))
-    learner, state = lider.Learner(alpha=0.3, beta=0.5), {"budgets": None, "rate": 0.1, "slope": None}
-    own, replayed = (learner.constants(step, rows) for rows in (slice(0, 2), slice(2, 5)))
+    learner, state = lider.Learner(alpha=0.3, beta=0.5, iterations=200), {"budgets": None, "rate": 0.1, "slope": None}
+    each = [lipschitz(blocks, row) for row in range(6)]
+    known = [[one.item() for one in of_sample] for of_sample in each]
+    start = [(known[0][k] + known[1][k]) / 2 for k in range(2)]
+
+    def expected(budgets: list[float]) -> torch.Tensor:
+        terms = [0.3 * each[i][k] + 0.5 * (each[i][k] - max(budgets[k], 0.0)).abs() for i in (2, 3, 4) for k in range(2)]
+        return torch.stack(terms).sum() / 6
+
     got = learner.loss(state, step)
-    assert got is not None and len(own) == 2
-    torch.testing.assert_close(got, 0.3 * replayed.mean() + 0.5 * (replayed - own).abs().mean())
+    assert got is not None
+    torch.testing.assert_close(got, expected(start))
+    for ours, theirs in zip(torch.autograd.grad(got, blocks), torch.autograd.grad(expected(start), blocks), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    above = [sum(1 if known[i][k] > start[k] else -1 for i in (2, 3, 4)) for k in range(2)]
+    assert {abs(n) for n in above} != {3}, "some samples are above a budget, others below"
     learner.stepped(state, {})
-    torch.testing.assert_close(state["budgets"], own + 0.1 * 0.5 / 2 * (replayed - own).sign())
-    state["budgets"] = torch.tensor([-1.0, 1.0])
+    want = [c + 0.1 * 0.5 * n / 6 for c, n in zip(start, above, strict=True)]
+    torch.testing.assert_close(state["budgets"], torch.tensor(want, dtype=torch.float64))
+    state["budgets"] = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     got = learner.loss(state, step)
     assert got is not None and float(state["slope"][0]) == 0, "a budget below 0 stands for 0, and moves no more"
-    torch.testing.assert_close(got, 0.3 * replayed.mean() + 0.5 * (replayed - torch.tensor([0.0, 1.0])).abs().mean())
+    torch.testing.assert_close(got, expected([-1.0, 1.0]))
     nothing = step_of(blocks=blocks, labels=torch.zeros(6), own=slice(0, 6))
     assert learner.loss(state, nothing) is None and lider.Learner(alpha=0.0, beta=0.0).loss(state, step) is None
 
