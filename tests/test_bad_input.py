@@ -48,7 +48,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["client.optimizer_options={lr: 0.5}"],
         r"client.optimizer_options.lr would take the place of client.lr: set client.lr",
     ),
-    "a second weight decay": (["client.optimizer_options={weight_decay: 0.5}"], r"optimizer_options.weight_decay .* set client.wei"),
+    "a second weight decay": (
+        ["client.optimizer_options={weight_decay: 0.5}"],
+        r"client.optimizer_options.weight_decay would take the place of client.weight_decay",
+    ),
     "weight decay that the optimizer lacks": (
         ["client.optimizer=rprop", "client.weight_decay=0.1"],
         r"client.weight_decay is no option of Rprop: set it to 0",

@@ -9,7 +9,6 @@ Shapes: D inputs of a map, K directions kept, U (D, K) orthonormal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +19,12 @@ from fedsim.core.contracts import HOLDS_ON, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.subspace import extended, outside, root
-from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle
+from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, matching
 
 ADAPTER = "adapter."
 MAPS = tuple(f"{ADAPTER}*{kind}" for kind in (".weight", LORA_A, LORA_B))
 SKETCH, GRAM = "sketch", "gram"
-FORMS: Mapping[str, str] = {SKETCH: "range", GRAM: "full"}
+ENERGY, FULL = f"{SKETCH}.energy", f"{GRAM}.full"  # of what clients send, before the map's name
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class SpanLearner(contracts.Learner):
 
     as many as it takes until ‖Uᵀ X‖² ≥ ε_t ‖X‖², X the inputs of all clients' samples of the task in the model that is deployed.
 
-    form: "sketch": clients send Y_i = X_i Ω_i, D · q numbers a map; the sum stands for X. "gram": they send Σ x xᵀ, D (D + 1) / 2
-    numbers, which is exact. columns: q.
+    form: "sketch": clients send Y_i = X_i Ω_i and ‖X_i‖², D · q + 1 numbers a map. Directions are those of the sum Y, and what
+    they hold of X is estimated [ours: from columns that they were not taken from]. q directions a task are the most, and a flat
+    spectrum does not come to ε_t with them. A map of less than 2 q inputs (the B of a LoRA pair) sends Σ x xᵀ, which is smaller
+    there, and exact [ours]. "gram": all maps send that, D (D + 1) / 2 numbers. columns: q.
     State: `bases`, by the tensor's name, (D, K), float32, and `task`.
     """
 
@@ -47,7 +48,7 @@ class SpanLearner(contracts.Learner):
     columns: int = 64
 
     def __post_init__(self) -> None:
-        require_choice("form", self.form, tuple(FORMS))
+        require_choice("form", self.form, (SKETCH, GRAM))
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold must be in [0, 1], got {self.threshold}")
         if not self.growth >= 0:
@@ -72,17 +73,24 @@ class SpanLearner(contracts.Learner):
     def closing(self, state: State, params: Tensors) -> RoundPlan | None:
         if not self.threshold and not self.growth:
             return None
-        options = {"columns": self.columns} if self.form == SKETCH else {"form": "full", "decay": 1.0}
-        return RoundPlan(train=(), statistics=(StatisticRequest(self.form, MAPS, options),))
+        maps = matching(params, MAPS)
+        exact = [n for n in maps if self.form == GRAM or (params[n].dim() == 2 and params[n].shape[1] < 2 * self.columns)]
+        asked = {GRAM: (exact, {"form": "full"}), SKETCH: ([n for n in maps if n not in exact], {"columns": self.columns})}
+        return RoundPlan(
+            train=(), statistics=tuple(StatisticRequest(n, tuple(of), options) for n, (of, options) in asked.items() if of)
+        )
 
     def closed(self, state: State, params: Tensors, total: Tensors) -> State:
         share = min(self.threshold + self.growth * state["task"], 1.0)
         bases = dict(state["bases"])
         for key, sent in total.items():
-            name = key.partition("/")[2]
-            columns_Dn = sent if self.form == SKETCH else root(from_upper_triangle(sent))
+            form, _, name = key.partition("/")
+            if form == ENERGY:
+                continue  # looked at beside the sketch
+            exact = form == FULL
+            columns_Dn, energy = (root(from_upper_triangle(sent)), None) if exact else (sent, total[f"{ENERGY}/{name}"])
             before_DK = bases.get(name, columns_Dn[:, :0])
-            bases[name] = extended(before_DK, columns_Dn, share).float()
+            bases[name] = extended(before_DK, columns_Dn, share, energy).float()
         return {**state, "bases": bases}
 
 

@@ -20,7 +20,8 @@ class Learner(SpanLearner):
     so that every trained linear map W says to inputs in span(U) what it said at the last task's end, whatever optimizer, weight
     decay or rule of merging there is. At a task's end U takes in what the new inputs use (see `_subspaces`).
 
-    Up: at a task's end once, D · q numbers of every map (form sketch). Down: nothing beside the model. In memory: nothing.
+    Up: at a task's end once, D · q + 1 numbers of every map (form sketch, see `_subspaces`). Down: nothing beside the model. In
+    memory: nothing.
 
     By the paper's abstract, reviews of it and a port: with convolutions, on whose filters nothing is built here. Ours: of LoRA
     both factors are projected, each on its own inputs; what of the module is no linear map stays as the first task left it, or

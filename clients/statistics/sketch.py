@@ -1,6 +1,6 @@
 """Sketches of the inputs of linear maps: what is known of the span of a client's inputs without a matrix of the layer's width.
 
-Shapes: N rows (all tokens of a batch), I inputs of a layer, q columns (x_NI, Y_Iq).
+Shapes: N rows (all tokens of a batch), I inputs of a layer, q columns (x_NI, Y_Iq), energy a single number.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ SUBJECTS = (LORA_A, LORA_B, WEIGHT)
 
 @dataclass(frozen=True)
 class Statistic(contracts.Statistic):
-    """Y = Σ_n x_n ω_nᵀ, (I, q), over the inputs x of the map whose weight is the subject, ω standard normal.
+    """Y = Σ_n x_n ω_nᵀ, (I, q), over the inputs x of the map whose weight is the subject, ω standard normal, and Σ_n ‖x_n‖².
 
     Subjects, and their inputs, are those of `gram`, but for the head: `<layer>.lora_A`, `<layer>.lora_B`, `<layer>.weight` of a
-    linear layer. Sent as `range/<subject>`, float32; sums are float64. q: `columns`, or I where that is smaller.
+    linear layer. Sent as `range/<subject>` and `energy/<subject>` (one number), float32; sums are float64. q: `columns`, or I
+    where that is smaller.
 
     Every client draws its own Ω, for every layer, so that the sum over clients is a sketch of all their inputs side by side
     (FOT's secure estimate of principal subspaces, Bakman et al. 2024): it tells their leading directions, and of a single client
@@ -69,7 +70,7 @@ class Statistic(contracts.Statistic):
             if self._required(subject) and layer_of(subject) in seen.inputs:
                 one = self._sum(params, subject)
                 one.add(Inputs(seen.inputs[layer_of(subject)]))
-                out[f"range/{subject}"] = one.total_Iq
+                out |= {f"{form}/{subject}": total for form, total in one.totals()}
         return out
 
     def _required(self, subject: str) -> bool:
@@ -84,18 +85,23 @@ class Statistic(contracts.Statistic):
 
 
 class _Sketch:
-    """Y of one map, over batches. through: a matrix that every input is multiplied with first."""
+    """Y and the energy of one map, over batches. through: a matrix that every input is multiplied with first."""
 
     def __init__(self, size: int, columns: int, through: Tensor | None, draw: torch.Generator) -> None:
         self.through, self.draw = through, draw
         self.total_Iq = torch.zeros(size, columns, dtype=torch.float64)
+        self.energy = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: Inputs) -> None:
-        x_NI = inputs.wide
         if self.through is not None:
-            x_NI = x_NI @ wide(self.through).to(x_NI.device).T
-        found_Iq = sketched(x_NI, self.total_Iq.shape[1], self.draw)
+            inputs = Inputs(inputs.wide @ wide(self.through).to(inputs.wide.device).T)
+        found_Iq = sketched(inputs.wide, self.total_Iq.shape[1], self.draw)
         self.total_Iq = self.total_Iq.to(found_Iq.device) + found_Iq
+        self.energy = self.energy.to(found_Iq.device) + inputs.energies.sum()
+
+    def totals(self) -> Iterator[tuple[str, Tensor]]:
+        """By form, float64."""
+        yield from (("range", self.total_Iq), ("energy", self.energy))
 
 
 @dataclass(frozen=True)
@@ -106,4 +112,4 @@ class _Accumulator:
         return
 
     def result(self) -> dict[str, Tensor]:
-        return {f"range/{subject}": one.total_Iq.float().cpu() for subject, one in self.sums.items()}
+        return {f"{form}/{s}": total.float().cpu() for s, one in self.sums.items() for form, total in one.totals()}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PARTS = 16  # of a sketch's columns, each of which is left out once
+
 
 def outside(x_nD: Tensor, basis_DK: Tensor) -> Tensor:
     """x (I − U Uᵀ), row by row: what of a weight's rows does not answer to inputs in span(U)."""
@@ -44,12 +46,15 @@ def needed(shares_F: Tensor, held: Tensor, share: float) -> int:
     return int((before_F < share).sum())
 
 
-def extended(basis_DK: Tensor, columns_DN: Tensor, share: float) -> Tensor:
+def extended(basis_DK: Tensor, columns_DN: Tensor, share: float, energy: Tensor | None = None) -> Tensor:
     """U with as many new orthonormal directions as it takes to hold `share` of ‖X‖²_F, X the columns, the most energetic of
     (I − U Uᵀ) X first; float64.
 
     What U holds already counts: with r the residual's part of the energy, the new directions hold 1 − (1 − share) / r of it.
     Directions without energy, up to rounding, are never taken. Columns of zeros leave U as it is.
+
+    energy: ‖X‖²_F where the columns are a sketch Y = X Ω, whose leading directions hold less of X than of Y: their part is then
+    estimated (`left_over`). All q directions are taken where fewer are not known to hold the share.
     """
     basis, x_DN = basis_DK.double(), columns_DN.double()
     total = x_DN.square().sum()
@@ -59,8 +64,32 @@ def extended(basis_DK: Tensor, columns_DN: Tensor, share: float) -> Tensor:
     left_DF, values_F, _ = torch.linalg.svd(rest_DN, full_matrices=False)
     shares_F = values_F.square() / total
     shares_F = shares_F[shares_F > len(basis) ** 2 * torch.finfo(torch.float64).eps ** 2]
-    count = needed(shares_F, (basis.T @ x_DN).square().sum() / total, share)
-    return orthonormal(torch.cat([basis, signed(left_DF[:, :count])], dim=1))
+    if energy is None:
+        count = needed(shares_F, (basis.T @ x_DN).square().sum() / total, share)
+    else:
+        held_F = 1 - left_over(rest_DN) / energy
+        count = int((held_F.clamp_min(0) < share).sum())
+    return orthonormal(torch.cat([basis, signed(left_DF[:, : min(count, len(shares_F))])], dim=1))
+
+
+def left_over(sketch_Dq: Tensor) -> Tensor:
+    """Of a sketch Y = X Ω: an estimate of ‖X − U_k U_kᵀ X‖²_F, U_k the k leading left singular vectors of Y, for k = 0 … q − 1.
+
+    Part by part of the columns, U_k is taken from the others, so that it does not know the part: E ‖y − U_k U_kᵀ y‖² is what
+    these U_k leave of X for every column y = X ω, ω standard normal. Those of a few columns less hold no more than those of all.
+    For the last k, of which the others have too few columns, it is what the largest k before left. [ours]
+    """
+    triangle_qq = torch.linalg.qr(sketch_Dq, mode="r")[1]
+    count = triangle_qq.shape[1]
+    left_q = sketch_Dq.new_zeros(count)
+    for part in torch.arange(count).chunk(PARTS):
+        others = torch.ones(count, dtype=torch.bool).index_fill(0, part, False)
+        own = triangle_qq[:, part]
+        directions = torch.linalg.svd(triangle_qq[:, others], full_matrices=False)[0]
+        taken = (directions.T @ own).square().sum(1)
+        taken = torch.cat([taken.new_zeros(1), taken.cumsum(0)])[:count]
+        left_q += own.square().sum() - torch.cat([taken, taken[-1:].expand(count - len(taken))])
+    return left_q / count
 
 
 def root(gram_DD: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.subspace import complement, extended, outside, root, sketched
+from fedsim.core.subspace import complement, extended, left_over, outside, root, sketched
+from fedsim.core.tensors import from_upper_triangle
 from fedsim.simulation import prepare, run
 from server import loop
 from server.state import ServerState
@@ -45,13 +46,13 @@ def largest_angle(a_DK: Tensor, b_DK: Tensor) -> float:
 
 @pytest.mark.parametrize("form", ["samples", "gram", "sketch"])
 def test_the_span_of_low_rank_inputs_is_found(form: str) -> None:
-    """By numpy's SVD; the sketch is a sum of three clients' with their own Ω."""
+    """By numpy's SVD; the sketch is a sum of three clients' with their own Ω, with the energy beside it."""
     x = inputs(0)
     parts = torch.split(x, 15, dim=1)
     sketch = sum(sketched(p.T, 7, torch_stream(2, "omega", k)) for k, p in enumerate(parts))
     columns = {"samples": x, "gram": root(x @ x.T), "sketch": sketch}[form]
     assert isinstance(columns, Tensor)
-    got = extended(NONE, columns, 1.0)
+    got = extended(NONE, columns, 1.0, x.square().sum() if form == "sketch" else None)
     want = torch.from_numpy(np.linalg.svd(x.numpy())[0][:, :RANK].copy())
     assert largest_angle(got, want) < 1e-6
     torch.testing.assert_close(got.T @ got, torch.eye(RANK, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -76,9 +77,61 @@ def test_as_many_directions_as_the_energy_takes_and_no_more(share: float) -> Non
         assert extended(basis, x, share).shape == basis.shape  # the same inputs again bring nothing
 
 
+SPECTRA = {
+    "flat": lambda i: i**0.0,
+    "i^-0.5": lambda i: i**-0.5,
+    "i^-1": lambda i: i**-1.0,
+    "i^-2": lambda i: i**-2.0,
+    "low rank": lambda i: i**-0.5 * (i <= 20),
+}
+
+
+@pytest.mark.parametrize("share", [0.9, 0.97])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_sketch_holds_the_share_of_the_inputs_themselves(spectrum: str, share: float) -> None:
+    """Two tasks of 300 inputs with these singular values, in bases of their own. What is held of them is what was asked for,
+    within two points, and with one direction less not more than two points above it; or all columns of the sketch are taken."""
+    columns, basis = 64, torch.zeros(300, 0, dtype=torch.float64)
+    for task in range(2):
+        draw = torch_stream(5, "spectrum", task)
+        left, right = (torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=draw))[0] for _ in range(2))
+        x = left * SPECTRA[spectrum](torch.arange(1, 301, dtype=torch.float64)) @ right.T
+
+        def held(basis: Tensor, x: Tensor = x) -> float:
+            return float((basis.T @ x).square().sum() / x.square().sum())
+
+        before = basis.shape[1]
+        basis = extended(basis, sketched(x.T, columns, draw), share, x.square().sum())
+        all_taken = basis.shape[1] == before + columns
+        assert all_taken == (spectrum in ("flat", "i^-0.5"))
+        assert all_taken or held(basis) > share - 0.02
+        assert held(basis[:, :-1]) < share + 0.02
+
+
+def test_what_a_sketch_leaves_over_is_estimated_without_bias() -> None:
+    """The mean over many Ω, where each column is left out by itself: ‖X − U_k U_kᵀ X‖² of the leading U_k of one column less."""
+    x, columns, draw = inputs(0, rank=10), 6, torch_stream(6, "omega")
+    found, want = [], []
+    for _ in range(400):
+        sketch = sketched(x.T, columns, draw)
+        found.append(left_over(sketch))
+        left = torch.linalg.svd(sketch[:, 1:], full_matrices=False)[0]
+        rests = [(x - left[:, :k] @ (left[:, :k].T @ x)).square().sum() for k in range(columns)]
+        want.append(torch.stack(rests))
+    torch.testing.assert_close(torch.stack(found).mean(0), torch.stack(want).mean(0), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 3, D])
+def test_a_sketch_of_any_width(columns: int) -> None:
+    x = inputs(0, rank=D)
+    assert extended(NONE, sketched(x.T, columns, torch_stream(2, "omega")), 1.0, x.square().sum()).shape == (D, columns)
+
+
 def test_nothing_is_kept_of_nothing_and_no_share() -> None:
     assert extended(NONE, torch.zeros(D, N), 0.9).shape == (D, 0)
+    assert extended(NONE, torch.zeros(D, 3), 0.9, torch.tensor(0.0)).shape == (D, 0)
     assert extended(NONE, inputs(0), 0.0).shape == (D, 0)
+    assert extended(NONE, sketched(inputs(0).T, 3, torch_stream(2, "omega")), 0.0, torch.tensor(1e-3)).shape == (D, 0)
     assert extended(complement(NONE), inputs(0), 1.0).shape == (D, D)
 
 
@@ -92,9 +145,8 @@ def tensors(*address: int) -> Tensors:
 
 def state_of(rule: contracts.Learner, x: Tensor) -> Any:
     """After a first task with these inputs."""
-    state = rule.closed(
-        rule.opened(None, tensors(), 0), tensors(), {f"sketch.range/{MAP}": sketched(x.T, 9, torch_stream(4, "o"))}
-    )
+    total = {f"sketch.range/{MAP}": sketched(x.T, 9, torch_stream(4, "o")), f"sketch.energy/{MAP}": x.square().sum()}
+    state = rule.closed(rule.opened(None, tensors(), 0), tensors(), total)
     return rule.opened(state, tensors(), 1)
 
 
@@ -183,7 +235,8 @@ def test_the_second_task_leaves_what_the_first_ones_inputs_hear(
 
 
 def test_bytes_and_the_null_option(tmp_path: Path) -> None:
-    """Up: D · min(q, D) numbers of every map, client and task. Down: bases, of GPM alone. Without a share it is FedAvg."""
+    """Up: D · q + 1 numbers of every map, client and task, or D (D + 1) / 2 where D < 2 q. Down: bases, of GPM alone. Without a
+    share it is FedAvg."""
     nothing, five = "threshold: 0, growth: 0", "columns: 5"
     learners = ("", f"{{name: fot, {nothing}}}", f"{{name: gpm, {nothing}}}", f"{{name: fot, {five}}}")
     learners = (*learners, f"{{name: gpm, {five}, project: steps}}")
@@ -194,12 +247,34 @@ def test_bytes_and_the_null_option(tmp_path: Path) -> None:
         assert same_bits(s.params, states[0].params)
         assert r.costs["bytes"] == results[0].costs["bytes"]
     maps = {n: t for n, t in states[0].params.items() if n.startswith("adapter.")}
-    sent = sum(4 * t.shape[1] * min(5, t.shape[1]) for t in maps.values())
+    widths = [t.shape[1] for t in maps.values()]
+    assert {2, 16} <= set(widths)
+    sent = sum(4 * (d * (d + 1) // 2 if d < 10 else 5 * d) for d in widths)
+    energies = 4 * sum(d >= 10 for d in widths)  # at most: equal ones travel once, such as those of what a norm gives
     for r in results[3:]:
-        assert r.costs["bytes"]["up"]["statistics"] == 2 * 3 * sent
+        assert 2 * 3 * sent < r.costs["bytes"]["up"]["statistics"] <= 2 * 3 * (sent + energies)
     assert "context" not in results[3].costs["bytes"]["down"]
-    assert 0 < results[4].costs["bytes"]["down"]["context"] <= 3 * sent
+    assert 0 < results[4].costs["bytes"]["down"]["context"] <= 3 * 4 * sum(d * min(d, 5) for d in widths)
     assert "stored" not in results[4].costs
+
+
+def test_a_run_knows_the_energy_beside_the_sketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first task, which is the same in both forms: Σ ‖x‖² is the trace of Σ x xᵀ, and small maps send that."""
+    totals, real = list[Tensors](), fot.Learner.closed
+
+    def closed(self: fot.Learner, state: Any, params: Tensors, total: Tensors) -> Any:
+        totals.append(total)
+        return real(self, state, params, total)
+
+    monkeypatch.setattr(fot.Learner, "closed", closed)
+    for form in ("sketch", "gram"):
+        run(tiny(*SMALL, f"client.learners=[{{name: fot, columns: 5, form: {form}}}]", output=tmp_path))
+    sketches, grams = totals[0], totals[2]
+    assert {n for n in sketches if n.startswith("gram")} == {n for n in grams if n.endswith("lora_B")}
+    for name in (n.partition("/")[2] for n in grams if n.endswith("lora_A")):
+        trace = from_upper_triangle(grams[f"gram.full/{name}"]).trace()
+        torch.testing.assert_close(sketches[f"sketch.energy/{name}"], trace, rtol=1e-5, atol=0)
+        assert sketches[f"sketch.range/{name}"].shape[1] == 5
 
 
 def test_what_cannot_be() -> None:
