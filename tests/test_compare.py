@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,8 @@ from scipy import stats
 
 from fedsim.core.errors import ConfigError
 from fedsim.core.events import ClassRow, Row
-from fedsim.runs import bounds, compare, metrics
+from fedsim.runs import bounds, compare, metrics, tables
+from fedsim.runs.collection import collect
 from fedsim.runs.directory import Holding
 from fedsim.runs.results import Results
 from tests import run_dirs
@@ -349,7 +351,7 @@ def unequal(seed: int, name: str, right: Sequence[Sequence[int]], joint: bool = 
     config = tiny(f"seed={seed}", f"stream.name={name}", "stream.tasks=2", f"stream.joint={str(joint).lower()}")
     held = tuple(Holding(0, 0, c, f"class {c}", 6) for c in range(2))
     costs = {"bytes": {}, "seconds": {}, "client_rounds": 0}
-    return Results(config, tuple(rows), costs, classes=tuple(classes), holdings=held)
+    return Results(config, tuple(rows), costs, manifest_hash="0123456789abcdef", classes=tuple(classes), holdings=held)
 
 
 def test_a_run_that_predicts_what_a_joint_run_does_has_no_gap() -> None:
@@ -377,6 +379,17 @@ def test_headroom_is_a_difference_in_one_average() -> None:
         "75.0. Headroom, over all test samples: 0.0 points."
     )
     assert bounds.reached(unequal(0, "task_incremental", [[90], [60, 240]]), {"joint": joint}) == {}
+
+
+def test_a_table_says_what_accuracies_of_joint_runs_are_over(tmp_path: Path) -> None:
+    """Whether runs are at hand or known by their rows; nothing where the two averages are the same."""
+    run, joint = unequal(0, "class_incremental", [[90], [60, 240]]), unequal(0, "class_incremental", [[300]], joint=True)
+    both = run_dirs.collection(run, joint)
+    (tmp_path / "both.csv").write_text(tables.to_csv(both.frame()))
+    for found in (both, collect([tmp_path / "both.csv"])):
+        assert "Joint runs have one task: their accuracies are over all test samples" in found.unlike_text
+    even = run_dirs.collection(counted(0, [[90], [60, 70]]), unequal(0, "class_incremental", [[300]], joint=True))
+    assert "stream.joint" in even.unlike_text and "have one task" not in even.unlike_text
 
 
 def test_two_joint_runs_of_one_seed() -> None:

@@ -193,7 +193,20 @@ class Collection:
     def unlike_text(self) -> str:
         """What a table of these runs says in its head; empty where all are of the same data and split."""
         more = f" and {len(self.unlike) - 6} more" if len(self.unlike) > 6 else ""
-        return f"Rows differ in their data or split: {', '.join(self.unlike[:6])}{more}." if self.unlike else ""
+        differ = f"Rows differ in their data or split: {', '.join(self.unlike[:6])}{more}." if self.unlike else ""
+        return " ".join(filter(None, (differ, self._joint_text)))
+
+    @property
+    def _joint_text(self) -> str:
+        """Joint runs have one task; beside them are runs whose tasks have test sets of other sizes than each other."""
+        joint = self.varying.get("stream.joint", [])
+        others = [run.metrics for run, alone in zip(self.members, joint, strict=False) if not alone]
+        if not metrics.unequal([(m.get(metrics.HEADLINE), m.get(metrics.MICRO)) for m in others]):
+            return ""
+        return (
+            "Joint runs have one task: their accuracies are over all test samples, those of the others over tasks; "
+            f"{metrics.MICRO} is over all test samples for both."
+        )
 
     @cached_property
     def varying(self) -> Mapping[str, list[Label]]:

@@ -14,7 +14,7 @@ maximum, and fed-mammoth's diagonal form; backward transfer follows Lopez-Paz & 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -152,6 +152,12 @@ def final_average_accuracy_micro(correct_TT: ArrayLike, total_TT: ArrayLike) -> 
     """100 · Σ_j correct[T−1][j] / Σ_j total[T−1][j]: every test sample counts the same."""
     correct, total = np.asarray(correct_TT, dtype=np.float64), np.asarray(total_TT, dtype=np.float64)
     return float(100.0 * correct[-1].sum() / total[-1].sum())
+
+
+def unequal(pairs: Iterable[tuple[float | None, float | None]]) -> bool:
+    """Whether the final average accuracy over tasks and the one over all test samples differ, beyond rounding, in some of these
+    pairs: then tasks have test sets of unequal sizes, and what a joint run's one task gives is another average."""
+    return any(a is not None and b is not None and abs(a - b) > 1e-9 for a, b in pairs)
 
 
 def learning_curve(a_TT: FloatArray) -> FloatArray:

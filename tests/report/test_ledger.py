@@ -116,6 +116,23 @@ def test_bounds_of_every_split_and_the_headroom(counted: tuple[Ledger, pd.DataFr
     assert [s.split for s in found.shown("fashion", "0.5")].count(ANY) == 1
 
 
+def test_headroom_is_over_samples_where_tasks_are_of_unequal_sizes(tmp_path: Path) -> None:
+    """A joint run has one task, whose accuracy is over all test samples: so is the one of ncm that it is held against."""
+    frame = table(tmp_path / "equal.csv")
+    alone = frame["method"] == "joint"
+    frame["final_average_accuracy_micro"] = frame["final_average_accuracy"]
+    frame.to_csv(tmp_path / "equal.csv", index=False)
+    frame.loc[~alone, "final_average_accuracy_micro"] -= 3.0
+    frame.to_csv(tmp_path / "unequal.csv", index=False)
+    found = Ledger.of(ledger.read([tmp_path / "equal.csv", tmp_path / "unequal.csv"]))
+    equal, unequal = (found.bounds[stream, "0.5"] for stream in ("equal", "unequal"))
+    assert equal.headroom is not None and unequal.headroom is not None
+    assert unequal.headroom == pytest.approx(equal.headroom + 3.0)
+    assert (unequal.joint, unequal.ncm, unequal.joint_micro) == (None, equal.ncm, equal.joint)
+    text = ledger.write(ledger.read([tmp_path / "unequal.csv"]), tmp_path / "l.html").path.read_text(encoding="utf-8")
+    assert text.count("<small>over all test samples</small>") == 2 * 3  # on each split: the method's row, its bound, the headroom
+
+
 def test_the_order_of_methods_over_seeds(counted: tuple[Ledger, pd.DataFrame]) -> None:
     """Of five methods two neighbours change places from seed 0 to 1: 1 of 10 pairs. Seed 2 has the order of seed 0, and one
     method less: 1 of 6 pairs against seed 1."""

@@ -127,7 +127,7 @@ def _table(ledger: Ledger) -> str:
     heads += [_head(title, "ascending", "text") for title in ("Family", "Server sees")]
     methods = {method.name: method for method in ledger.methods}
     rows = [
-        _row(methods[setting.method], setting, split, baselines, rest)
+        _row(methods[setting.method], setting, split, baselines, rest, _over(ledger, setting, split))
         for stream, splits in ledger.splits.items()
         for split in splits
         for setting in ledger.shown(stream, split)
@@ -170,23 +170,35 @@ def _where(stream: str, split: str) -> str:
 
 
 def _items(stream: str, split: str, bounds: Bounds) -> str:
-    told = {title: getattr(bounds, name) for name, title in charts.BOUNDS.items()}
-    told["headroom (joint training − nearest class mean)"] = bounds.headroom
+    over = bounds.over and f", {bounds.over}"
+    told = {f"{title}{over if name == 'joint' else ''}": _bound(bounds, name) for name, title in charts.BOUNDS.items()}
+    told[f"headroom (joint training − nearest class mean{over})"] = bounds.headroom
     known = "".join(f"<li>{esc(title)} <b>{_points(value)}</b></li>" for title, value in told.items() if _known(value))
     return f"<li>{esc(stream)}, {esc(split_option(split))}:</li>{known}" if known else ""
+
+
+def _bound(bounds: Bounds, name: str) -> float | None:
+    value: float | None = bounds.joint_micro if name == "joint" and bounds.over else getattr(bounds, name)
+    return value
 
 
 def _head(title: str, first: str, kind: str = "") -> str:
     return f'<th scope="col" class="{kind}" data-first="{first}"><button type="button">{esc(title)}</button></th>'
 
 
-def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str], rest: Sequence[str]) -> str:
+def _over(ledger: Ledger, setting: Setting, split: str) -> str:
+    """What the accuracy of joint training is taken over, where it is not the stream's tasks."""
+    is_joint = setting.method == ledger.study.bounds.get("joint")
+    return ledger.bounds[setting.stream, split].over if is_joint else ""
+
+
+def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str], rest: Sequence[str], over: str) -> str:
     sees = "; ".join(method.sees) or "–"
     link = f'<a href="#method-{esc(method.name)}">{esc(method.name)}</a>'
     cells = [
         f'<th scope="row" class="text" data-value="{esc(method.name)}">{link}</th>',
         f'<td data-value="{setting.seeds}">{setting.seeds}</td>',
-        _accuracy(HEADLINE, setting.means[HEADLINE], setting.seeds),
+        _accuracy(HEADLINE, setting.means[HEADLINE], setting.seeds, over),
         *(_difference(setting.differences.get(baseline)) for baseline in baselines),
         *(_cost(c, setting.means[c]) if c in COSTS else _accuracy(c, setting.means[c], setting.seeds) for c in rest),
         *(f'<td class="text" data-value="{esc(text)}">{esc(text)}</td>' for text in (method.family, sees)),
@@ -194,13 +206,14 @@ def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str],
     return f'<tr {_where(setting.stream, split)} data-method="{esc(method.name)}">{"".join(cells)}</tr>'
 
 
-def _accuracy(column: str, mean: Mean, seeds: int) -> str:
+def _accuracy(column: str, mean: Mean, seeds: int, over: str = "") -> str:
     if not mean.n:
         return _NONE
     main = f"{mean.mean:.1f}" + ("" if math.isnan(mean.std) else f" ± {mean.std:.1f}")
     low, high = metric_of(column).cut(mean.low, mean.high)
     note = "" if math.isnan(mean.low) else f"<small>{low:.1f} to {high:.1f}</small>"
     note += f"<small>of {mean.n} seeds</small>" if mean.n != seeds else ""
+    note += f"<small>{over}</small>" if over else ""
     return _value(mean.mean, main + note)
 
 
@@ -272,9 +285,10 @@ def _bounds(ledger: Ledger) -> str:
     heads = ["Stream", "Split", *known, "Headroom", "Order over seeds, τ"]
     rows = []
     for (stream, split), bounds in ledger.bounds.items():
-        values = [*(getattr(bounds, name) for name in charts.BOUNDS), bounds.headroom]
+        values = {name: _bound(bounds, name) for name in charts.BOUNDS} | {"headroom": bounds.headroom}
         tau = ledger.agreement[stream, split]
-        cells = "".join(f"<td>{_points(value)}</td>" for value in values)
+        over = f"<small>{bounds.over}</small>" if bounds.over else ""
+        cells = "".join(f"<td>{_points(v)}{over if n in ('joint', 'headroom') else ''}</td>" for n, v in values.items())
         cells += "<td>–</td>" if math.isnan(tau) else f"<td>{tau:.2f}</td>".replace("-", "−")
         note = f"<small>{esc(notes[stream])}</small>" if notes[stream] else ""
         head = f'<th scope="row" class="text">{esc(stream)}{note}</th>'
@@ -282,8 +296,9 @@ def _bounds(ledger: Ledger) -> str:
     caption = (
         "Final average accuracy in %: guessing; the nearest class mean of the bare backbone, for which nothing is trained; ridge "
         "regression on random features, in closed form; training on all data at once. Headroom: joint training minus nearest "
-        f"class mean, in points. A stream with less than {LITTLE:g} says little about methods. Order over seeds: Kendall's τ of "
-        "the methods' accuracies, mean over pairs of seeds; 1 where every seed puts them in the same order."
+        "class mean, in points; both over all test samples where tasks have unequal test sets. A stream with less than "
+        f"{LITTLE:g} says little about methods. Order over seeds: Kendall's τ of the methods' accuracies, mean over pairs of "
+        "seeds; 1 where every seed puts them in the same order."
     )
     columns = "".join(f'<th scope="col" class="{"text" if i < 2 else ""}">{esc(h)}</th>' for i, h in enumerate(heads))
     return _section("bounds", _scrolled("Bounds of the streams", caption, columns, "".join(rows)))
@@ -391,5 +406,5 @@ def _interval(mean: Mean) -> dict[str, Any]:
 
 def _bound_rows(key: tuple[str, str], bounds: Bounds) -> Iterator[dict[str, Any]]:
     for name, title in charts.BOUNDS.items():
-        if _known(value := getattr(bounds, name)):
+        if _known(value := _bound(bounds, name)):
             yield {"stream": key[0], "split": key[1], "bound": title, "value": value}

@@ -16,7 +16,7 @@ from fedsim.report.ledger.methods import Method, known
 from fedsim.report.ledger.study import ANY, METHOD, SPLIT, Stream, Study
 from fedsim.runs import compare
 from fedsim.runs.bounds import Bounds
-from fedsim.runs.metrics import HEADLINE, TOLD
+from fedsim.runs.metrics import HEADLINE, MICRO, TOLD, unequal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,8 +200,15 @@ def _records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _bounds(stream: Stream, split: str, methods: Mapping[str, str]) -> Bounds:
+    """Of a joint run a table knows the accuracy over all test samples: where that is another average than over the tasks, the
+    nearest class mean is held against it in the same."""
     frame = _of_split(stream, split)
+    federated = frame[frame[METHOD] != methods.get(JOINT)]
     scores = {name: frame.loc[frame[METHOD] == method, HEADLINE].mean() for name, method in methods.items()}
+    if JOINT in scores and MICRO in frame and unequal(zip(federated[HEADLINE], federated[MICRO], strict=True)):
+        del scores[JOINT]
+        micro = {name: frame.loc[frame[METHOD] == method, MICRO].mean() for name, method in methods.items()}
+        scores |= {f"{name}_micro": micro[name] for name in ("ncm", JOINT) if name in micro}
     known = {name: float(score) for name, score in scores.items() if not math.isnan(score)}
-    chance = frame.loc[frame[METHOD] != methods.get(JOINT), CHANCE].mean() if CHANCE in frame else math.nan
+    chance = federated[CHANCE].mean() if CHANCE in frame else math.nan
     return Bounds(float(chance), **known)
