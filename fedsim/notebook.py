@@ -71,7 +71,9 @@ def experiment(
     if isinstance(stream, Mapping):
         told["stream"] = stream
     words = _words(stream, method, data)
-    layers = [layer for path in words for layer in configs.read_layers(path)]
+    layers: Sequence[Mapping[str, Any]] = [layer for path in words for layer in configs.read_layers(path)]
+    if len(words) > 1:
+        layers = configs.on_a_stream(layers, [told])
     name = "-".join(Path(path).stem for path in words) or "run"
     return configs.compose([{"name": name, **_usual()}, *layers, _plain({**told, **own}), configs.parse_overrides(overrides)])
 

@@ -59,6 +59,34 @@ def test_a_preset_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load(["fashion", "er"]).seed == 4  # a file that is there
 
 
+def test_parts_without_data_stand_on_the_stream_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a method by itself does, whatever else is said beside it; a file that brings data of its own is left as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "extra.yaml").write_text("client: {lr: 0.02}\n")
+    alone = load("lorm", ["client.lr=0.02"])
+    for words in (["lorm", "extra.yaml"], ["extra.yaml", "lorm", "extra.yaml"]):
+        assert load(words).identity() == alone.identity()
+    assert load(["fedavg", "lorm"]).stream == alone.stream
+    (tmp_path / "own.yaml").write_text("data: {source: synthetic}\n")
+    assert load(["own.yaml", "lorm"]).stream.classes_per_task is None
+    (tmp_path / "sweep.yaml").write_text("base: [lorm, extra.yaml]\nseeds: 1\n")
+    assert expand("sweep.yaml").runs[0].config.identity() == alone.identity()
+    (tmp_path / "streams.yaml").write_text("base: [lorm, extra.yaml]\nlist: {on: {own: {extends: own.yaml}}}\nseeds: 1\n")
+    assert expand("streams.yaml").runs[0].config.stream.classes_per_task is None
+
+
+def test_a_whole_run_is_no_part_and_an_empty_file_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["quickstart", "hgp"], ["lorm", "quickstart"]):
+        with pytest.raises(ConfigError, match=r"^'quickstart' is a whole run, .* name its stream \(omniglot\) in its place"):
+            load(words)
+    with pytest.raises(ConfigError, match="no preset 'partition'"):
+        load(["quickstart", "partition"])
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.yaml is empty: name a preset beside it"):
+        load("empty.yaml")
+
+
 def test_an_unknown_preset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"no config file and no preset 'lorn'. Did you mean 'lorm'\? `fedsim run` lists them"):

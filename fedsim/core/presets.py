@@ -1,7 +1,8 @@
 """Presets by name: the configs that come with fedsim, wherever it is installed.
 
 A word without a suffix, such as `lorm`, is a preset; anything else is a file. A word by itself is a whole run: a method on the
-stream of the quickstart, or a stream with FedAvg's defaults. Several words are parts, a stream and a method: `fashion lorm`.
+stream of the quickstart, or a stream with FedAvg's defaults. Several words are parts, a stream and a method: `fashion lorm`;
+where none of them says what the data are, they stand on the quickstart's stream too (`config.layers.on_a_stream`).
 `reproduction` holds streams and methods as papers run them, whose weights and data are the user's.
 """
 
@@ -20,6 +21,7 @@ from fedsim.core.home import ROOT
 
 WHOLE, STREAMS, METHODS, REPRODUCTION = "", "streams", "methods", "reproduction"  # folders
 SUFFIX = ".yaml"
+STREAM = "omniglot"  # of the quickstart
 
 
 @cache
@@ -48,7 +50,9 @@ def located(words: Sequence[str | Path], beside: Path, whole: bool = True) -> li
     whole: a word by itself may be a whole run; without, as in a sweep's variants, all are parts.
     """
     parts = (STREAMS, METHODS, REPRODUCTION) if len(words) > 1 or not whole else (WHOLE, STREAMS, METHODS, REPRODUCTION)
-    return [_located(str(word), beside, parts) for word in words]
+    unknown = (word for word in map(str, words) if not (folder() / f"{word}{SUFFIX}").is_file())  # said first
+    found = {word: _located(word, beside, parts) for word in dict.fromkeys([*unknown, *map(str, words)])}
+    return [found[str(word)] for word in words]
 
 
 def _located(word: str, beside: Path, parts: Sequence[str]) -> Path:
@@ -59,6 +63,9 @@ def _located(word: str, beside: Path, parts: Sequence[str]) -> Path:
         if (found := folder() / part / f"{word}{SUFFIX}").is_file():
             return found
     known = [name for part in parts for name in names(part)]
+    if (folder() / f"{word}{SUFFIX}").is_file():
+        what = "a stream and a method, and cannot be one of several parts"
+        raise ConfigError(f"'{word}' is a whole run, {what}: name its stream ({STREAM}) in its place, or it alone")
     raise ConfigError(f"no config file and no preset '{word}'.{nearest(word, known)} `fedsim run` lists them.")
 
 

@@ -181,15 +181,15 @@ def _as_bytes(images: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]
         return dict(images), []
     low, high = min(float(of.min()) for of in images.values()), max(float(of.max()) for of in images.values())
     kind = next(iter(images.values())).dtype.kind
-    if low < 0 or high > 255:
+    unit = kind == "b" or (kind == "f" and high <= _common.UNIT)
+    if low < 0 or high > 255 or (kind == "f" and not unit and high < _common.BYTES):
         for what, of in images.items():  # says how to convert what has this range
             _common.check_images(of, f"{what}: images")
-    scale = 255.0 if high <= 1 and kind in "fb" else 1.0
     lost, made = False, {what: np.empty(of.shape, dtype=np.uint8) for what, of in images.items()}
     for what, of in images.items():
         for start in range(0, len(of), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            levels = of[some] * np.float64(scale)
+            levels = of[some].clip(max=1) * np.float64(255) if unit else of[some] * np.float64(1)
             made[what][some] = levels.round()
             lost = lost or bool((np.abs(levels - made[what][some]) > EXACT).any())
     return made, [f"images of {_range(low, high)} are rounded to 256 levels"] if lost else []

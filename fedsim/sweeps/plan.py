@@ -190,6 +190,9 @@ def laid_out(
     seeds = _seeds(sweep.get("seeds"), [*base, common, last])
     named = dict.fromkeys(f for axis in axes for level in axis for f in level.extends)
     files = {f: configs.read_layers(presets.located([f], path.parent, whole=False)[0]) for f in named}
+    if isinstance(sweep["base"], list) and len(sweep["base"]) > 1:
+        changes = (configs.nested(level.changes) for axis in axes for level in axis)
+        base = configs.on_a_stream(base, (common, *changes, *(layer for layers in files.values() for layer in layers)))
     runs: list[PlannedRun] = []
     fits: list[tuple[Mapping[str, Label], Fitted]] = []
     for seed, levels in itertools.product(seeds, itertools.product(*axes)):  # every setting has a first result soon

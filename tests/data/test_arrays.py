@@ -77,6 +77,24 @@ def test_training_and_test_images_go_by_one_rule(tmp_path: Path) -> None:
     assert (dataset.test.inputs["pixel_values"] == 1).all()
 
 
+@pytest.mark.parametrize("form", ["f2", "f4", "f8"])
+def test_images_a_hair_above_one_are_images_in_0_to_1(form: str, tmp_path: Path) -> None:
+    """As resizing and rounding leave them: they are cut, not taken for nearly black ones in 0..255."""
+    unit = (BYTES[..., 0] / 255).astype(form)
+    unit[0, 0, 0] = 1.0 + 5e-4 if form != "f2" else 1.0009765625
+    want = BYTES[..., 0].copy()
+    want[0, 0, 0] = 255
+    dataset = read(arrays.section((unit[:9], LABELS[:9]), tmp_path, (unit[9:], LABELS[9:])))
+    assert np.array_equal(pixels(dataset).reshape(12, 5, 4), want)
+
+
+@pytest.mark.parametrize("high", [1.02, 1.2, 16.0])
+def test_images_of_neither_range_are_refused(high: float, tmp_path: Path) -> None:
+    told = rf"must be uint8 in 0..255, got float64 from 0 to {high:g}, which is neither 0..1 nor 0..255: clip or scale"
+    with pytest.raises(DataError, match=told):
+        arrays.section((np.linspace(0, high, 180).reshape(9, 5, 4), LABELS[:9]), tmp_path)
+
+
 def test_what_rounding_loses_is_said(tmp_path: Path) -> None:
     dataset = read(arrays.section((DRAW.random((9, 5, 4)), LABELS[:9]), tmp_path, (DRAW.random((3, 5, 4)), LABELS[9:])))
     assert len(dataset.notes) == 1 and "are rounded to 256 levels" in dataset.notes[0]
@@ -182,7 +200,7 @@ def test_texts_keep_their_order_and_the_classes_theirs(tmp_path: Path, tokenizer
         ((BYTES[:, :3, :, :3], LABELS), {}, "may have their channels first or last"),
         (([BYTES[0], BYTES[0, :2]] * 6, LABELS), {}, "data: images must have one size"),
         ((np.where(BYTES[5, 0, 0, 0] == BYTES, np.nan, BYTES), LABELS), {}, "images hold NaN or infinite values, the first at"),
-        ((BYTES / 255 - 0.5, LABELS), {}, "uint8 in 0..255, got float64 from -0.5 to 0.5: convert"),
+        ((BYTES / 255 - 0.5, LABELS), {}, "uint8 in 0..255, got float64 from -0.5 to 0.5: if they stand for -1..1, convert"),
         ((BYTES.astype(np.int32) * 99, LABELS), {}, "must be uint8 in 0..255, got int32 from 0 to 25245"),
         ((BYTES, LABELS), {"test": (BYTES / 255, LABELS)}, "must be of one type, got data uint8 and test float64"),
         ((["a", 3.5] * 6, LABELS), {}, "data: text 1 must be a string, got float"),

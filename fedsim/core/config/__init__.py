@@ -5,7 +5,7 @@ be known without data: keys, types, ranges, plug-ins and their options. The resu
 sections are plain mappings that hold every option, so that a resolved config says all that decides a number.
 """
 
-from fedsim.core.config.layers import anchored, merge, nested, parse_overrides, read_layers, read_yaml
+from fedsim.core.config.layers import anchored, merge, nested, on_a_stream, parse_overrides, read_layers, read_yaml
 from fedsim.core.config.resolve import (
     build,
     build_aggregator,
@@ -65,6 +65,7 @@ __all__ = [
     "merge",
     "name_key",
     "nested",
+    "on_a_stream",
     "parse_overrides",
     "plugin_sections",
     "read_layers",

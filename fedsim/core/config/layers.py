@@ -35,6 +35,15 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
     return [*layers, nested(layer)]
 
 
+def on_a_stream(layers: Sequence[Mapping[str, Any]], others: Iterable[Mapping[str, Any]] = ()) -> list[Mapping[str, Any]]:
+    """Layers of several files; on the stream of the quickstart, as a method by itself is, where none says what the data are.
+
+    others: layers that come on top of them."""
+    if any(layer.get("data") for layer in (*layers, *others)):
+        return [*layers]
+    return [*read_layers(presets.located([presets.STREAM], Path(), whole=False)[0]), *layers]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping, its keys as they stand there; its paths (./, ../ and ~/) are anchored beside it."""
     found: dict[str, Any] = anchored(text.read(path), path.parent)

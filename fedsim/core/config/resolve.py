@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedsim.core import hardware, plugins, presets
-from fedsim.core.config.layers import merge, nested, parse_overrides, read_layers
+from fedsim.core.config.layers import merge, nested, on_a_stream, parse_overrides, read_layers
 from fedsim.core.config.schema import ONE_BY_ONE, PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
 from fedsim.core.config.text import resolved
 from fedsim.core.config.typed import typed
@@ -24,13 +24,16 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (),
     """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
 
     A word such as "lorm" is the preset of that name; of several files or presets, such as a stream and a method, the later one
-    wins.
+    wins. Several of which none says what the data are stand on the quickstart's stream, as a method by itself does.
     Strings that start with ./ or ../ are paths beside the YAML that holds them (beside the working directory in an override).
     begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
     """
     paths = presets.located([path] if isinstance(path, str | Path) else path, Path.cwd())
     name = "-".join(Path(p).stem for p in paths)
-    return compose([{"name": name}, *(layer for p in paths for layer in read_layers(p)), parse_overrides(overrides)], begun)
+    layers = [layer for p in paths for layer in read_layers(p)]
+    if not any(layers):
+        raise ConfigError(f"{paths[0]} is empty: name a preset beside it, or let it extend one (extends: lorm)")
+    return compose([{"name": name}, *(on_a_stream(layers) if len(paths) > 1 else layers), parse_overrides(overrides)], begun)
 
 
 def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConfig:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from fedsim.core.contracts import ArraySplit, IntArray
 from fedsim.core.errors import ConfigError, DataError, did_you_mean
 
+UNIT = 1.001  # the largest number of images in 0..1, with what rounding leaves above
+BYTES = 32.0  # and the least that the brightest pixel of images in 0..255 has: between the two nobody can tell
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -153,10 +155,13 @@ def _conversion(images: NDArray[Any]) -> str:
     span = f" from {low:g} to {high:g}"
     if images.dtype.kind == "b":
         return ": convert them with images.astype(np.uint8) * 255"
-    if images.dtype.kind == "f" and low >= 0 and high <= 1:
-        return f"{span}: convert them with (images * 255).round().astype(np.uint8)"
+    if images.dtype.kind == "f" and low >= 0 and high <= UNIT:
+        cut = ".clip(0, 1)" if high > 1 else ""
+        return f"{span}: convert them with (images{cut} * 255).round().astype(np.uint8)"
+    if images.dtype.kind == "f" and low >= 0 and high < BYTES:
+        return f"{span}, which is neither 0..1 nor 0..255: clip or scale them to one of these"
     if images.dtype.kind == "f" and low >= -1 and high <= 1:
-        return f"{span}: convert them with ((images + 1) * 127.5).round().astype(np.uint8)"
+        return f"{span}: if they stand for -1..1, convert them with ((images + 1) * 127.5).round().astype(np.uint8)"
     if low >= 0 and high <= 255:
         return f"{span}: convert them with images.round().astype(np.uint8)"
     white = "65535" if images.dtype == np.uint16 else "white"
