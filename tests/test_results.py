@@ -9,15 +9,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from clients.channels import quantise
+from clients.learners import proximal
 from fedsim import simulation
 from fedsim.core import config as configs
-from fedsim.core import files
+from fedsim.core import files, plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.errors import FedsimError, RunDirError, StorageError
 from fedsim.core.events import ClassRow, DriftRow, Row
@@ -295,6 +298,39 @@ def test_plugin_files_travel_with_the_run(tmp_path: Path, run_dirs: Path) -> Non
     (moved / "plugins" / "rule.py").write_text(RULE)
     with pytest.raises(RunDirError, match="plugins/ were changed"):
         RunDir.open(moved)
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "named"),
+    [
+        ("client.learners", getsource(proximal), True),
+        ("server.channel", getsource(quantise), True),
+        ("server.aggregator", RULE, False),
+    ],
+)
+def test_a_files_name_is_part_of_the_identity_where_memory_and_draws_go_by_it(
+    key: str, content: str, named: bool, tmp_path: Path, run_dirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> SimConfig:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        chosen = f"{key}={path}" if key == "server.aggregator" else f"{key}=[{path}]"
+        return tiny("server.aggregator=fedavg", "server.consolidator=none", chosen, output=run_dirs)
+
+    mine, moved, yours = config("mine.py"), config("elsewhere/mine.py"), config("yours.py")
+    assert mine.identity() == moved.identity()
+    assert (mine.identity() == yours.identity()) is not named
+    run_dir = begun(mine)
+    assert RunDir.open(run_dir.path, moved).identity == RunDir.open(run_dir.path).config.identity() == mine.identity()
+    if named:
+        with pytest.raises(RunDirError, match="belongs to another config"):
+            RunDir.open(run_dir.path, yours)
+    with monkeypatch.context() as patched:  # as runs began before names counted
+        patched.setattr(plugins, "BY_NAME", ())
+        formerly = begun(mine)
+    assert (formerly.identity == mine.identity()) is not named
+    assert RunDir.open(formerly.path, moved).identity == formerly.identity
 
 
 def test_a_pool_of_the_users_own_travels_with_the_run(tmp_path: Path, run_dirs: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.core import plugins
 from fedsim.core.config import SimConfig
 from fedsim.core.home import __version__
 from fedsim.core.work import ArraySplit, WorkSpec
@@ -110,12 +109,11 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def told(config: SimConfig) -> tuple[dict[str, Any], list[str]]:
     """A config as plain values with fingerprints in the place of the user's plug-in files, and those fingerprints."""
-    said, found = json.dumps(config.to_dict()), []
-    for path in config.user_files():
-        found.append(plugins.fingerprint(path))
-        said = said.replace(json.dumps(path), json.dumps(found[-1]))
+    said, files = json.dumps(config.to_dict()), config.fingerprints()
+    for path, known in files.items():
+        said = said.replace(json.dumps(path), json.dumps(known))
     plain: dict[str, Any] = json.loads(said)
-    return plain, sorted(found)
+    return plain, sorted(files.values())
 
 
 def require_same(here: SimConfig, there: Mapping[str, Any]) -> None:

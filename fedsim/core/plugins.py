@@ -50,6 +50,7 @@ KINDS = {
     "pools": Kind("clients.pools", "Pool"),
     "trackers": Kind("fedsim.watch.trackers", "Tracker"),
 }
+BY_NAME = ("learners", "channels")  # kinds whose memory and draws go by the plug-in's short name
 
 
 def singular(kind: str) -> str:
@@ -131,7 +132,7 @@ def is_own(kind: str, name: str) -> bool:
 
 
 def fingerprint(name: str) -> str:
-    """What a plug-in's name adds to the identity of a run: the content of a user's file, else the name itself."""
+    """What a plug-in does, as far as its name says: the hash of the content of a user's file, else the name itself."""
     return hashlib.sha256(Path(name).read_bytes()).hexdigest() if is_path(name) else name
 
 

@@ -346,7 +346,7 @@ def verified(path: Path) -> tuple[Results, str]:
         if status["fedsim"] != __version__:  # which may have read the same config otherwise
             return results, results.config.identity()
         split = results.config.manifest  # its content is part of the identity
-        if (split is None or Path(split).is_file()) and results.config.identity() != status["identity"]:
+        if (split is None or Path(split).is_file()) and status["identity"] not in results.config.known_as():
             raise RunDirError("its config.yaml or plugins/ were changed since it ran")
         return results, str(status["identity"])
     except RunDirError:

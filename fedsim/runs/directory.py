@@ -80,8 +80,9 @@ class RunDir:
 
     @cached_property
     def identity(self) -> str:
-        """The config's, taken once: a rule file that is edited while the run goes on is not the rule that runs."""
-        return self.config.identity()
+        """That with which the run began; of a new one the config's, taken once: a rule file that is edited while the run goes on
+        is not the rule that runs."""
+        return str(self._status("identity")) if (self.path / "status.json").is_file() else self.config.identity()
 
     @classmethod
     def create(cls, config: SimConfig, output: str | Path | None = None) -> RunDir:
@@ -134,8 +135,7 @@ class RunDir:
         Raises RunDirError when it is missing, damaged, was changed, or belongs to another config.
         """
         found = cls.read(path)
-        identity = str(found._status("identity"))
-        if found.config.identity() != identity:
+        if found.identity not in found.config.known_as():
             version = found._status("fedsim")
             raise RunDirError(
                 f"{found.path} cannot be resumed: its config.yaml or plugins/ were changed since the run began"
@@ -144,7 +144,7 @@ class RunDir:
         if config is None:
             return found
         begun = dataclasses.replace(config, data=found.config.data) if moved else config
-        if begun.identity() != identity:
+        if begun.identity() != found.config.identity():
             raise RunDirError(f"{found.path} belongs to another config: resume it without a config, or choose another --output")
         return cls(found.path, begun)
 

@@ -337,6 +337,20 @@ class SimConfig:
 
     def identity(self) -> str:
         """sha256 of all that decides the numbers: the config without its name, where it runs, who is told, and what is kept."""
+        return self._hashed(self.fingerprints())
+
+    def known_as(self) -> set[str]:
+        """The identity, and that of runs which began before names of the user's files counted."""
+        return {self.identity(), self._hashed({path: plugins.fingerprint(path) for path in self.user_files()})}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Path of a plug-in file of the user's own -> what it adds to the identity: the hash of its content, after its name
+        where memory and draws go by that."""
+        named = {s[name_key(kind)] for kind, _, s in plugin_sections(self) if kind in plugins.BY_NAME}
+        found = {path: plugins.fingerprint(path) for path in self.user_files()}
+        return {path: f"{plugins.short_name(path)}:{known}" if path in named else known for path, known in found.items()}
+
+    def _hashed(self, files: Mapping[str, str]) -> str:
         plain = self.to_dict()
         plain |= {key: content.known_by(plain[key]) for key in ("data", "model")}
         del plain["name"], plain["trackers"], plain["server"]["keep"]
@@ -350,8 +364,8 @@ class SimConfig:
         if self.manifest is not None and Path(self.manifest).is_file():
             plain["manifest"] = hashlib.sha256(Path(self.manifest).read_bytes()).hexdigest()  # the split, wherever it lies
         said = json.dumps(plain, sort_keys=True)
-        for path in self.user_files():
-            said = said.replace(json.dumps(path), json.dumps(plugins.fingerprint(path)))
+        for path, known in files.items():
+            said = said.replace(json.dumps(path), json.dumps(known))
         return hashlib.sha256(said.encode()).hexdigest()
 
     def user_files(self) -> list[str]:
