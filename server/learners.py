@@ -96,3 +96,13 @@ def hearing(learners: Mapping[str, Learner]) -> list[str]:
 def wants_teacher(learners: Mapping[str, Learner]) -> bool:
     """Whether the last task's model is sent."""
     return any(f"context {TEACHER}" in rule.traits.needs for rule in learners.values())
+
+
+def of_others(learners: Mapping[str, Learner]) -> list[str]:
+    """Names of those by which clients get to know something of other clients: from what the server tells them or changes in the
+    model, and from the model that a task's end deploys."""
+    return [
+        name
+        for name, rule in learners.items()
+        if rule.does("context") or reviews(rule) or changes_model(rule) or wants_teacher({name: rule})
+    ]

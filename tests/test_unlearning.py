@@ -117,13 +117,17 @@ NOT_EXACT = {
     "Grams are sums over clients": (["server.consolidator=regmean"], "sums over clients"),
     "the head was repaired": (["server.calibrator=ccvr"], "statistics of the clients"),
     "the rule weighs by statistics": (["server.aggregator=variance_weighted"], "statistics of the clients"),
+    "past modules act in training": (["server.consolidator=sum"], "on top of the modules of past tasks"),
+    "curvature of earlier tasks is told": (["client.learners=[tak]", "adapter.name=lora"], "by learner tak clients learn of each other"),
+    "old prototypes are told": (["client.learners=[fedproto]"], "by learner fedproto"),
 }
+ON_PAIRS = ("server.consolidator=regmean", "server.consolidator=sum", "adapter.name=lora")
 
 
 @pytest.mark.parametrize("case", NOT_EXACT)
 def test_what_is_not_exact_is_not_recomposed(case: str, tmp_path: Path) -> None:
     overrides, told = NOT_EXACT[case]
-    adapter = () if "server.consolidator=regmean" in overrides else PROMPTS
+    adapter = () if set(ON_PAIRS) & set(overrides) else PROMPTS
     found = finished(tmp_path, KEEP, *ONE_ROUND, "server.consolidator=mean", *adapter, *overrides)
     assert remove(found, [1]).way == "subtract"
     with pytest.raises(ConfigError, match=f"recompose is not possible .*{told}"):
@@ -368,6 +372,18 @@ def test_a_model_that_is_composed_drops_sources(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "unlearned (drop)" in printed
     assert "without client 1 of task 0" in " ".join(printed.split())
+
+
+def test_a_source_that_was_taught_by_others_is_not_called_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LwF's teacher is the composed model, so that sources of the second task know of the client that is left out."""
+    apt = ("adapter={name: apt, memory: 1}", "head=mixture", "server.rounds=1", "client.learners=[lwf]")
+    apt = (*apt, "server.aggregator=collect", "server.consolidator=compose")
+    found, without = finished(tmp_path / "with", *apt), finished(tmp_path / "without", "server.without=[1]", *apt)
+    assert main(["unlearn", str(found.dir.path), "--client", "1"]) == 0
+    assert "not exact: by learner lwf clients learn of each other" in " ".join(capsys.readouterr().out.split())
+    removed, second = remove(found, [1]).deployed, without.deployed["source.task"] == 1
+    same = {n: torch.equal(t[second], without.deployed[n][second]) for n, t in removed.items() if n.startswith("adapter.")}
+    assert not all(same.values())
 
 
 @settings(max_examples=60)

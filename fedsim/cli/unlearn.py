@@ -124,6 +124,8 @@ def _show(
     )
     if ways[0].way == "sums":
         print_line("Exact: the clients sent their sums once more, which were subtracted, and the head was solved again.")
+    if ways[0].way == "drop" and found.not_exact:
+        print_line(f"Left out, but not exact: {found.not_exact}.")
     if ways[0].way == "subtract":
         print_line(f"Subtracted: {found.not_exact or 'as it was asked for; --how recompose would be exact'}.")
         if not found.affine:

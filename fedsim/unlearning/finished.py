@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim import suitable
 from fedsim.core import config as configs
-from fedsim.core.contracts import Adapter
+from fedsim.core.contracts import BESIDE, Adapter
 from fedsim.core.errors import RunDirError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD
@@ -18,7 +18,7 @@ from fedsim.core.tensors import matching
 from fedsim.finished import OpenedRun, read_tensors
 from server import sampling
 from server.isolation import ALONE
-from server.learners import changes_model, hearing, wants_teacher
+from server.learners import of_others
 
 
 class FinishedRun(OpenedRun):
@@ -32,7 +32,7 @@ class FinishedRun(OpenedRun):
 
     @property
     def composed(self) -> bool:
-        """Whether its model holds every client's module by itself, so that leaving some out is exact."""
+        """Whether its model holds every client's module by itself, so that some can be left out."""
         return "keeps every module" in self.consolidator.traits.gives
 
     def classes(self, task: int) -> list[Sequence[int]]:
@@ -53,12 +53,17 @@ class FinishedRun(OpenedRun):
 
     @cached_property
     def not_exact(self) -> str | None:
-        """Why merging the task vectors of those who remain is not what a run without the others would have given; None if it is.
+        """Why leaving clients out, or merging the task vectors of those who remain, is not what a run without the others would have
+        given; None if it is.
 
-        It is where the vectors are the very updates that the rule merged, nothing else went into the model, and what clients of a
-        task start from, as far as they look at it, does not depend on who took part before.
+        It is where learners tell clients nothing of each other, if the model is composed of clients. If it is merged, the vectors
+        must be the very updates that the rule merged too, nothing else may have gone into the model, and what clients of a task
+        start from, as far as they look at it, must not depend on who took part before.
         """
-        return _not_exact(self)
+        told = of_others(configs.build_learners(self.config.client.learners))
+        if told:
+            return f"by learner {told[0]} clients learn of each other, so that those who remain know something of those who leave"
+        return None if self.composed else _not_exact(self)
 
     def shares(self, task: int) -> dict[int, float]:
         """p_k = n_k / Σ n over the clients that took part in the task."""
@@ -94,9 +99,8 @@ def _not_exact(run: FinishedRun) -> str | None:
     alone = set(run.vectors(0, f"client-{run.participants(0)[0]}"))
     if not alone.issubset(matching(start, plan.train)):
         return "the rule has clients train a part of the tensors only, and by themselves they train all"
-    learners = configs.build_learners(run.config.client.learners)
-    if hearing(learners) or wants_teacher(learners) or any(map(changes_model, learners.values())):
-        return "what the learners of clients are told comes from other clients too"
+    if len(run.tasks) > 1 and BESIDE in consolidator.traits.gives:
+        return "clients train on top of the modules of past tasks, which are made of all clients"
     fresh = consolidator.init()
     if consolidator.opening(fresh, start) is not None or consolidator.plan(fresh, start) is not None:
         return "the consolidator merged with statistics that are sums over clients"
@@ -106,7 +110,8 @@ def _not_exact(run: FinishedRun) -> str | None:
 def _looks_back(run: FinishedRun, task: int, first: Tensors) -> str | None:
     """Why a task's clients see something of who took part in the tasks before; None if they do not."""
     start, rows = run.vectors(task, "start"), torch.tensor(run.parts.manifest.task_classes[task])
-    if task and any(same(t, run.vectors(task - 1, "end").get(n)) for n, t in start.items() if n.startswith("adapter.")):
+    fresh = run.fresh_module(task)
+    if task and any(not same(t, fresh.get(n)) for n, t in start.items() if n.startswith("adapter.")):
         return "its modules do not start anew in every task"
     heads = [n for n in start if n.startswith(HEAD)]
     if any(not torch.equal(start[n][rows], first[n][rows]) for n in heads):

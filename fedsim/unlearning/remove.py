@@ -1,7 +1,8 @@
 """Removes clients from a finished run, without further rounds.
 
 Four ways, of which the first that is possible is taken unless one is asked for:
-    drop       the model is composed of what clients learned by themselves, and theirs are left out: exact;
+    drop       the model is composed of what clients learned by themselves, and theirs are left out: exact, unless learners tell
+               clients of each other;
     sums       the head is a closed form of sums over clients, which those who leave helped to no features for: they are asked
                for their part once more, it is subtracted, and the head is solved again: exact, up to rounding (see `sums`);
     recompose  in a run of one round per task, in which no task starts from what the client left in the one before: the run's own
