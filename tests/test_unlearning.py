@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clients import local
 from clients.work import Work
+from fedsim import simulation
 from fedsim.cli import main
 from fedsim.core.errors import ClientFailed, ConfigError, RunDirError
 from fedsim.core.messages import Tensors
@@ -230,6 +231,22 @@ def test_subtracting_nothing_changes_nothing(rule: str, consolidator: str, tmp_p
     """The replay of the consolidators from what the run kept ends where the run ended."""
     found = finished(tmp_path, KEEP, f"server.aggregator={rule}", f"server.consolidator={consolidator}")
     require_close(remove(found, [0], way="subtract", alpha=0.0).deployed, found.deployed)
+
+
+@pytest.mark.parametrize("consolidator", ["sum", "dolfin", "{name: merged, rule: ties}"])
+def test_modules_that_stay_side_by_side_are_replayed(consolidator: str, tmp_path: Path) -> None:
+    found = finished(tmp_path, KEEP, *ONE_ROUND, f"server.consolidator={consolidator}")
+    require_close(remove(found, [0], way="subtract", alpha=0.0).deployed, found.deployed)
+    removed = effect(remove(found, [0], way="subtract").deployed)  # of a larger rank
+    assert all(bool(t.isfinite().all()) for t in removed.values())
+
+
+@pytest.mark.parametrize("consolidator", ["coma", "cofima"])
+def test_averages_that_training_goes_on_from_are_refused_before_any_training(consolidator: str) -> None:
+    """Task vectors of earlier tasks are in the average with a share that shrinks, and pairs of other ranks have no average."""
+    config = tiny(KEEP, *ONE_ROUND, f"server.consolidator={consolidator}")
+    with pytest.raises(ConfigError, match=f"consolidator {consolidator} trains on .* leave out server.unlearning"):
+        simulation.prepare(config)
 
 
 @pytest.mark.parametrize("consolidator", ["none", "mean"])

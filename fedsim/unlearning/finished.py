@@ -72,7 +72,7 @@ class FinishedRun(OpenedRun):
         return {c: float(sizes[c] / sizes[part].sum()) for c in part}
 
     def vectors(self, task: int, name: str) -> dict[str, Tensor]:
-        """Tensors that the run kept. Raises RunDirError if it kept none, or the file is damaged."""
+        """Tensors that the run kept, in the order of its parameters. Raises RunDirError if it kept none, or the file is damaged."""
         path = self.dir.vectors(task, name)
         alone = [f for f in self.state.failures if f.task == task and f.stage.startswith(ALONE)]
         if not path.is_file() and name in {f"client-{f.client_id}" for f in alone}:
@@ -83,7 +83,9 @@ class FinishedRun(OpenedRun):
                 f"{self.dir.path} kept no vectors of its clients ({why}: {path.relative_to(self.dir.path)}): "
                 "run it again with server.unlearning=true"
             )
-        return read_tensors(path, "run it again with server.unlearning=true")
+        found = read_tensors(path, "run it again with server.unlearning=true")
+        place = {name: i for i, name in enumerate(self.state.params)}  # files know no order, rules may go by it
+        return dict(sorted(found.items(), key=lambda item: place.get(item[0], len(place))))
 
 
 def _not_exact(run: FinishedRun) -> str | None:
