@@ -190,3 +190,16 @@ def test_solved_after_training(tmp_path: Path) -> None:
     want = Ridge(alpha=1.0, fit_intercept=False, solver="svd").fit(x, np.eye(6)[parts.spec.train.labels]).coef_
     got = configs.build("calibrators", config.server.calibrator).deployed(state.calibrator, module)["head.weight"]
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nearest_mean", "teen", "lda", "qda", "ridge"])
+def test_a_head_of_which_nobody_told_stays(name: str) -> None:
+    """Everybody who was drawn for the pass holds other classes: counts of zero, and nothing to solve."""
+    rule: Calibrator = configs.build("calibrators", {"name": name, **({"penalties": [1.0]} if name == "ridge" else {})})
+    params = HEADS.get(name, linear.Head()).init(CLASSES, WIDTH, torch_stream(0, "head"))
+    more = {"lda": {"gram": (15,)}, "qda": {"square": (2, 15)}, "ridge": {"gram": (15,), "squares": (1,)}}.get(name, {})
+    sizes: Mapping[str, tuple[int, ...]] = {"count": (2,), "sum": (2, WIDTH), **more}
+    total = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
+    state = rule.end_task(rule.init(), params, total, [(0, 1)], torch_stream(0, "draw"))
+    deployed = rule.deployed(state, params)
+    assert all(torch.equal(t, params[n]) for n, t in deployed.items())
