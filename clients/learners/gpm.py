@@ -4,14 +4,14 @@ projection memory for continual learning", ICLR)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from clients.learners._subspaces import SpanLearner, protected
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import OWN, ClientWork, Context, IntArray, LocalState
+from fedsim.core.contracts import OWN, WHOLE_PAIRS, ClientWork, Context, IntArray, LocalState, Traits
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import State, Tensors
 
@@ -47,6 +47,11 @@ class Learner(SpanLearner):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("project", self.project, (GRADIENTS, STEPS))
+
+    @property
+    def traits(self) -> Traits:
+        shared = super().traits
+        return replace(shared, refuses={**shared.refuses, **WHOLE_PAIRS})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         name, decay = config.client.optimizer.lower(), config.client.weight_decay

@@ -288,6 +288,9 @@ def test_what_cannot_be() -> None:
         prepare(tiny(*SMALL, "client.learners=[fot]", "adapter=prefix"))
     with pytest.raises(ConfigError, match="consolidator mean does not leave it as it was trained: use consolidator: none"):
         prepare(tiny(*SMALL, "client.learners=[gpm]", "server.consolidator=mean"))
+    for project in (gpm.GRADIENTS, gpm.STEPS):  # a projection mixes the ranks that a client has with those that it has not
+        with pytest.raises(ConfigError, match=r"learner gpm keeps numbers for every tensor .* leave that out"):
+            prepare(tiny(*SMALL, f"client.learners=[{{name: gpm, project: {project}}}]", "client.ranks=[1, 2, 2]"))
     assert any("learner gpm projects gradients, but client.optimizer is adamw" in n for n in prepare(
         tiny(*SMALL, "client.learners=[gpm]")
     ).notes)  # fmt: skip
