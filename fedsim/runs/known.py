@@ -85,8 +85,7 @@ def read(paths: Sequence[str | Path]) -> dict[str, Known]:
         lacking = [column for column in NEEDED if column not in frame]
         if lacking:
             raise DataError(f"{path} has no column {', '.join(lacking)}: write it with fedsim results RUNS --csv {path.name}")
-        columns = [str(column) for column in frame.columns]
-        axes = tuple(columns[columns.index("run") + 1 : columns.index("seed")])
+        axes = axes_of(frame)
         for record in frame.to_dict("records"):
             cells = {str(column): _cell(value) for column, value in record.items()}
             empty = [c for c in NEEDED if (cells[c] is None and c != HEADLINE) or (isinstance(cells[c], str) and c not in HASHES)]
@@ -94,6 +93,12 @@ def read(paths: Sequence[str | Path]) -> dict[str, Known]:
                 raise DataError(f"{path}: a row has no {', '.join(empty)}: write it with fedsim results RUNS --csv {path.name}")
             found.setdefault(str(cells["run"]), Known(cells, path, axes))
     return found
+
+
+def axes_of(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Columns that tell the runs of a table apart and are no metrics: those between `run` and `seed`."""
+    columns = [str(column) for column in frame.columns]
+    return tuple(columns[columns.index("run") + 1 : columns.index("seed")]) if "run" in columns else ()
 
 
 def table(path: Path) -> pd.DataFrame:

@@ -42,7 +42,8 @@ def table(path: Path, names: dict[str, str] | None = None, seeds: int = 3, joint
                 final = {f"final_accuracy_{i}": accuracy + i - 1 for i in range(3)}
                 rows.append(
                     {
-                        "run": f"{method}{alpha}{seed}", "method": (names or {}).get(method, method), "seed": seed,
+                        "run": f"{method}{alpha}{seed}", "method": (names or {}).get(method, method),
+                        "partition.name": "joint" if np.isnan(alpha) else "dirichlet", "seed": seed,
                         "dirichlet_alpha": alpha, "partition_hash": f"{alpha} {seed}", "chance": 10.0,
                         "final_average_accuracy": accuracy, "average_incremental_accuracy": accuracy + 5, "forgetting": 20.0,
                         "final_average_accuracy_task_incremental": accuracy + 8, "client_accuracy_min": accuracy - 9,
@@ -332,13 +333,56 @@ def test_a_table_that_lacks_something_says_what(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         ledger.read([tmp_path / "c.csv"])
     pd.concat([frame, frame]).to_csv(tmp_path / "twice.csv")
-    with pytest.raises(ConfigError, match="holds two runs of seed 0 on the same split"):
-        Ledger.of(ledger.read([tmp_path / "twice.csv"]))
+    with pytest.raises(
+        ConfigError, match=r"twice\.csv: ncm on the split 0\.1 holds 2 runs of seed 0 \(ncm0\.10, ncm0\.10\): leave one"
+    ):
+        ledger.read([tmp_path / "twice.csv"])
     frame.rename(columns={"method": "rule"}).to_csv(tmp_path / "rules.csv")  # an axis by another usual name
     assert set(ledger.read([tmp_path / "rules.csv"]).streams[0].frame["method"]) == {*LEVELS}
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigError, match="two streams would be called 'a'"):
         ledger.read([tmp_path / "a.csv", tmp_path / "x" / ".." / "a.csv"])
+
+
+@pytest.mark.parametrize(("axis", "levels"), [("client.epochs", (1, 5)), ("partition.clients", (10, 100))])
+def test_what_is_no_seed_is_never_averaged_over(tmp_path: Path, axis: str, levels: tuple[int, int]) -> None:
+    """Neither where both settings have all seeds, nor where each has one of them."""
+    frame = table(tmp_path / "a.csv", seeds=2)
+    both = pd.concat([frame.assign(**{axis: level}) for level in levels])
+    each = frame.assign(**{axis: [levels[seed] for seed in frame["seed"]]})
+    for name, part in (("both", both), ("each", each)):
+        part.insert(2, axis, part.pop(axis))
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+        said = (
+            rf"{name}\.csv: ncm on the split 0\.1 has runs of several settings, with {axis} {levels[0]}, {levels[1]}: leave one"
+        )
+        with pytest.raises(ConfigError, match=said):
+            ledger.read([tmp_path / f"{name}.csv"])
+
+
+def test_splits_that_no_dirichlet_made_have_their_names(tmp_path: Path) -> None:
+    frame = table(tmp_path / "a.csv")
+    parts = [frame.assign(**{"partition.name": frame["partition.name"], "partition.classes_per_client": np.nan})]
+    for count in (1, 2):
+        part = frame[frame["dirichlet_alpha"] == 0.1].assign(dirichlet_alpha=np.nan)
+        parts.append(part.assign(**{"partition.name": "pathological", "partition.classes_per_client": count}))
+    mixed = pd.concat(parts)
+    mixed.insert(3, "partition.classes_per_client", mixed.pop("partition.classes_per_client"))
+    mixed.to_csv(tmp_path / "mixed.csv", index=False)
+    found = Ledger.of(ledger.read([tmp_path / "mixed.csv"]))
+    named = ["pathological classes_per_client=1", "pathological classes_per_client=2"]
+    assert found.splits == {"mixed": ["0.1", "0.5", *named]}
+    assert {s.method for s in found.settings if s.split == ANY} == {"joint"}
+    assert {s.seeds for s in found.settings} == {3}
+    silent = mixed.drop(columns=[c for c in mixed if c.startswith("partition.")])
+    silent.to_csv(tmp_path / "silent.csv", index=False)
+    with pytest.raises(
+        DataError, match=r"silent\.csv: no column partition\.\* tells how the data of a run without an α, of joint,"
+    ):
+        ledger.read([tmp_path / "silent.csv"])
+    alike = silent[silent["dirichlet_alpha"].isna()].drop_duplicates(["method", "seed"])
+    alike.to_csv(tmp_path / "alike.csv", index=False)
+    assert Ledger.of(ledger.read([tmp_path / "alike.csv"])).splits == {"alike": [study.ALIKE]}
 
 
 # ---------------------------------------------------------------- the page

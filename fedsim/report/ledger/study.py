@@ -36,16 +36,21 @@ from fedsim.report.data import Study as Named
 from fedsim.runs import known
 from fedsim.runs.bounds import REFERENCES
 from fedsim.runs.collection import collect
+from fedsim.runs.collection import dirichlet_alpha as alpha_of
+from fedsim.runs.compare import label
 from fedsim.runs.metrics import HEADLINE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ANY = "any split"  # of a run to which the split does not apply: one client that holds everything
+ALIKE = "the split of all runs"  # of a table that does not name it, as no key of it differs
 METHOD, SPLIT = "method", "split"  # columns of a stream's frame
 ALPHAS = ("dirichlet_alpha", "partition.alpha", "alpha")  # columns that say how heterogeneous a run's clients are
 NEEDED = ("seed", "partition_hash", HEADLINE)
 BASELINES = ("fedavg", "ranpac")
+PARTITION = "partition."  # begins the columns that say how data were split
+HOW_MANY = ("clients", "min_samples", "max_draws")  # keys of a partition that do not say how unlike clients are
 PUBLISHED = ("stream", "method", "beta", "figure", "source", "tag")  # columns of figures that papers give
 
 
@@ -184,23 +189,55 @@ def _of_table(name: str, path: Path, note: str) -> Stream:
     lacking = [*([] if names else [METHOD]), *(c for c in NEEDED if c not in frame), *([] if alphas else ALPHAS[:1])]
     if lacking:
         raise DataError(f"{path} has no column {', '.join(lacking)}: write it with fedsim results RUNS --csv {path.name}")
-    splits = [_split(alpha) for alpha in frame[alphas[0]]]
+    axes = known.axes_of(frame)
+    keys = [column.removeprefix(PARTITION) for column in axes if column.startswith(PARTITION)]
+    partitions = [dict(zip(keys, row, strict=True)) for row in frame[[PARTITION + key for key in keys]].to_numpy().tolist()]
+    splits = [_split(alpha, partition) for alpha, partition in zip(frame[alphas[0]].tolist(), partitions, strict=True)]
+    if "" in splits:
+        if any(splits):
+            one = frame[names[0]].iloc[splits.index("")]
+            raise DataError(f"{path}: no column {PARTITION}* tells how the data of a run without an α, of {one}, were split")
+        splits = [ALIKE] * len(splits)
     frame[METHOD] = frame[names[0]].astype(str)
     frame[SPLIT] = splits
+    _require_settings(frame, [axis for axis in axes if axis != "manifest"], path)
     return Stream(name, frame, note)
 
 
-def _split(alpha: float) -> str:
-    return ANY if math.isnan(alpha) else "iid" if math.isinf(alpha) else f"{alpha:g}"
+def _split(alpha: float, partition: Mapping[str, Any]) -> str:
+    """What a run's split is called, from its α and the keys of its partition that are known; empty where none is."""
+    if not math.isnan(alpha):
+        return "iid" if math.isinf(alpha) else f"{alpha:g}"
+    if partition.get("name") == "joint" or partition.get("clients") == 1:
+        return ANY
+    there = {key: value for key, value in partition.items() if not (isinstance(value, float) and math.isnan(value))}
+    options = [f"{key}={label(value)}" for key, value in there.items() if key not in ("name", *HOW_MANY)]
+    return " ".join([*([str(there["name"])] if "name" in there else []), *options])
+
+
+def _require_settings(frame: pd.DataFrame, axes: Sequence[str], path: Path) -> None:
+    """The runs of a method on a split differ in the seed alone: raises ConfigError where an axis tells them apart as well, or a
+    seed is there twice. A cell that is empty tells nothing apart."""
+    for (method, split), runs in frame.groupby([METHOD, SPLIT], sort=False):
+        where = f"{path}: {method} on the split {split}"
+        differ = [axis for axis in axes if runs[axis].nunique() > 1]
+        if differ:
+            levels = ", ".join(map(label, dict.fromkeys(runs[differ[0]].dropna())))
+            raise ConfigError(f"{where} has runs of several settings, with {differ[0]} {levels}: leave one of them in the table")
+        for seed, alike in runs.groupby("seed"):
+            if len(alike) > 1:
+                told = f" ({', '.join(map(str, alike['run']))})" if "run" in alike else ""
+                raise ConfigError(f"{where} holds {len(alike)} runs of seed {label(seed)}{told}: leave one of them in the table")
 
 
 def _of_runs(name: str, path: Path, note: str, sweep: str | None) -> Stream:
     """Methods and splits are named as in the report."""
     collection = collect([path], sweep)
     named = Named.of(collection)
-    joint = [run.results.config.partition["name"] == "joint" for run in named.runs]
-    splits = [ANY if alone else split for alone, split in zip(joint, named.frame["split"], strict=True)]
+    applies = [_split(alpha_of(config), config.partition) != ANY for config in (run.results.config for run in named.runs)]
+    splits = [split if one else ANY for one, split in zip(applies, named.frame["split"], strict=True)]
     methods = named.frame["series"].tolist()
     own = {method: run.results.config for method, run in zip(methods, named.runs, strict=True)}
     frame = named.frame.assign(**{METHOD: methods, SPLIT: splits})
+    _require_settings(frame, [], path)
     return Stream(name, frame, note, own, [f"{a.what}: {a.reason}" for a in collection.absent])
