@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,13 @@ def test_noise_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         {
             "run": f"{m}{s}{a}",
             "method": m,
-            "partition.alpha": a,
+            "partition.name": "joint" if m == "solved" else "dirichlet" if a else "iid",
             "seed": s,
+            "partition_hash": f"{a}{s}",
+            "dirichlet_alpha": a or (None if m == "solved" else math.inf),
             "final_average_accuracy": 40.0 + i + (1.5 * s if a else 0),
         }
-        for i, (m, a) in enumerate([("one", 0.5), ("two", 0.5), ("solved", None), ("one", 0.1), ("far", 0.5)])
+        for i, (m, a) in enumerate([("one", 0.5), ("two", 0.5), ("solved", None), ("one", 0.1), ("far", 0.5), ("even", None)])
         for s in range(3)
         if (m, s) != ("far", 2)
     ]
@@ -180,9 +183,9 @@ def test_noise_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     pd.DataFrame(rows).to_csv(table, index=False)
     assert noise.main([str(table)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("3 methods, 3 seeds"), "far lacks a seed; solved has no split and is on every one"
+    assert text.startswith("3 methods, 3 seeds"), "far lacks a seed; solved is joint and on every split; even is on another"
     pd.DataFrame([*rows, rows[0]]).to_csv(tmp_path / "twice.csv", index=False)
     assert noise.main([str(tmp_path / "twice.csv")]) == 2
-    assert "several rows of one seed at alpha 0.5: one;" in capsys.readouterr().err
+    assert "one on the split 0.5 holds 2 runs of seed 0" in capsys.readouterr().err
     assert noise.main([str(table), "--between", "40", "41.9"]) == 2
     assert "between 40 and 41.9 %: 1; seeds: 3; two of each are needed" in capsys.readouterr().err

@@ -29,12 +29,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim.core.errors import DataError, FedsimError
+from fedsim.report.ledger import study
 from fedsim.report.ledger.rows import agreements
-from fedsim.report.ledger.study import METHOD
-from fedsim.runs import known
+from fedsim.report.ledger.study import ANY, METHOD, SPLIT
 from fedsim.runs.metrics import HEADLINE
-
-SPLIT = "partition.alpha"
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,12 @@ def noise(scores_MS: NDArray[np.float64]) -> Noise:
     )
 
 
-def chosen(table: pd.DataFrame, alpha: float, low: float, high: float) -> pd.DataFrame:
-    """The rows of methods that have all of the table's seeds on this split and whose mean lies in the range; runs to which no
-    split applies are on every one. Raises DataError where fewer than two methods or seeds are left, a method has a
-    seed twice, or a column is missing."""
-    if lacking := [column for column in (SPLIT, METHOD, "seed", HEADLINE) if column not in table]:
-        raise DataError(f"the table has no column {', '.join(lacking)}: write it with fedsim results --csv")
-    split = pd.to_numeric(table[SPLIT], errors="coerce")
-    here = table[split.isna() | (split == alpha)]
-    if twice := sorted(set(here.loc[here.duplicated([METHOD, "seed"]), METHOD].astype(str))):
-        told = ", ".join(twice)
-        raise DataError(f"several rows of one seed at alpha {alpha:g}: {told}; leave one setting of each in the table")
+def chosen(path: Path, alpha: float, low: float, high: float) -> pd.DataFrame:
+    """The rows of methods that have all of the table's seeds on this split and whose mean lies in the range; joint runs, to which
+    no split applies, are on every one. Raises DataError where fewer than two methods or seeds are left, and what a ledger of the
+    table raises."""
+    (stream,) = study.read([path]).streams
+    here = stream.frame[stream.frame[SPLIT].isin((f"{alpha:g}", ANY))]
     by_method = here.groupby(METHOD)
     seeds = here["seed"].nunique()
     means = by_method[HEADLINE].mean()
@@ -100,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--between", type=float, nargs=2, default=(0.0, 100.0), metavar=("LOW", "HIGH"))
     args = parser.parse_args(words)
     try:
-        found = chosen(known.table(args.table), args.alpha, *args.between)
+        found = chosen(args.table, args.alpha, *args.between)
     except FedsimError as e:
         print(f"noise: {e}", file=sys.stderr)
         return 2
