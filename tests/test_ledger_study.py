@@ -18,6 +18,7 @@ from experiments.ledger import again, noise
 from fedsim import cli
 from fedsim.core import presets
 from fedsim.core.config import SimConfig, load
+from fedsim.runs.known import Known
 from fedsim.sweeps import plan, tune
 from tests.tiny import TINY
 
@@ -122,7 +123,17 @@ def of_method(config: SimConfig) -> dict[str, Any]:
     }
 
 
-def test_rows_that_cannot_be_repeated_are_told(one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_split_is_another_run() -> None:
+    """However alike its numbers are; what a table does not say cannot differ."""
+    cells = {"run": "0", "seed": 0, "partition_hash": "ab", "final_average_accuracy": 50.0, "forgetting": None, "seconds": 2.0}
+    row = Known(cells, Path("my.csv"))
+    assert again.differing(row, cells | {"forgetting": 1.0, "seconds": 3.0}) == {}
+    assert again.differing(row, cells | {"partition_hash": "cd"}) == {"partition_hash": ("ab", "cd")}
+
+
+def test_rows_that_cannot_be_repeated_are_told(
+    one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
     sweep = tmp_path / "my.yaml"
     sweep.write_text(yaml.safe_dump({"base": "tiny.yaml", "grid": {"client.lr": [0.1, 0.01]}, "seeds": 2}))
@@ -138,7 +149,11 @@ def test_rows_that_cannot_be_repeated_are_told(one_ray: None, tmp_path: Path, ca
     with table.open("w", newline="") as file:
         (out := csv.DictWriter(file, lines[0])).writeheader()
         out.writerows(lines)
-    assert again.main([*words, "--output", str(tmp_path / "again")]) == 1
+    assert again.main([*words, "--output", str(tmp_path / "again")]) == 2, "nothing would be made"
+    assert "again is not empty, and what lies there would not be made again" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert again.main(words) == 1
+    assert len(list((tmp_path / "runs/ledger/again").glob("*/*/metrics.json"))) == 3
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == "0 of 3 runs made again give their rows of my.csv, to the last digit"
     assert sum(": forgetting is " in line for line in told) == 3
