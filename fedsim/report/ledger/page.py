@@ -199,7 +199,7 @@ def _row(method: Method, setting: Setting, split: str, baselines: Sequence[str],
         f'<th scope="row" class="text" data-value="{esc(method.name)}">{link}</th>',
         f'<td data-value="{setting.seeds}">{setting.seeds}</td>',
         _accuracy(HEADLINE, setting.means[HEADLINE], setting.seeds, over),
-        *(_difference(setting.differences.get(baseline)) for baseline in baselines),
+        *(_difference(setting.differences.get(baseline), setting.seeds) for baseline in baselines),
         *(_cost(c, setting.means[c]) if c in COSTS else _accuracy(c, setting.means[c], setting.seeds) for c in rest),
         *(f'<td class="text" data-value="{esc(text)}">{esc(text)}</td>' for text in (method.family, sees)),
     ]
@@ -217,11 +217,12 @@ def _accuracy(column: str, mean: Mean, seeds: int, over: str = "") -> str:
     return _value(mean.mean, main + note)
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: Difference | None, seeds: int) -> str:
     if difference is None:
         return _NONE
     low, high = metric_of(HEADLINE).cut_difference(difference.low, difference.high)
     note = "" if math.isnan(difference.low) else f"<small>{low:+.1f} to {high:+.1f}</small>"
+    note += f"<small>of {difference.n} pair{'s' if difference.n > 1 else ''}</small>" if difference.n != seeds else ""
     return _value(difference.mean, f"{difference.mean:+.1f}{note}")
 
 
