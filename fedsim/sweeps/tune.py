@@ -65,9 +65,12 @@ class TuneOptions:
             raise ConfigError(f"keep must be in (0, 1], got {self.keep}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must be a list of different seeds, got {self.seeds}")
-        if self.metric not in METRICS or METRICS[self.metric].better == "none":
-            judged = [name for name, metric in METRICS.items() if metric.better != "none"]
-            raise ConfigError(f"metric '{self.metric}' is none that is judged.{did_you_mean(self.metric, judged)}")
+        judged = [name for name, metric in METRICS.items() if metric.better != "none" and metric.compute and not metric.parts]
+        if self.metric not in judged:  # costs, differences to another run and curves are no number of a run's own metrics
+            raise ConfigError(
+                f"metric '{self.metric}' is none that is judged as one number of a run (metrics.json): take one such as "
+                f"{HEADLINE}.{did_you_mean(self.metric, judged)}"
+            )
 
     def numbers(self, size: int) -> list[int]:
         """How many of so many configurations are left on each seed; one that is left alone is not played."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ import yaml  # type: ignore[import-untyped]
 from fedsim import cli
 from fedsim.core.config import load
 from fedsim.core.errors import ConfigError, DataError, FedsimError
+from fedsim.runs.metrics import METRICS
 from fedsim.sweeps import tune
 from fedsim.sweeps.tune import Tuning
-from tests.tiny import TINY
+from tests import run_dirs
+from tests.tiny import TINY, tiny
 
 METHODS: Mapping[str, Any] = {"avg": {}, "fair": {"server.aggregator": "fairavg"}}
+NO_SCORES = (
+    "gap_to_joint",
+    "intransigence",
+    "bytes_up",
+    "seconds",
+    "peak_memory",
+    "final_accuracy",
+    "learning_curve",
+    "accuracy",
+)
 LR = {"client.lr": [0.1, 0.2, 0.3, 0.4]}
 
 
@@ -78,6 +91,15 @@ def test_equal_scores_the_first_wins(tmp_path: Path) -> None:
     assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.1"
 
 
+def test_every_metric_that_is_taken_is_one_that_runs_have() -> None:
+    have = run_dirs.results(tiny(), [[90], [60, 70]]).metrics
+    taken = []
+    for name in METRICS:
+        with suppress(ConfigError):
+            taken.append(tune.TuneOptions(metric=name).metric)
+    assert {"final_average_accuracy", "forgetting", "client_accuracy_min"} <= set(taken) <= have.keys()
+
+
 def test_a_variant_has_keys_of_its_own_and_no_more_than_the_budget(tmp_path: Path) -> None:
     own = {"avg": {"client.learners": [[], [{"name": "proximal", "mu": 0.5}]]}, "fair": None}
     tuning = tune.read(written(tmp_path, tune={"own": own, "budget": 6}))
@@ -124,6 +146,7 @@ def test_winners_name_presets_by_their_names(tmp_path: Path) -> None:
         ({"tune": {"own": {"avg": [1]}}}, "tune.own.avg must map keys to lists of values"),
         ({"tune": {"metric": "acuracy"}}, "metric 'acuracy' is none that is judged"),
         ({"tune": {"metric": "final_average_acuracy"}}, "Did you mean 'final_average_accuracy'"),
+        *(({"tune": {"metric": name}}, f"metric '{name}' is none that is judged as one number of a run") for name in NO_SCORES),
         ({"tune": {"budget": 0}}, "budget must be at least 1"),
         ({"tune": {"keep": 0.0}}, r"keep must be in \(0, 1\]"),
         ({"tune": {"seeds": [1, 1]}}, "seeds must be a list of different seeds"),
