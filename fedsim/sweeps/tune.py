@@ -127,8 +127,8 @@ class Tuning:
         return [one for one in self.candidates if one.variant == variant]
 
     def left(self, variant: str, number: int, scores: Mapping[str, float]) -> list[Candidate]:
-        """Which of its configurations are left for the seed of this place: all, and then the share `keep` of those that were, the
-        best first, one at least.
+        """Which of its configurations are left for the seed of this place, in their order: all, and then the best of those that
+        were, the share `keep`, one at least.
 
         scores: the metric of runs by identity; a run that is not in it failed, and its configuration is out.
         """
@@ -136,19 +136,17 @@ class Tuning:
         sizes = self.options.numbers(len(found))
         for count in range(1, number + 1):
             if len(found) > 1:  # else it was not played
-                found = self.ranked(found, self.options.seeds[:count], scores)[: sizes[count]]
+                best = self.ranked(found, self.options.seeds[:count], scores)[: sizes[count]]
+                found = [one for one in found if one in best]
         return found
 
     def rung(self, number: int, scores: Mapping[str, float]) -> list[Candidate]:
         """Who is played on the seed of this place: those that are `left`, of variants that have more than one left."""
-        found = []
-        for variant in self.variants:
-            left = self.left(variant, number, scores)
-            found += [one for one in self.of(variant) if len(left) > 1 and one in left]
-        return found
+        every = (self.left(variant, number, scores) for variant in self.variants)
+        return [one for left in every if len(left) > 1 for one in left]
 
     def ranked(self, candidates: Sequence[Candidate], seeds: Sequence[int], scores: Mapping[str, float]) -> list[Candidate]:
-        """Those that did not fail on these seeds, the best first."""
+        """Those that did not fail on these seeds, the best first; of equal ones the one that stands first."""
         sign = 1.0 if METRICS[self.options.metric].better == "lower" else -1.0
         means = {id(one): self.score(one, seeds, scores) for one in candidates}
         there = [(mean, one) for one in candidates if (mean := means[id(one)]) is not None]

@@ -91,6 +91,17 @@ def test_equal_scores_the_first_wins(tmp_path: Path) -> None:
     assert tuning.winners(scores)["avg"].candidate.setting == "client.lr=0.1"
 
 
+def test_equal_means_over_seeds_the_first_wins_too(tmp_path: Path) -> None:
+    """50 and 60 on one seed, 60 and 50 on the next: the order in between is of no account."""
+    tuning = tune.read(written(tmp_path, tune={"seeds": [5, 6]}))
+    scores = {}
+    for one, of_seeds in zip(tuning.of("avg"), ((50.0, 60.0), (60.0, 50.0), (1.0, 99.0), (2.0, 99.0)), strict=True):
+        scores |= {one.runs[seed].entry.identity: score for seed, score in zip((5, 6), of_seeds, strict=True)}
+    winner = tuning.winners(scores)["avg"]
+    assert (winner.candidate.setting, winner.score) == ("client.lr=0.1", 55.0)
+    assert [one.setting for one in tuning.left("avg", 1, scores)] == ["client.lr=0.1", "client.lr=0.2"]
+
+
 def test_every_metric_that_is_taken_is_one_that_runs_have() -> None:
     have = run_dirs.results(tiny(), [[90], [60, 70]]).metrics
     taken = []
