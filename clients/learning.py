@@ -1,7 +1,7 @@
 """The learners of one client's round: what they add to its steps, and what is left of them. `local` and `fused` share it, so that
 a learner is written once."""
 
-# b rows of a batch: the client's own, then those that learners replay, then synthetic ones
+# b rows of a batch: the client's own, then those that learners replay, then further views of both, then synthetic ones
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def with_foreign(positions: IntArray, made: Synthetic) -> IntArray:
 
 @dataclass
 class _Part:
-    """A learner at work. `rows`, `made`: those that it replays in the current batch, and its synthetic ones."""
+    """A learner at work. `rows`, `again`, `made`: those that it replays in the current batch, its further views, and its
+    synthetic ones."""
 
     name: str
     learner: Learner
@@ -109,6 +110,7 @@ class _Part:
     keeps: bool  # a memory of its own; not where a rule asked for it
     state: LocalState = field(default_factory=dict)
     rows: slice = field(default_factory=lambda: slice(0, 0))
+    again: slice = field(default_factory=lambda: slice(0, 0))
     made: slice = field(default_factory=lambda: slice(0, 0))
 
 
@@ -124,16 +126,16 @@ class Learning:
         listed = work.learners if work.steps else {}
         self._parts = [self._begun(n, learner, n in listed) for n, learner in {**listed, **asked}.items()]
         self._start = {n: work.params[n] for n in work.trained}
-        self._replay, self._make, self._loss, self._correct, self._step = (
+        self._replay, self._again, self._make, self._loss, self._correct, self._step = (
             [p for p in self._parts if p.learner.does(method)]
-            for method in ("replay", "synthetic", "loss", "corrected", "stepped")
+            for method in ("replay", "again", "synthetic", "loss", "corrected", "stepped")
         )
         self.replaces = any(CROSS_ENTROPY in p.learner.traits.takes for p in self._parts)
         self.corrects = bool(self._correct)
         self.looks = bool(self._loss)
         self.blocks = any(p.learner.blocks for p in self._loss)
         self.follows = bool(self._correct or self._step)
-        self._own = slice(0, 0)
+        self._own = self._rehearsed = slice(0, 0)
 
     def _begun(self, name: str, learner: Learner, keeps: bool) -> _Part:
         work, prefix = self.work, f"{PREFIX}{name}/"
@@ -143,11 +145,17 @@ class Learning:
         return part
 
     def joined(self, own: IntArray) -> IntArray:
-        """A batch's positions with those that learners replay."""
+        """A batch's positions with those that learners replay, and with their further views."""
         self._own, parts, end = slice(0, len(own)), [own], len(own)
         for part in self._replay:
             added = part.learner.replay(part.state, own, part.draw)
             part.rows = slice(end, end + len(added))
+            parts.append(added)
+            end += len(added)
+        self._rehearsed = slice(len(own), end)
+        for part in self._again:
+            added = part.learner.again(part.state, own, part.draw)
+            part.again = slice(end, end + len(added))
             parts.append(added)
             end += len(added)
         return np.concatenate(parts) if end > len(own) else own
@@ -217,8 +225,8 @@ class Learning:
         terms = []
         for part in self._loss:
             step = Step(
-                inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, part.rows,
-                part.made, part.draw, once, head, outputs_of, blocks, query,
+                inputs, positions, labels, *outputs, params, self._start, work.classes, work.seen, self._own, self._rehearsed,
+                part.rows, part.again, part.made, part.draw, once, head, outputs_of, blocks, query,
             )  # fmt: skip
             term = part.learner.loss(part.state, step)
             if term is not None:

@@ -30,15 +30,16 @@ class Learner(contracts.Learner):
         s_ik = the largest singular value of   T = F_kᵀ F_{k+1} / L,   (D, D), tokens brought to length 1
         adds   α · mean_ik s_ik + β · mean_ik |s_ik − max(c_k, 0)|
 
-    s_ik stands for the Lipschitz constant of block k + 1 at sample i. It is found by power iteration on T Tᵀ, from the vector of ones; T is
-    never made, and the gradient flows through its last product, which is that of the singular value. c_k are budgets, trained by
-    the same loss with plain steps of `client.lr`. Where nothing is replayed nothing is added; α = β = 0: off.
+    s_ik stands for the Lipschitz constant of block k + 1 at sample i. It is found by power iteration on T Tᵀ, from the vector of
+    ones; T is never made, and the gradient flows through its last product, which is that of the singular value. c_k are budgets,
+    trained by the same loss with plain steps of `client.lr`. Further views (`Learner.again`) are left out. Where nothing is
+    replayed nothing is added; α = β = 0: off.
 
     [Ours: the paper has the maps of a convolution, channels by pixels, where these are tokens of a transformer, features by
     tokens; padding of texts is left out, and the input of the first block too; both terms look at what the step replays, where
-    mammoth draws from the buffer for each of them. Budgets are each client's own and start at the
-    means of s_ik over the first batch that it ever trains on, with the model as it is then; the paper takes those over the whole
-    first task before training. They are no part of the model, so they do not travel and are not averaged.]
+    mammoth draws from the buffer for each of them. Budgets are each client's own and start at the means of s_ik over the first
+    batch that it ever trains on, with the model as it is then; the paper takes those over the whole first task before training.
+    They are no part of the model, so they do not travel and are not averaged.]
 
     Memory: `budgets` (K,), for β > 0. Nothing travels. Blocks are looked at client by client, and none is cached.
 
@@ -69,7 +70,7 @@ class Learner(contracts.Learner):
 
     def loss(self, state: LocalState, step: Step) -> Tensor | None:
         require_tokens(step.blocks)
-        rows = slice(step.own.stop, int((step.positions >= 0).sum()))
+        rows = step.rehearsed
         state["slope"] = None
         if self.beta and state[BUDGETS] is None:
             with torch.no_grad():

@@ -128,18 +128,21 @@ class Learner(_buffers.Rehearsal):
         return {**super().begin(work, memory, context, draw), "future": future, "more": views - 1}
 
     def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
-        """The draw for logits, the draw for labels, and further views of own and replayed samples."""
+        """The draw for logits, and the draw for labels."""
         stored, nothing = state["buffer"].positions, np.zeros(0, dtype=np.int64)
         wanted = (self.alpha or self.contrast or self.constraint, self.beta)
         state["drawn"] = [self.drawn(state, draw) if weight else nothing for weight in wanted]
-        first, second = (stored[places] for places in state["drawn"])
-        again = np.concatenate([positions[: self.contrasted], first[: self.contrasted]])
-        return np.concatenate([first, second, *[again] * state["more"]])
+        return np.concatenate([stored[places] for places in state["drawn"]])
+
+    def again(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        """Further views of own samples, and of those that are replayed for their logits."""
+        first = state["buffer"].positions[state["drawn"][0]]
+        return np.tile(np.concatenate([positions[: self.contrasted], first[: self.contrasted]]), state["more"])
 
     def loss(self, state: LocalState, step: Step) -> Tensor | None:
         with_logits, with_labels = state["drawn"]
-        ends = np.cumsum([step.replayed.start, len(with_logits), len(with_labels)])
-        first, second, views = slice(ends[0], ends[1]), slice(ends[1], ends[2]), slice(ends[2], step.replayed.stop)
+        middle = step.replayed.start + len(with_logits)
+        first, second = slice(step.replayed.start, middle), slice(middle, step.replayed.stop)
         past = [c for c in step.seen if c not in set(step.classes)]
         terms = []
         if len(with_logits) and self.alpha:
@@ -148,15 +151,15 @@ class Learner(_buffers.Rehearsal):
         if len(with_labels):
             terms.append(self.beta * masked_cross_entropy(step.logits[second], step.labels[second], past))
         if self.contrast and state["future"]:
-            terms.append(self.contrast * self._contrast(state["future"], step, first, views))
+            terms.append(self.contrast * self._contrast(state["future"], step, first))
         if self.constraint:
             terms += [self.constraint * term for term in self._constraints(state["future"], past, step, first)]
         return torch.stack(terms).sum() if terms else None
 
-    def _contrast(self, future: Sequence[int], step: Step, first: slice, views: slice) -> Tensor:
+    def _contrast(self, future: Sequence[int], step: Step, first: slice) -> Tensor:
         """The mean over future tasks of the contrastive loss of their logits, of all views."""
         shown = [slice(step.own.start, min(step.own.stop, step.own.start + self.contrasted)),
-                 slice(first.start, min(first.stop, first.start + self.contrasted)), views]  # fmt: skip
+                 slice(first.start, min(first.stop, first.start + self.contrasted)), step.again]  # fmt: skip
         labels = torch.cat([step.labels[rows] for rows in shown])
         logits_NF = columns(torch.cat([step.logits[rows] for rows in shown]), future)
         tasks = logits_NF.split_with_sizes(_sizes(len(future), len(step.classes)), dim=1)

@@ -32,8 +32,8 @@ EVERY_WAY = {
 
 @dataclass(frozen=True)
 class Busy(contracts.Learner):
-    """Uses all that a learner has: replays from its memory, makes samples up, asks two teachers, corrects gradients, follows
-    steps, remembers. image: shape of those that it makes up; empty: none."""
+    """Uses all that a learner has: replays from its memory, shows samples again, makes others up, asks two teachers, corrects
+    gradients, follows steps, remembers. image: shape of those that it makes up; empty: none."""
 
     image: tuple[int, ...] = (8, 8)
 
@@ -45,6 +45,9 @@ class Busy(contracts.Learner):
         stored: IntArray = state["stored"]
         return stored[torch.randperm(len(stored), generator=draw)[: 1 + len(positions) // 2].numpy()]
 
+    def again(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        return positions[: len(positions) // 3]
+
     def synthetic(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> Synthetic | None:
         count = len(positions) % 3
         if not self.image or not count:
@@ -54,7 +57,8 @@ class Busy(contracts.Learner):
 
     def loss(self, state: LocalState, step: Step) -> Tensor:
         made = step.synthetic
-        assert made.stop - made.start == step.labels.shape[0] - step.replayed.stop
+        assert made.stop - made.start == step.labels.shape[0] - step.again.stop
+        assert (step.positions[step.again] == step.positions[: step.own.stop // 3]).all()
         terms = [(step.logits - step.model(state[who]).logits).square().mean() for who in ("teacher", "own")]
         features = (step.features - step.model(state["teacher"]).features)[step.replayed].square().mean()
         drift = torch.stack([(t - step.start[n]).square().sum() for n, t in step.params.items()]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clients import local
 from clients.learners import derpp, er, glfc, icarl, lider, lwf, xder
 from clients.learners._buffers import Buffer, Rehearsal
 from fedsim.core import contracts
@@ -301,7 +303,9 @@ def test_xder_by_hand() -> None:
     logits, stored = torch.randn(7, 7, generator=generator), torch.randn(4, 7, generator=generator)
     logits[1, 3] = 9.0
     labels = torch.tensor([2, 3, 0, 1, 0, 2, 0])
-    step = step_of(logits=logits, labels=labels, classes=(2, 3), seen=(0, 1, 2, 3), own=slice(0, 2), replayed=slice(2, 7))
+    step = step_of(
+        logits=logits, labels=labels, classes=(2, 3), seen=(0, 1, 2, 3), own=slice(0, 2), replayed=slice(2, 5), again=slice(5, 7)
+    )
     drawn = [np.array([3]), np.array([1, 0])]
     state = {"buffer": Buffer(np.arange(4), {"logits": stored}), "drawn": drawn, "future": [4, 5, 6], "more": 1}
     learner = xder.Learner(alpha=0.3, beta=0.8, contrast=0.7, constraint=0.1, margin=2.0, contrasted=1)
@@ -342,13 +346,14 @@ def test_xder_brings_stored_logits_up_to_date_at_a_task_s_end() -> None:
         torch.testing.assert_close(after.beside["logits"][place], want)
 
 
-@pytest.mark.parametrize(("augment", "rows"), [("none", 3 + 3), ("crop_flip", 3 + 3 + 3 * (5 + 3))])
-def test_xder_takes_further_views_where_they_differ(augment: str, rows: int) -> None:
+@pytest.mark.parametrize(("augment", "views"), [("none", 0), ("crop_flip", 3 * (5 + 3))])
+def test_xder_takes_further_views_where_they_differ(augment: str, views: int) -> None:
     one = work(f"transform.augment={augment}").works()[0]
     learner, draw = xder.Learner(size=8), torch.Generator().manual_seed(0)
     state = learner.begin(one, Buffer(one.shard[:3], {"logits": torch.zeros(3, 6)}).memory(), {}, draw)
     assert state["future"] == [0, 1, 5]
-    assert len(learner.replay(state, one.shard[3:8], draw)) == rows
+    assert len(learner.replay(state, one.shard[3:8], draw)) == 3 + 3
+    assert len(learner.again(state, one.shard[3:8], draw)) == views
 
 
 def test_xder_needs_past_and_future_classes() -> None:
@@ -400,7 +405,7 @@ def test_the_largest_singular_value_of_what_a_block_makes_of_tokens(masked: bool
 def lipschitz(blocks: list[torch.Tensor], row: int) -> list[torch.Tensor]:
     """Of one sample and every pair of blocks, from the whole matrix that one block makes of the other's unit tokens."""
     found = []
-    for front, back in zip(blocks[:-1], blocks[1:], strict=True):
+    for front, back in pairwise(blocks):
         pairs = [torch.outer(f / f.norm(), g / g.norm()) for f, g in zip(front[row], back[row], strict=True)]
         found.append(torch.linalg.matrix_norm(torch.stack(pairs).mean(0), ord=2))
     return found
@@ -413,7 +418,7 @@ def test_lider_by_hand() -> None:
     common = torch.tensor([1.0, 2.0, 0.0, 1.0, 4.0, 0.0], dtype=torch.float64)[:, None, None]  # in all tokens of a sample
     blocks = [(torch.randn(6, 4, 3, generator=generator).double() + common).requires_grad_() for _ in range(3)]
     positions = np.array([4, 5, 8, 9, 7, -1])
-    step = step_of(blocks=blocks, labels=torch.zeros(6), positions=positions, own=slice(0, 2), replayed=slice(5, 5))
+    step = step_of(blocks=blocks, labels=torch.zeros(6), positions=positions, own=slice(0, 2), rehearsed=slice(2, 5))
     learner, state = lider.Learner(alpha=0.3, beta=0.5, iterations=200), {"budgets": None, "rate": 0.1, "slope": None}
     each = [lipschitz(blocks, row) for row in range(6)]
     known = [[one.item() for one in of_sample] for of_sample in each]
@@ -456,6 +461,27 @@ def test_lider_beside_a_buffer(tmp_path: Path) -> None:
     assert found[1][1].costs["stored"]["max"] == found[0][1].costs["stored"]["max"] + 4
     with pytest.raises(ConfigError, match="learner lider works on samples that are replayed, but no learner keeps a buffer"):
         prepare(tiny("client.learners=[lider]"))
+
+
+def test_lider_beside_xder_takes_further_views_for_no_replayed_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of own samples there are views, but with an empty buffer nothing is replayed, and LiDER adds nothing; with samples stored
+    it looks at those that are replayed alone."""
+    looked = list[int]()
+
+    def constants(self: lider.Learner, step: contracts.Step, rows: slice) -> torch.Tensor:
+        assert not np.isin(step.positions[rows], step.positions[step.own]).any() or rows == step.own
+        if torch.is_grad_enabled():
+            looked.append(rows.stop - rows.start)
+        return torch.stack([block[rows].mean((1, 2)) for block in step.blocks], dim=1)
+
+    monkeypatch.setattr(lider.Learner, "constants", constants)
+    first = work("transform.augment=flip", "client.epochs=1").works()[2]
+    learners = {"xder": xder.Learner(size=8, batch_size=2, beta=0.0), "lider": lider.Learner()}
+    for stored, rows in ((0, []), (3, [2])):
+        memory = Buffer(first.shard[:stored], {"logits": torch.zeros(stored, 6)}).memory()
+        job = replace(first.job, memory={f"learner.xder/{n}": t for n, t in memory.items()})
+        one = replace(first, job=job, shard=first.shard[3:9], seen=(0, 1, *CLASSES), learners=learners)
+        assert isinstance(local.train(one), ClientUpdate) and looked == rows
 
 
 def test_lider_needs_blocks_of_one_shape() -> None:

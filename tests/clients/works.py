@@ -16,7 +16,8 @@ def step_of(**known: Any) -> Step:
     empty: dict[str, Any] = {
         "inputs": {}, "positions": np.arange(rows), "labels": torch.zeros(0), "features": torch.zeros(rows, 1),
         "logits": torch.zeros(rows, 2), "params": {}, "start": {}, "classes": (0, 1), "seen": known.get("classes", (0, 1)),
-        "own": slice(0, rows), "replayed": slice(rows, rows), "synthetic": slice(rows, rows),
+        "own": slice(0, rows), "rehearsed": slice(rows, rows), "replayed": slice(rows, rows), "again": slice(rows, rows),
+        "synthetic": slice(rows, rows),
         "draw": torch.Generator(), "model": None, "head": None, "outputs": None,
     }  # fmt: skip
     return Step(**empty | known)

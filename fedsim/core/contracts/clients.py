@@ -168,16 +168,17 @@ class HeadLike(Protocol):
 class Step:
     """What a learner sees of a training step.
 
-    The batch is the client's own part, then the samples that learners replay, each learner's together, then the synthetic ones in
-    the same way. `own` are the rows of the first; `replayed` and `synthetic` those that this learner added. inputs: the raw
-    batch; positions: of its samples in the training split, −1 for a synthetic one; labels: head rows, −1 for none; features and
-    logits as in `Outputs`, with gradients. params: the tensors being trained; start: the same, as received. classes, seen: head
-    rows of the current task, and of all tasks so far. query: what an adapter with queries was asked with, (b, D).
-    draw: this learner's generator (CPU). model: runs other tensors (a teacher's) on the same inputs, augmented alike, without
-    gradient, and on past modules as in `ClientWork.outputs`; once per batch for one mapping, however many learners ask. head:
-    logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones. outputs:
-    `ClientWork.outputs`, which by itself is for before and after the steps. blocks: what comes out of every block of the encoder,
-    (b, L, D) each, with gradients, for a learner that says so (`Learner.blocks`).
+    The batch is the client's own part, then the samples that learners replay, each learner's together, then further views of
+    both, then the synthetic samples, in the same way. `own` and `rehearsed` are the rows of the first two parts; `replayed`,
+    `again` and `synthetic` those that this learner added. inputs: the raw batch; positions: of its samples in the training split,
+    −1 for a synthetic one; labels: head rows, −1 for none; features and logits as in `Outputs`, with gradients. params: the
+    tensors being trained; start: the same, as received. classes, seen: head rows of the current task, and of all tasks so far.
+    query: what an adapter with queries was asked with, (b, D). draw: this learner's generator (CPU). model: runs other tensors (a
+    teacher's) on the same inputs, augmented alike, without gradient, and on past modules as in `ClientWork.outputs`; once per
+    batch for one mapping, however many learners ask. head: logits of features (…, D), through the tensors that are trained
+    (gradients flow to them), or through other ones. outputs: `ClientWork.outputs`, which by itself is for before and after the
+    steps. blocks: what comes out of every block of the encoder, (b, L, D) each, with gradients, for a learner that says so
+    (`Learner.blocks`).
     """
 
     inputs: Tensors
@@ -190,7 +191,9 @@ class Step:
     classes: Sequence[int]
     seen: Sequence[int]
     own: slice
+    rehearsed: slice
     replayed: slice
+    again: slice
     synthetic: slice
     draw: torch.Generator
     model: Callable[[Tensors], Outputs]
@@ -217,7 +220,8 @@ class Learner(Part):
     computed, and no bit of the run moves.
 
         state = begin(work, memory, context, draw)
-        every step:  replay, synthetic -> loss (added to the others') -> gradients -> corrected -> clipping, optimizer -> stepped
+        every step:  replay, again, synthetic -> loss (added to the others')
+                     -> gradients -> corrected -> clipping, optimizer -> stepped
         memory, statistics = end(state, work, params, draw)
 
     It is a function of what it is handed: a state lives for one round of one client and may be written into, all that outlasts
@@ -259,6 +263,11 @@ class Learner(Part):
 
     def replay(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
         """Positions of samples that join the batch at these positions: of samples that this client has held."""
+        return positions[:0]
+
+    def again(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> IntArray:
+        """Positions of samples of the batch, the client's own at these positions or those just replayed, that join it once more,
+        augmented anew."""
         return positions[:0]
 
     def synthetic(self, state: LocalState, positions: IntArray, draw: torch.Generator) -> Synthetic | None:
