@@ -21,6 +21,7 @@ from fedsim.core.contracts import (
     CROSS_ENTROPY,
     LEARNER,
     OWN,
+    TEACHER,
     IntArray,
     Learner,
     LocalState,
@@ -212,15 +213,15 @@ class Learning:
     ) -> list[Tensor]:
         """What learners add to the loss of a batch. run: other tensors on the same inputs; left: while open, nothing is in the
         encoder; blocks: what came out of them; query: of each sample."""
-        work, once = self.work, _Once(run)
-        whole = {**work.params, **params}
+        work, once = self.work, _Once(lambda params: run(self._whole(params)))
+        trained = {**work.params, **params}
 
         def head(features: Tensor, params: Tensors | None = None) -> Tensor:
-            return work.model.logits(features, whole if params is None else params)
+            return work.model.logits(features, trained if params is None else self._whole(params))
 
         def outputs_of(positions: IntArray, params: Tensors) -> Outputs:
             with left():
-                return work.outputs(positions, params)
+                return work.outputs(positions, self._whole(params))
 
         terms = []
         for part in self._loss:
@@ -232,6 +233,13 @@ class Learning:
             if term is not None:
                 terms.append(term)
         return terms
+
+    def _whole(self, params: Tensors) -> Tensors:
+        """These tensors, and the received ones that they lack: half of a pair would be another model. The teacher lacks none."""
+        received = self.work.params
+        if received.keys() <= params.keys() or params is self.work.received.context.get(TEACHER):
+            return params
+        return {**received, **params}
 
     def corrected(self, gradients: Tensors, params: Tensors) -> Tensors:
         """Gradients after all learners."""

@@ -186,6 +186,43 @@ def test_what_a_step_shows() -> None:
 
 
 @dataclass(frozen=True)
+class Back(contracts.Learner):
+    """How far the model that the round began with is from what it is found to be through `start`."""
+
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        teacher = context["teacher"]
+        return {"received": work.params, "teacher": teacher, "copy": dict(teacher), "far": []}
+
+    def loss(self, state: LocalState, step: Step) -> None:
+        begun, found = step.model(state["received"]), step.model(step.start)
+        assert step.model(step.start) is found
+        head = {"head.weight": step.start["head.weight"]}
+        state["far"] += [
+            found.features - begun.features,
+            found.logits - begun.logits,
+            step.outputs(step.positions, step.start).features - begun.features,
+            step.head(begun.features, head) - begun.logits,
+        ]
+        completed = step.model(state["copy"]).features - step.model(state["teacher"]).features
+        assert float(completed.abs().max()) > 0, "the teacher is whole by itself"
+
+    def end(self, state: LocalState, work: ClientWork, params: Tensors, draw: torch.Generator) -> Ending:
+        return Ending(None, {"far": torch.stack([t.detach().abs().max() for t in state["far"]]).max()})
+
+
+@pytest.mark.parametrize("train", ["lora_B", "lora_A"])
+def test_the_start_of_a_round_that_trains_one_factor_is_the_model_received(train: str) -> None:
+    """Together as one by one; a teacher without some of the tensors is not completed."""
+    here = work("client.epochs=1", "client.lr=0.1", adapter="lora")
+    less = {n: t for n, t in here.jobs[0].params.items() if "layers.0." not in n}
+    plan = RoundPlan(train=(f"*{train}", "head.*"), context={"teacher": less})
+    here = replace(here, jobs=[replace(job, plan=plan) for job in here.jobs], learners={"back": Back()})
+    for update in (*here.one_by_one(), *here.together()):
+        assert isinstance(update, ClientUpdate)
+        assert not update.num_samples or float(update.statistics["back.far"]) < 1e-5
+
+
+@dataclass(frozen=True)
 class Painter(contracts.Learner):
     """Makes grey images up, as many as it is told; notes what a step shows of them."""
 
