@@ -180,7 +180,7 @@ def laid_out(
     **launch: Any,
 ) -> tuple[SweepPlan, list[tuple[Mapping[str, Label], Fitted]]]:
     """See `planned`: the plan, and by labels what applies to each run; whether every key applies to some is left to be asked."""
-    base = _base_layers(sweep["base"], path.parent)
+    base: Sequence[Mapping[str, Any]] = _base_layers(sweep["base"], path.parent)
     common = configs.nested(_mapping(sweep.get("set") or {}, "set"))
     last = configs.parse_overrides(overrides)
     told = {**_mapping(sweep.get("launch") or {}, "launch"), **launch}
