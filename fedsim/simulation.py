@@ -30,6 +30,7 @@ from fedsim.core.work import WorkSpec
 from fedsim.data import door
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
+from fedsim.models import backbone as backbones
 from fedsim.models import fits, pretrained
 from fedsim.models import model as models
 from fedsim.models.model import Model
@@ -117,7 +118,7 @@ def _run(parts: Prepared, run_dir: RunDir, progress: Callable[[Event], None] | N
         with torch_defaults(config.runtime.threads):
             state = checkpoint.load(run_dir.checkpoint, run_dir.identity)
     state = state.noting(parts.notes)
-    run_dir.write_start(parts.manifest, config.data)
+    run_dir.write_start(parts.manifest, config.data, parts.model.backbone.digest)
     if progress is not None:
         progress(RunDirOpened(str(run_dir.path)))
         for note in parts.notes:
@@ -200,11 +201,13 @@ def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared
 
 
 def prepare_again(run_dir: RunDir, config: SimConfig | None = None, aggregator: Aggregator | None = None) -> Prepared:
-    """`prepare` of a run that was begun, with its data where they lie now."""
+    """`prepare` of a run that was begun, with its data where they lie now. Raises RunDirError for another backbone."""
     try:
-        return prepare(run_dir.located(config), aggregator)
+        parts = prepare(run_dir.located(config), aggregator)
     except DataError as e:
         raise DataError(f"{e} (have the data moved? fedsim run --resume {run_dir.path} data.path=NEW)") from e
+    run_dir.require_backbone(parts.model.backbone.digest)
+    return parts
 
 
 def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
@@ -215,7 +218,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     suitable.require(config, rule, spec)
     suitable.require_clients(config, manifest)
     suitable.require_members(config, rule, manifest)
-    model = models.build(config, len(manifest.class_order))
+    model = models.build(config, len(manifest.class_order), backbone=backbones.load(config.model, hashed=True))
     fits.require(model.backbone, f"'{config.model.backbone}'", spec, manifest.task_names)
     state, trained, plan = first_state(config, model, rule)
     suitable.require_ranks(config, rule, state.params, manifest.num_clients)

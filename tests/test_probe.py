@@ -206,8 +206,8 @@ class Changed(nn.Module):
 def test_a_backbone_that_is_wrong(change: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = backbones.load
 
-    def load(config: Any) -> Any:
-        loaded: Any = real(config)
+    def load(config: Any, hashed: bool = False) -> Any:
+        loaded: Any = real(config, hashed)
         loaded.encoder.layers[1].mlp.fc2 = Changed(loaded.encoder.layers[1].mlp.fc2, change)
         return loaded
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clients.channels import topk
 from clients.learners import er
@@ -340,6 +343,32 @@ def test_a_run_whose_data_have_moved_goes_on_with_the_same_bits(tmp_path: Path, 
     newest = new.rename(tmp_path / "newest.npz")
     run(moved(newest), resume=folder)
     assert prepare_again(RunDir.open(folder)).manifest.hash == resumed.manifest_hash, "also of a run that is finished"
+
+
+def test_a_run_is_never_gone_on_with_on_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is its module put on them: the identity holds the backbone's path alone."""
+    folder = tmp_path / "vit"
+    shutil.copytree(plain_vit()["backbone"], folder)
+    weights = load_file(folder / "model.safetensors")
+    config = tiny(model={"backbone": str(folder), "config": None})
+    whole, stopped = run(config, output=tmp_path / "whole"), tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping(3))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, output=stopped)
+    save_file({n: t.flip(0).contiguous() for n, t in weights.items()}, folder / "model.safetensors")
+    for gone_on in (
+        lambda: run(resume=stopped),
+        lambda: load_model(tmp_path / "whole"),
+        lambda: prepare_again(RunDir.open(tmp_path / "whole")),
+    ):
+        with pytest.raises(RunDirError, match=r"^[^\n]*: the weights of the backbone '.*vit' are not those that the run began"):
+            gone_on()
+    status = json.loads((tmp_path / "whole" / "status.json").read_text())
+    (tmp_path / "whole" / "status.json").write_text(json.dumps({k: v for k, v in status.items() if k != "backbone"}))
+    assert prepare_again(RunDir.open(tmp_path / "whole")).config == config, "nothing was noted when it began"
+    save_file(weights, folder / "model.safetensors")
+    np.testing.assert_array_equal(run(resume=stopped).accuracy, whole.accuracy)
 
 
 def test_resume_refuses_another_config(tmp_path: Path) -> None:

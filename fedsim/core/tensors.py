@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -109,6 +110,16 @@ def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 def same_layout(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Same names, shapes and types."""
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].dtype == b[n].dtype for n in a)
+
+
+def digest(tensors: Tensors) -> str:
+    """sha256 of names, types, shapes and bytes, in any order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def wide(x: Tensor, copy: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ from fedsim.core.tensors import with_prefix
 from fedsim.core.work import seen_classes
 from fedsim.exports.inputs import Reader
 from fedsim.finished import DeployedRun
+from fedsim.models import backbone as backbones
 from fedsim.models import model as models
 from fedsim.models.logits import columns
 from fedsim.models.model import Model
@@ -163,7 +164,7 @@ def load_model(run: str | Path, after_task: int | None = None, device: str = "au
     run: its directory. after_task: as it was after that task (0-based), of a run with `server.keep: tasks`; None: at the end.
     device: cpu, cuda, …; auto: a GPU if there is one.
     Raises RunDirError for a run that is missing, damaged, unfinished or did not keep the task's model, ConfigError for a task
-    that it does not have, ModelError for a backbone that is not there.
+    that it does not have, ModelError for a backbone that is not there, RunDirError for one with other weights.
     """
     chosen = configs.resolve_device(device)
     hardware.require_device(chosen)
@@ -178,7 +179,9 @@ def opened(run: str | Path, after_task: int | None, runtime: Callable[[RuntimeCo
     params = found.deployed_after(task)
     config = dataclasses.replace(found.config, runtime=runtime(found.config.runtime))
     with torch_defaults(config.runtime.threads):
-        model = models.build(config, len(found.manifest.class_order), config.runtime.device)
+        backbone = backbones.load(config.model, hashed=True)
+        found.dir.require_backbone(backbone.digest)
+        model = models.build(config, len(found.manifest.class_order), config.runtime.device, backbone)
     return DeployedModel(found, config, model, params, task)
 
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
-from fedsim.core.tensors import LORA_A, LORA_B, with_prefix
+from fedsim.core.tensors import LORA_A, LORA_B, digest, with_prefix
 from fedsim.finished import OpenedRun
 from fedsim.models.model import ADAPTER
 from server.merging import _products
@@ -56,10 +54,9 @@ def _shown(a: Any, b: Any) -> str:
 
 
 def _backbone(run: OpenedRun) -> dict[str, Any]:
-    model = run.parts.model
     told = dataclasses.asdict(run.config.model)
     told.pop("backbone"), told.pop("config")  # the weights tell, wherever they lie
-    return {"weights": _digest(model.backbone.encoder.state_dict())[:12], **told}
+    return {"weights": run.parts.model.backbone.digest[:12], **told}
 
 
 def _inputs(run: OpenedRun) -> dict[str, Any]:
@@ -86,7 +83,7 @@ def shapes(module: Tensors) -> dict[str, tuple[int, ...]]:
 
 
 def _head(run: OpenedRun) -> dict[str, Any]:
-    return {**run.config.head, "fixed tensors": _digest(run.parts.model.fixed)[:12]}
+    return {**run.config.head, "fixed tensors": digest(run.parts.model.fixed)[:12]}
 
 
 _LOOKS = {
@@ -126,20 +123,8 @@ def _tests(run: OpenedRun) -> dict[int, str]:
     """Class -> digest of its test samples, in any order."""
     spec, found = run.parts.spec, dict[int, list[bytes]]()
     for position in sorted({int(p) for t in run.tasks for p in spec.test_of(t)}):
-        digest = hashlib.sha256()
+        sample = hashlib.sha256()
         for name, array in sorted(spec.test.inputs.items()):
-            digest.update(name.encode() + np.ascontiguousarray(array[position]).tobytes())
-        found.setdefault(int(spec.test.labels[position]), []).append(digest.digest())
+            sample.update(name.encode() + np.ascontiguousarray(array[position]).tobytes())
+        found.setdefault(int(spec.test.labels[position]), []).append(sample.digest())
     return {row: hashlib.sha256(b"".join(sorted(digests))).hexdigest() for row, digests in found.items()}
-
-
-def _digest(tensors: Tensors) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""

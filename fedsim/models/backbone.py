@@ -17,6 +17,7 @@ from fedsim.core import config as configs
 from fedsim.core.config import ModelConfig, RuntimeConfig
 from fedsim.core.errors import ModelError
 from fedsim.core.messages import Tensors
+from fedsim.core.tensors import digest
 from fedsim.models import families, kernels, layers, pretrained, resolution, vit
 
 
@@ -28,7 +29,8 @@ class Backbone:
     the patches are the tokens [first_patch, last_patch); image_size: (height, width); mean, std: per channel in 0..1;
     tokenizer_source: hub id or folder of the tokenizer that belongs to it; half: all weights and activations are bfloat16;
     features are not; lean: the last block may leave out tokens that no feature needs; by_encoder: features are the encoder's
-    `pooler_output`; places: images become (b, D, H, W), not tokens. The image fields mean nothing for text.
+    `pooler_output`; places: images become (b, D, H, W), not tokens; digest: of the weights as they were read, "" if nobody asked.
+    The image fields mean nothing for text.
     """
 
     encoder: nn.Module
@@ -46,6 +48,7 @@ class Backbone:
     last_patch: int | None = None
     by_encoder: bool = False
     places: bool = False
+    digest: str = ""
 
     def image_features(self, pixels: Tensor, lean: bool = False) -> Tensor:
         """Normalised (b, C, H, W) -> (b, D): the class token, the mean over patches or places, or what the encoder makes of
@@ -123,17 +126,18 @@ class Backbone:
         return (tokens_bLD * weight_bL1).sum(dim=1) / weight_bL1.sum(dim=1).clamp(min=1)
 
 
-def load(config: ModelConfig) -> Backbone:
-    """The frozen backbone of a config, float32 on the CPU, in evaluation mode.
+def load(config: ModelConfig, hashed: bool = False) -> Backbone:
+    """The frozen backbone of a config, float32 on the CPU, in evaluation mode. hashed: with the digest of its weights.
 
     Raises ModelError (one line) for a folder or file that is missing or damaged, for weights that do not fit, and for an image
     size or a pooling that the architecture has not.
     """
     encoder, preprocessor = pretrained.load(config)
+    known = digest(encoder.state_dict()) if hashed else ""  # before positions are interpolated, which another processor may round
     if config.image_size is not None:
         with pretrained.unseeded():
             encoder = resolution.changed(encoder, config.image_size)
-    return made_of(encoder, config, preprocessor)
+    return dataclasses.replace(made_of(encoder, config, preprocessor), digest=known)
 
 
 def made_of(encoder: nn.Module, config: ModelConfig, preprocessor: Mapping[str, Any]) -> Backbone:

@@ -101,6 +101,7 @@ def _plain_vit(name: str) -> tuple[nn.Module, Mapping[str, Any]] | None:
 def _by_transformers(config: ModelConfig) -> tuple[nn.Module, Mapping[str, Any]]:
     """Encoder and preprocessor."""
     with unseeded(), quiet():
+        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)  # a pooler that a checkpoint lacks is the same everywhere, too
         if config.backbone == "random":
             return _random(config), {}
         if config.backbone.endswith(SAFETENSORS):
@@ -209,7 +210,6 @@ def _random(config: ModelConfig) -> nn.Module:
     try:
         layout = _layout(AutoConfig.for_model(**(config.config or {})), config.pooling)
         cls = encoder_class(layout)
-        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
         encoder: nn.Module = _encoder_of(cls(layout, **families.pooler_option(cls, layout)).to(torch.float32))
     except ModelError:
         raise

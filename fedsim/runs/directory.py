@@ -20,7 +20,7 @@
     unlearned/         what `fedsim unlearn` wrote
     tracking.json      the run's id to its trackers, if any; they may keep folders of their own here (tensorboard/, wandb/)
     accuracy.csv  accuracy_task_incremental.csv  metrics.json   at the end
-    status.json        running | finished, and the identity of the config
+    status.json        running | finished, the identity of the config, and hashes of the split and of the backbone's weights
 
 Every file is replaced as a whole (clients.sqlite by transactions), so that a run that is killed leaves the last full round.
 """
@@ -166,6 +166,19 @@ class RunDir:
         """The hash of the split that the run began with."""
         return str(self._status("manifest_hash"))
 
+    def require_backbone(self, digest: str) -> None:
+        """Raise RunDirError when these are not the weights of the backbone that the run began with, if those are known."""
+        if self._backbone not in ("", digest):
+            raise RunDirError(
+                f"{self.path}: the weights of the backbone '{self.config.model.backbone}' are not those that the run began with "
+                "(or another version of transformers reads them otherwise): put those back, or start a new run"
+            )
+
+    @property
+    def _backbone(self) -> str:
+        """What was noted of the backbone's weights; "" if nothing was."""
+        return str(_read_status(self.path).get("backbone", ""))
+
     @property
     def checkpoint(self) -> Path:
         """The file that holds the state after the last round."""
@@ -176,9 +189,10 @@ class RunDir:
         """The file that holds what is kept of every client."""
         return self.path / "clients.sqlite"
 
-    def write_start(self, manifest: SavesItself, data: configs.Section | None = None) -> None:
+    def write_start(self, manifest: SavesItself, data: configs.Section | None = None, backbone: str = "") -> None:
         """Write what is known before training. On a resumed run: check the split, and note the environment once more, and that
-        the data came from the section `data` if that is not where they lay before.
+        the data came from the section `data` if that is not where they lay before. backbone: the digest of its weights, of which
+        the identity holds the name or path alone.
 
         Raises RunDirError when a resumed run's data give another split than it began with.
         """
@@ -199,7 +213,7 @@ class RunDir:
         columns = [f.name for f in dataclasses.fields(Holding)]
         write_atomic(self.path / "partition.csv", csv_bytes(columns, manifest.holdings()), self.advice)
         self.write_json(ENVIRONMENT, environment(self.config.runtime.device))
-        self.write_status("running", manifest.hash)
+        self.write_status("running", manifest.hash, backbone)
 
     def keep(self, kept: TensorsKept) -> None:
         """Write tensors that are asked for later. A run that goes on writes those of its task again, to the same bits."""
@@ -226,11 +240,13 @@ class RunDir:
     def write_json(self, name: str, value: Any, lasting: bool = True) -> None:
         self.write(name, json.dumps(value, indent=2) + "\n", lasting)
 
-    def write_status(self, state: str, manifest_hash: str) -> None:
+    def write_status(self, state: str, manifest_hash: str, backbone: str | None = None) -> None:
+        """backbone: the digest of its weights; None: as it was noted."""
         status = {
             "state": state,
             "identity": self.identity,
             "manifest_hash": manifest_hash,
+            "backbone": self._backbone if backbone is None else backbone,
             "fedsim": __version__,
         }
         self.write_json("status.json", status | {"rule_object": _rule_object(self.config)})

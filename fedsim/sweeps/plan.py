@@ -36,6 +36,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunDirError, did_you_mean
 from fedsim.runs import known
 from fedsim.runs.collection import NAMED, Entry, SweepRecord, label_text, verified
+from fedsim.runs.directory import RunDir
 from fedsim.runs.known import Known, Label
 from fedsim.runs.results import Results
 from fedsim.sweeps.fit import Fitted, fit, notes
@@ -418,13 +419,13 @@ def label(value: Any) -> Label:
 
 def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
     """Find what only data and model can tell: split the data for every run that is missing, build every setting's model and rules
-    once, and see whether the finished runs were made with the data that lie there now.
+    once, and see whether the finished runs were made with the data, and the backbone's weights, that lie there now.
 
     Raises the errors of `fedsim.core.errors`, with the labels of the run that is wrong.
     """
     from fedsim import simulation
 
-    settings, splits, hashes = set[str](), set[str](), dict[str, str]()
+    settings, splits, hashes = set[str](), set[str](), dict[str, tuple[str, str]]()
     for run in missing:
         plain = run.config.to_dict()
         seed = plain.pop("seed")
@@ -433,7 +434,8 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
         split = json.dumps([seed, *(plain[k] for k in ("data", "stream", "partition", "manifest", "model"))], sort_keys=True)
         try:
             if setting not in settings:
-                hashes[_data(run.config)] = simulation.prepare(run.config).manifest.data
+                parts = simulation.prepare(run.config)
+                hashes[_data(run.config)] = parts.manifest.data, parts.model.backbone.digest
             elif split not in splits:
                 simulation.prepare_data(run.config)
         except FedsimError as e:
@@ -446,10 +448,12 @@ def verify(plan: SweepPlan, missing: Sequence[PlannedRun]) -> None:
         manifest = plan.folder / run.entry.folder / "manifest.json"
         if now is None or run.entry.identity in of_missing or not manifest.is_file():
             continue
-        if json.loads(manifest.read_text(encoding="utf-8"))["data"]["sha256"] != now:
+        data, backbone = now
+        if json.loads(manifest.read_text(encoding="utf-8"))["data"]["sha256"] != data:
             raise DataError(
                 f"{run.label} was made with other data than lie there now: choose another --output, or delete {manifest.parent}"
             )
+        RunDir.read(manifest.parent).require_backbone(backbone)
 
 
 def _data(config: SimConfig) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LayoutLMConfig, LayoutLMModel
 
 from fedsim.core.config import ModelConfig, SimConfig, TransformConfig
 from fedsim.core.errors import ModelError
@@ -95,6 +98,37 @@ def test_random_weights_are_the_same_in_every_process_and_leave_the_global_gener
     assert all(torch.equal(t, second[n]) for n, t in first.items())
     assert first["layers.0.mlp.fc1.weight"].std() > 0.01
     assert abs(float(first["layers.0.mlp.fc1.weight"].mean())) < 0.01
+
+
+def test_the_digest_is_of_the_weights_as_they_lie_in_the_file(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    found = backbone.load(config(folder), hashed=True)
+    by_hand = hashlib.sha256()
+    for name, tensor in sorted(found.encoder.state_dict().items()):
+        by_hand.update(f"{name} torch.float32 {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    assert found.digest == by_hand.hexdigest()
+    assert backbone.load(config(folder)).digest == ""
+    other = tmp_path / "elsewhere"
+    shutil.copytree(folder, other)
+    larger = backbone.load(config(other, image_size=2 * found.image_size[0]), hashed=True)
+    assert larger.digest == found.digest, "wherever they lie, and before positions are interpolated"
+    name = next(n for n in tensors if "weight" in n)
+    save_file({**tensors, name: tensors[name].flip(0).contiguous()}, other / "model.safetensors", metadata={"format": "pt"})
+    assert backbone.load(config(other), hashed=True).digest != found.digest
+
+
+def test_a_pooler_that_a_checkpoint_lacks_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """Of a family that always has one; features do not pass through it."""
+    layout = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    made = LayoutLMModel(LayoutLMConfig(**layout))
+    made.config.save_pretrained(tmp_path)
+    tensors = {n: t for n, t in made.state_dict().items() if "pooler" not in n}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = set[str]()
+    for seed in (1, 2):
+        torch.random.manual_seed(seed)
+        found.add(backbone.load(config(tmp_path), hashed=True).digest)
+    assert len(found) == 1
 
 
 def test_embedded_backbone_loads_frozen() -> None:

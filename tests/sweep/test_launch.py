@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from fedsim import simulation
-from fedsim.core.errors import DataError, PoolError
+from fedsim.core.errors import DataError, PoolError, RunDirError
 from fedsim.runs.collection import collect
 from fedsim.runs.results import Results
 from fedsim.simulation import run
@@ -309,6 +310,19 @@ def test_data_that_changed_since_the_first_runs(one_ray: None, tmp_path: Path) -
     write()
     plan = sweep(tmp_path, set=data, seeds=2)
     with pytest.raises(DataError, match=r"^seed=0 was made with other data than lie there now"):
+        verify(plan, plan.runs[1:])
+
+
+def test_weights_that_changed_since_the_first_runs(tmp_path: Path) -> None:
+    shutil.copytree(plain_vit()["backbone"], tmp_path / "vit")
+    model = {"model": {"backbone": str(tmp_path / "vit")}}
+    first = sweep(tmp_path, set=model)
+    run(first.runs[0].config, output=path_of(first, first.runs[0]))
+    plan = sweep(tmp_path, set=model, seeds=2)
+    verify(plan, plan.runs[1:])
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    save_file({n: t.flip(0).contiguous() for n, t in weights.items()}, tmp_path / "vit" / "model.safetensors")
+    with pytest.raises(RunDirError, match=r"the weights of the backbone '.*vit' are not those that the run began with"):
         verify(plan, plan.runs[1:])
 
 

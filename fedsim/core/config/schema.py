@@ -336,7 +336,10 @@ class SimConfig:
         return text.write(self.to_dict())
 
     def identity(self) -> str:
-        """sha256 of all that decides the numbers: the config without its name, where it runs, who is told, and what is kept."""
+        """sha256 of all that decides the numbers: the config without its name, where it runs, who is told, and what is kept.
+
+        Plug-in files and the manifest count by their content. The data and the backbone's weights count by the names that the
+        config gives them: hashes of their own lie in the run directory (`RunDir`)."""
         return self._hashed(self.fingerprints())
 
     def known_as(self) -> set[str]:
