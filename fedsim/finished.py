@@ -16,11 +16,13 @@ from fedsim.core.contracts import Aggregator, ArraySplit, Calibrator, Consolidat
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, RunDirError
 from fedsim.core.messages import Tensors
+from fedsim.core.names import HEAD_UNKNOWN
+from fedsim.core.work import seen_classes
 from fedsim.data import manifest as manifests
 from fedsim.data.manifest import Manifest
 from fedsim.runs.directory import RunDir
 from fedsim.simulation import Prepared
-from server import checkpoint, sampling
+from server import checkpoint, heads, sampling
 from server.beneath import model_of
 from server.isolation import ALONE
 from server.state import ServerState
@@ -94,7 +96,12 @@ class DeployedRun:
                 deployed = self.calibrator.deployed(self.state.calibrator, deployed)
             for name, learner in configs.build_learners(self.config.client.learners).items():
                 deployed = learner.deployed(self.state.learners[name], deployed)
-        return deployed
+        return self.answering(deployed)
+
+    def answering(self, deployed: Tensors) -> Tensors:
+        """With the rows that are no answer named, see `server.heads.answering`."""
+        seen = seen_classes(self.manifest.task_classes, self.manifest.num_tasks - 1)
+        return heads.answering(self.state.first_head, deployed, seen)
 
 
 class OpenedRun(DeployedRun):
@@ -114,12 +121,14 @@ class OpenedRun(DeployedRun):
 
     @cached_property
     def learned(self) -> list[int]:
-        """Head rows of the classes of which somebody who took part held training samples, ascending."""
+        """Head rows of the classes of which somebody who took part held training samples, ascending; without those that are no
+        answer, since nobody trained them or told of them."""
         spec, found = self.parts.spec, set[int]()
         for task in self.tasks:
             for client in self.participants(task):
                 found.update(spec.train.labels[spec.shard(task, client)].tolist())
-        return sorted(found)
+        unknown = self.deployed.get(HEAD_UNKNOWN)
+        return sorted(found if unknown is None else found.difference(unknown.nonzero()[:, 0].tolist()))
 
     @property
     def final(self) -> list[float | None]:

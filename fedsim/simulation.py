@@ -25,6 +25,8 @@ from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
 from fedsim.core.events import Event, Note, RunDirOpened, TensorsKept
 from fedsim.core.messages import RoundPlan, StatisticRequest, Tensors
+from fedsim.core.names import HEAD
+from fedsim.core.tensors import with_prefix
 from fedsim.core.wire import Chain
 from fedsim.core.work import WorkSpec
 from fedsim.data import door
@@ -363,7 +365,8 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
     suitable.require_linear_map(config, start.params, plans[0])
     check_statistics(plans[0].statistics)
     trained = {n for plan in plans for n in planning.trained(start.frozen, params, plan)}
-    first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init())
+    head = with_prefix(params, HEAD) if config.server.calibrator is not None else {}
+    first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init(), first_head=head)
     return first, [n for n in params if n in trained], plans[0]
 
 

@@ -10,7 +10,7 @@ import bisect
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from fedsim.core.errors import ConfigError, PluginError, one_line
 from fedsim.core.messages import RoundPlan, Tensors
 from fedsim.core.names import HEAD_WEIGHT
 from fedsim.core.tensors import LORA_A, lora_layers, matching
-from fedsim.core.work import WorkSpec
+from fedsim.core.work import WorkSpec, seen_classes
 from fedsim.data.manifest import Manifest
 from server import sampling
 from server.aggregators._grouped import Aggregator as Grouped
@@ -245,7 +245,35 @@ def require_members(config: SimConfig, rule: Aggregator, manifest: Manifest) -> 
 
 
 def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
-    """What is allowed, but hardly what anybody wants: tasks of a single class, of which nothing is learned."""
+    """What is allowed, but hardly what anybody wants: classes that are tested before a calibrator is told of them, and tasks of a
+    single class, of which nothing is learned."""
+    return (*_untold(config, manifest), *_learned_nothing(config, manifest))
+
+
+def _untold(config: SimConfig, manifest: Manifest) -> Iterator[str]:
+    """Of a calibrator that works at tasks' ends: of how many of the classes seen nobody has told it, after the task that is
+    worst."""
+    if config.server.calibrator is None:
+        return
+    calibrator: contracts.Calibrator = configs.build("calibrators", config.server.calibrator)
+    told, worst = np.zeros(len(manifest.class_order), dtype=np.bool_), (0, 0, 0)  # classes untold, seen; the task
+    for task, (classes, held_KC) in enumerate(zip(manifest.task_classes, manifest.histograms, strict=True)):
+        if calibrator.closing(calibrator.init(), manifest.task_classes[: task + 1]) is None:
+            return
+        part = sampling.taking_part(config, task, config.server.rounds, manifest.num_clients, in_pass=True)
+        told[list(classes)] |= calibrator.can_be_told(held_KC[part])
+        seen = seen_classes(manifest.task_classes, task)
+        worst = max(worst, (len(seen) - int(told[seen].sum()), len(seen), task))
+    if worst[0]:
+        yield (
+            f"after task {worst[2]} nobody has told calibrator {config.server.calibrator['name']} of {worst[0]} of {worst[1]} "
+            f"classes (server.pass_participation: {config.server.pass_participation}): their rows of the head stay as they were "
+            "trained, beside rows of another scale, and are no answer where nobody trained them"
+        )
+
+
+def _learned_nothing(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
+    """Of tasks of a single class."""
     alone = [name for name, classes in zip(manifest.task_names, manifest.task_classes, strict=True) if len(classes) == 1]
     learners = configs.build_learners(config.client.learners).values()
     learned = any(contracts.ONE_CLASS in learner.traits.gives for learner in learners)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from fedsim.core import rng
 from fedsim.core.contracts import CALIBRATOR
 from fedsim.core.events import Event
 from fedsim.core.messages import State, Tensors
-from fedsim.core.names import HEAD
+from fedsim.core.names import HEAD, HEAD_UNKNOWN, HEAD_WEIGHT
 from fedsim.core.tensors import with_prefix
 from fedsim.core.work import seen_classes
 from server.dispatch import statistics_pass
@@ -43,6 +43,24 @@ def repaired_at_end(
     kept = rule.end_task(state.calibrator, deployed, total, classes, _draw(sim, state))
     deployed = rule.deployed(kept, deployed)
     return deployed, replace(state, calibrator=kept, seconds=state.spent("combine", time.perf_counter() - clock))
+
+
+def answering(first: Tensors, deployed: Tensors, seen: Sequence[int]) -> Tensors:
+    """What is deployed, with `head.unknown` (C,) where the head has rows of classes seen that are as the run began: nobody
+    trained them, and of their classes a calibrator was told nothing. They are no answer: beside rows in closed form, whose logits
+    may all be negative, a row of zeros would win samples of every class. As it is where there is no such row, or no other.
+
+    first: the head that the run began with, empty where no calibrator makes rows.
+    """
+    deployed = {n: t for n, t in deployed.items() if n != HEAD_UNKNOWN} if HEAD_UNKNOWN in deployed else deployed
+    rows_S = torch.tensor(seen)
+    began = [(deployed[n][rows_S] == t[rows_S]).view(len(seen), -1).all(dim=1) for n, t in first.items()]
+    began_S = torch.stack(began).all(dim=0) if began else torch.zeros(len(seen), dtype=torch.bool)
+    if not bool(began_S.any()) or bool(began_S.all()):
+        return deployed
+    unknown_C = torch.zeros(len(deployed[HEAD_WEIGHT]), dtype=torch.bool)
+    unknown_C[rows_S[began_S]] = True
+    return {**deployed, HEAD_UNKNOWN: unknown_C}
 
 
 def _draw(sim: Simulation, state: ServerState) -> torch.Generator:

@@ -28,6 +28,7 @@ from fedsim.core.events import Event, RoundDone, Row, RunStarted, TaskDone, Tens
 from fedsim.core.messages import Tensors
 from fedsim.core.ranks import rank_of
 from fedsim.core.tensors import require_finite
+from fedsim.core.work import seen_classes
 from server import heads, learners, planning, sampling
 from server.beneath import model_of
 from server.dispatch import run_clients, statistics_pass
@@ -121,6 +122,7 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
     require_finite(deployed, f"task {state.task}: after the consolidation,")
     deployed, state = yield from learners.closed(sim, state, deployed)
+    deployed = heads.answering(state.first_head, deployed, seen_classes(sim.task_classes, state.task))
     if sim.config.server.keep == "tasks":
         yield TensorsKept(state.task, "deployed", deployed)
     rows, state = measure(sim, state, deployed, "task_end")

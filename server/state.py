@@ -85,6 +85,7 @@ class ServerState:
     calibrator: State = None
     aggregator: State = None
     stored: Stored = field(default_factory=Stored)
+    first_head: Tensors = field(default_factory=dict)  # what the head began with, where a calibrator makes rows of it
     learners: State = field(default_factory=dict)  # of the server's half of each, by name
     teacher: Tensors = field(default_factory=dict)  # what the last task's end deployed, where a learner needs it
     delivered: Delivered = field(default_factory=Delivered)
@@ -120,7 +121,7 @@ class ServerState:
         past = {**vars(self.start.past), "modules": [dict(m) for m in self.start.past.modules]}
         plain["start"] = {**vars(self.start), "past": past}
         plain["failures"] = [[f.client_id, f.task, f.round, f.stage, f.reason] for f in self.failures]
-        plain["params"], plain["teacher"] = dict(self.params), dict(self.teacher)
+        plain |= {name: dict(getattr(self, name)) for name in ("params", "teacher", "first_head")}
         plain["beneath"] = {"module": dict(self.beneath.module), "parts": dict(self.beneath.parts)}
         plain["stored"] = dict(vars(self.stored))
         plain["bytes"] = {k: dict(v) for k, v in self.bytes.items()}

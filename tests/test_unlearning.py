@@ -119,7 +119,7 @@ NOT_EXACT = {
     "the head was repaired": (["server.calibrator=ccvr"], "statistics of the clients"),
     "the rule weighs by statistics": (["server.aggregator=variance_weighted"], "statistics of the clients"),
     "past modules act in training": (["server.consolidator=sum"], "on top of the modules of past tasks"),
-    "curvature of earlier tasks is told": (["client.learners=[tak]", "adapter.name=lora"], "by learner tak clients learn of each other"),
+    "curvature of earlier tasks is told": (["client.learners=[tak]", "adapter.name=lora"], "by learner tak clients learn"),
     "old prototypes are told": (["client.learners=[fedproto]"], "by learner fedproto"),
 }
 ON_PAIRS = ("server.consolidator=regmean", "server.consolidator=sum", "adapter.name=lora")

@@ -137,3 +137,22 @@ def test_the_command_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = json.loads((found.dir.path / "unlearned" / "client-1" / "unlearned.json").read_text())
     assert [row["name"] for row in told["rows"]] == ["before", "unlearned (sums)", "retrained without"]
     assert list(told["rows"][1].values())[1:] == pytest.approx(list(told["rows"][2].values())[1:], abs=1e-6)
+
+
+def test_a_class_of_which_nobody_is_left_is_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Client 0 alone holds class 0: without it the row is as the run began, and a row of zeros would win samples of others."""
+    found = finished(
+        tmp_path, *FROZEN, "server.calibrator=lda", "partition.alpha=0.1", "partition.min_samples=1", "data.test_per_class=20"
+    )
+    assert [int(c) for c in found.parts.manifest.histograms[0][:, 0].nonzero()[0]] == [0]
+    assert main(["unlearn", str(found.dir.path), "--client", "0"]) == 0
+    assert "Nobody is left who held samples of 1 class (class0)." in " ".join(capsys.readouterr().out.split())
+    deployed, spec = remove(found, [0]).deployed, found.parts.spec
+    assert deployed["head.unknown"].tolist() == [True, False, False, False, False, False]
+    model, left = found.parts.model, [1, 2, 3, 4, 5]
+    own = {n: t[left] for n, t in deployed.items() if n in ("head.weight", "head.bias")}
+    features = model.features(found.samples(spec.test).batch(spec.test_of(0))[0])
+    want = torch.tensor(left)[model.head.logits(features, own).argmax(dim=1)]
+    assert torch.equal(model.logits(features, deployed).argmax(dim=1), want)
+    assert bool((model.logits(features, deployed)[:, 0] == torch.finfo(torch.float32).min).all())
+    assert found.orphans([0], [1]) == []

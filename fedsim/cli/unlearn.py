@@ -122,6 +122,9 @@ def _show(
     print_line(
         "accuracy; membership AUC: how well the loss tells the removed samples from test samples of their classes (0.5: not)"
     )
+    if orphans := found.orphans(clients, tasks):
+        some = f"{', '.join(orphans[:5])}{', …' if len(orphans) > 5 else ''}"
+        print_line(f"Nobody is left who held samples of {len(orphans)} {'class' if len(orphans) == 1 else 'classes'} ({some}).")
     if ways[0].way == "sums":
         print_line("Exact: the clients sent their sums once more, which were subtracted, and the head was solved again.")
     if ways[0].way == "drop" and found.not_exact:

@@ -19,7 +19,7 @@ from fedsim.core.config import RuntimeConfig, SimConfig
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError
 from fedsim.core.messages import Tensors
-from fedsim.core.names import HEAD
+from fedsim.core.names import HEAD, HEAD_UNKNOWN
 from fedsim.core.tensors import with_prefix
 from fedsim.core.work import seen_classes
 from fedsim.exports.inputs import Reader
@@ -34,7 +34,8 @@ from fedsim.runs.results import Results
 class DeployedModel:
     """The model that a run deployed, at its end or after an earlier task. Made by `load_model`.
 
-    classes: names of the classes that it knows, in the order of the logits' columns. tasks: by task, the names of its classes.
+    classes: names of the classes that it knows, in the order of the logits' columns; without those of which nobody told the
+    calibrator, if nobody trained their rows of the head either. tasks: by task, the names of its classes.
     after_task: the last task that it has learned, 0-based.
 
     Images are uint8 arrays (N, H, W) or (N, H, W, C), lists of such images of any sizes, of Pillow's or of paths; texts are
@@ -49,9 +50,10 @@ class DeployedModel:
         self.model = model
         self.params = params
         self.after_task = after_task
-        self.rows = seen_classes(manifest.task_classes, after_task)
+        unknown = set(params[HEAD_UNKNOWN].nonzero()[:, 0].tolist() if HEAD_UNKNOWN in params else ())
+        self.rows = [row for row in seen_classes(manifest.task_classes, after_task) if row not in unknown]
         self.classes = tuple(manifest.class_names[row] for row in self.rows)
-        seen = manifest.task_classes[: after_task + 1]
+        seen = [[row for row in rows if row not in unknown] for rows in manifest.task_classes[: after_task + 1]]
         self.tasks = tuple(tuple(manifest.class_names[row] for row in rows) for rows in seen)
         self._of_task = [[self.rows.index(row) for row in rows] for rows in seen]
         self.reader = Reader(run.config, model.backbone)
@@ -104,6 +106,8 @@ class DeployedModel:
         if not 0 <= task <= self.after_task:
             learned = f"tasks 0 to {self.after_task}" if self.after_task else "task 0 alone"
             raise ConfigError(f"task {task} is none that the model has learned: it knows {learned}")
+        if not self.tasks[task]:
+            raise ConfigError(f"of task {task} the model knows no class: nobody trained their rows of the head or told of them")
         return task
 
     def _each_batch(self, inputs: Any, make: Callable[[Tensors], Tensor]) -> Tensor:
@@ -141,7 +145,7 @@ class DeployedModel:
 
     def of_rows(self) -> dict[str, Tensor]:
         """The head's tensors with the rows of the classes that it knows, and those that all classes have in common."""
-        own = {n: t[self.rows] for n, t in with_prefix(self.params, HEAD).items()}
+        own = {n: t[self.rows] for n, t in with_prefix(self.params, HEAD).items() if n != HEAD_UNKNOWN}
         return own | dict(self.model.fixed)
 
     def __repr__(self) -> str:

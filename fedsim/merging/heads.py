@@ -43,7 +43,7 @@ def solved(sources: Sources, deployed: Tensors, calibrator: str | Mapping[str, A
             total = summed(map(rule.lift, told))
             draw = rng.torch_stream(run.config.seed, "calibrate", task, run.config.server.rounds)
             state = rule.end_task(state, deployed, total, seen, draw)
-    return rule.deployed(state, deployed)
+    return run.answering(rule.deployed(state, deployed))
 
 
 def _updates(run: OpenedRun, task: int, deployed: Tensors, plan: RoundPlan) -> Iterator[ClientUpdate]:

@@ -24,7 +24,7 @@ from fedsim.core.contracts import ChainedMerging, Member, Merging, require_membe
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
-from fedsim.core.names import HEAD
+from fedsim.core.names import HEAD, HEAD_UNKNOWN
 from fedsim.core.tensors import LORA_A, LORA_B, lora_layers, require_finite, sum_in_order, with_prefix
 from fedsim.merging.alike import shapes
 from fedsim.merging.sources import Source, Sources
@@ -167,6 +167,8 @@ def _head(sources: Sources) -> dict[str, Tensor]:
         return own
     out = {}
     for name, old in own.items():
+        if name == HEAD_UNKNOWN:
+            continue
         rows = old.double().clone()
         for c in sources.classes:
             told = [s.params[name][c].double() for s in sources.members if c in s.classes]

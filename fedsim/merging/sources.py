@@ -15,7 +15,7 @@ from fedsim.core.contracts import IntArray
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, RoundPlan, StatisticRequest, Tensors
-from fedsim.core.names import HEAD
+from fedsim.core.names import HEAD, HEAD_UNKNOWN
 from fedsim.core.tensors import require_finite, with_prefix
 from fedsim.core.work import seen_classes
 from fedsim.finished import OpenedRun
@@ -138,6 +138,5 @@ def of_tasks(run: OpenedRun | str | Path) -> Sources:
 def _whole(run: OpenedRun) -> Source:
     """A run as one of those that are merged."""
     learned, tasks = run.learned, [t for t in run.tasks if run.participants(t)]
-    return Source(
-        f"run {run.dir.path.name}", run, run.deployed, run.parts.state.params, tasks, learned, learned, run.dir.identity
-    )
+    params = {n: t for n, t in run.deployed.items() if n != HEAD_UNKNOWN}
+    return Source(f"run {run.dir.path.name}", run, params, run.parts.state.params, tasks, learned, learned, run.dir.identity)

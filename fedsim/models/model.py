@@ -20,7 +20,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.contracts import Slots
 from fedsim.core.errors import FedsimError, ModelError, one_line
 from fedsim.core.messages import Tensors
-from fedsim.core.names import HEAD, HEAD_WEIGHT
+from fedsim.core.names import HEAD, HEAD_UNKNOWN, HEAD_WEIGHT
 from fedsim.core.tensors import without_prefix
 from fedsim.models import backbone as backbones
 from fedsim.models import inject, lower, transform
@@ -263,8 +263,10 @@ class Model:
         return self.head.stacked_logits(features, self._with_fixed(params))
 
     def logits(self, features: Tensor, params: Tensors) -> Tensor:
-        """The head's logits of features (b, D), over all classes, (b, C)."""
-        return self.head.logits(features, self._with_fixed(params))
+        """The head's logits of features (b, D), over all classes, (b, C); the lowest number of all for rows that are no answer
+        (`head.unknown`)."""
+        logits, unknown = self.head.logits(features, self._with_fixed(params)), params.get(HEAD_UNKNOWN)
+        return logits if unknown is None else logits.masked_fill(unknown, torch.finfo(logits.dtype).min)
 
     def _try_head(self, params: Tensors) -> None:
         """Two samples through a head. Raises ModelError for logits of another shape, and for numbers that are not finite."""

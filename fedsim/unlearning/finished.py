@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -51,10 +51,22 @@ class FinishedRun(OpenedRun):
         """Clients of which something is in the model: they took part in a round, or were heard at the task's end."""
         return sorted({*self.participants(task), *self.told(task)})
 
+    def orphans(self, clients: Collection[int], tasks: Collection[int] | None = None) -> list[str]:
+        """Names of the classes of which nobody is left who held samples and contributed, without these clients in these tasks
+        (None: in all)."""
+        found: dict[bool, set[int]] = {True: set(), False: set()}
+        manifest = self.parts.manifest
+        for task in self.tasks:
+            for client in self.contributors(task):
+                gone = client in clients and (tasks is None or task in tasks)
+                held = manifest.histograms[task][client].nonzero()[0]
+                found[gone].update(manifest.task_classes[task][int(k)] for k in held)
+        return [manifest.class_names[row] for row in sorted(found[True] - found[False])]
+
     @cached_property
     def not_exact(self) -> str | None:
-        """Why leaving clients out, or merging the task vectors of those who remain, is not what a run without the others would have
-        given; None if it is.
+        """Why leaving clients out, or merging the task vectors of those who remain, is not what a run without the others would
+        have given; None if it is.
 
         It is where learners tell clients nothing of each other, if the model is composed of clients. If it is merged, the vectors
         must be the very updates that the rule merged too, nothing else may have gone into the model, and what clients of a task
@@ -62,7 +74,7 @@ class FinishedRun(OpenedRun):
         """
         told = of_others(configs.build_learners(self.config.client.learners))
         if told:
-            return f"by learner {told[0]} clients learn of each other, so that those who remain know something of those who leave"
+            return f"by learner {told[0]} clients learn of each other, so that who remains knows something of those who leave"
         return None if self.composed else _not_exact(self)
 
     def shares(self, task: int) -> dict[int, float]:

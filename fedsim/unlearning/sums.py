@@ -73,7 +73,7 @@ def deployed_without(run: FinishedRun, clients: Collection[int], tasks: Sequence
         if left:
             why = f"'{left[0]}' was trained with their help, and the calibrator does not make all of it from what others told"
             raise ConfigError(f"--how sums is not possible for {run.dir.path}: {why}")
-    return calibrator.deployed(state, params)
+    return run.answering(calibrator.deployed(state, params))
 
 
 def state_without(run: FinishedRun, clients: Collection[int], tasks: Sequence[int]) -> State:

@@ -38,7 +38,12 @@ class SumsCalibrator(contracts.Calibrator):
     Summed over clients, they depend neither on the split nor on who is drawn, unless `server.pass_participation` says so. Classes
     of old tasks keep their sums; a class that comes again (domains) adds to its own. The head that clients train is not touched:
     training goes on from it, and within a task it is what is evaluated. Asks for `class_moments`: count and mean of every class
-    that a client has. State: `count` (C,) and `sum` (C, D), float64, of all classes, and what else is lifted, as one sum.
+    that a client has.
+
+    Rows of classes of which nobody told stay as they are. Those that nobody trained either are no answer, see `server.heads`;
+    trained ones stand beside solved rows, whose logits are of another scale.
+
+    State: `count` (C,) and `sum` (C, D), float64, of all classes, and what else is lifted, as one sum.
     """
 
     def can_be_told(self, held_KC: IntArray) -> NDArray[np.bool_]:

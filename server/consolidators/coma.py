@@ -44,8 +44,8 @@ class Consolidator(contracts.Consolidator):
     @property
     def traits(self) -> Traits:
         onward = (
-            "trains on from an average, in which the part of a client is no task vector to subtract: leave out server.unlearning, "
-            "or use another consolidator, such as none"
+            "trains on from an average, in which the part of a client is no task vector to subtract: leave out "
+            "server.unlearning, or use another consolidator, such as none"
         )
         return Traits(refuses={**HOLDS_FACTORS, "unlearning": onward})
 

@@ -22,8 +22,11 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import summed
+from fedsim.exports.deployed import load_model
+from fedsim.finished import OpenedRun
 from fedsim.models.heads import linear, quadratic
 from fedsim.simulation import prepare, run
+from server import heads
 from server.calibrators.qda import inverse
 from tests.tiny import final_state, tiny
 
@@ -190,6 +193,44 @@ def test_solved_after_training(tmp_path: Path) -> None:
     want = Ridge(alpha=1.0, fit_intercept=False, solver="svd").fit(x, np.eye(6)[parts.spec.train.labels]).coef_
     got = configs.build("calibrators", config.server.calibrator).deployed(state.calibrator, module)["head.weight"]
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"), [("linear", "lda"), ("cosine", "nearest_mean"), ("centres", "nearest_mean"), ("quadratic", "qda")]
+)
+def test_a_class_that_nobody_told_of_is_no_answer(head: str, name: str, tmp_path: Path) -> None:
+    """With drawn passes nobody tells of class 0, whose row stays as it began. Oracle: the argmax over all other rows."""
+    frozen = ("adapter=none", "server.aggregator=frozen", "server.consolidator=none", "server.rounds=1")
+    drawn = ("server.participation=0.34", "server.pass_participation=drawn", "partition.alpha=0.1", "partition.min_samples=1")
+    config = tiny(*frozen, *drawn, f"head={head}", f"server.calibrator={name}", "data.test_per_class=20", output=tmp_path)
+    results = run(config)
+    assert results.path is not None
+    assert f"nobody has told calibrator {name} of 1 of 6 classes (server.pass_participation: drawn)" in results.notes[0]
+    found, model = OpenedRun(results.path), load_model(results.path)
+    spec, told = found.parts.spec, found.state.calibrator["count"].nonzero()[:, 0].tolist()
+    assert told == model.rows == [1, 2, 3, 4, 5]
+    assert model.tasks == (("class1", "class2"), ("class3", "class4", "class5"))
+    assert 0 not in found.learned
+    own = {n: t[told] for n, t in found.deployed.items() if n != "head.unknown"}
+    for task, want in enumerate(results.accuracy[-1]):
+        at = spec.test_of(task)
+        inputs, labels = found.samples(spec.test).batch(at)
+        logits = model.model.head.logits(model.model.features(inputs), own)
+        guess = torch.tensor(told)[logits.argmax(dim=1)]
+        assert want == pytest.approx(100 * float((guess == labels).float().mean()))
+        assert model.predict(spec.test.inputs["pixel_values"][at]) == [f"class{c}" for c in guess.tolist()]
+    assert next(c.predicted for c in results.classes if c.task == 1 and c.stage == "task_end") == 0
+
+
+def test_rows_that_are_an_answer() -> None:
+    """Rows that were trained or solved are; so are all where there is nothing else, or no calibrator."""
+    first = {"head.weight": torch.ones(4, 2), "head.bias": torch.zeros(4)}
+    moved = {"head.weight": first["head.weight"] + torch.tensor([[0.0], [1.0], [0.0], [1.0]]), "head.bias": torch.zeros(4)}
+    assert heads.answering(first, moved, [0, 1])["head.unknown"].tolist() == [True, False, False, False]
+    assert heads.answering(first, moved, [0, 1, 2])["head.unknown"].tolist() == [True, False, True, False]
+    solved = {**moved, "head.bias": torch.tensor([-1.0, 0.0, 0.0, 0.0])}
+    for began, deployed, seen in ((first, solved, [0, 1]), (first, first, [0, 1]), ({}, moved, [0, 1])):
+        assert heads.answering(began, deployed, seen) is deployed
 
 
 @pytest.mark.parametrize("name", ["nearest_mean", "teen", "lda", "qda", "ridge"])
