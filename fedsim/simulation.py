@@ -236,7 +236,7 @@ def _prepared(config: SimConfig, aggregator: Aggregator | None) -> Prepared:
     told += hardware.too_many_threads(config.runtime.threads)
     notes = (
         *notes,
-        *suitable.notes(config, manifest),
+        *suitable.notes(config, rule, manifest),
         *pretrained.notes(config.model, config.transform),
         *model.adapter.notes(model.backbone),
         *told,

@@ -62,7 +62,7 @@ def obstacle(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> st
     for number, part in enumerate(parts):
         others = [other for place, other in enumerate(parts) if place != number]
         for word, told in part.traits.refuses.items():
-            given = next((str(other) for other in others if word in other.words), run.get(word))
+            given = _giver(word, others, run)
             if given is not None:
                 return _line(part, told, word, parts, config, given)
         for word, told in part.traits.needs.items():
@@ -75,6 +75,21 @@ def obstacle(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> st
             if taken is not None:
                 return f"{taken} and {part} both take the place of {place}, which only one part of a run can have: choose one"
     return None
+
+
+def minded(parts: Sequence[Chosen], run: Mapping[str, str], config: Any) -> tuple[str, ...]:
+    """What parts say of words that they mind and that another part, or the run, gives."""
+    found = []
+    for part in parts:
+        for word, told in part.traits.minds.items():
+            given = _giver(word, [other for other in parts if other is not part], run)
+            found += [] if given is None else [_line(part, told, word, parts, config, given)]
+    return tuple(found)
+
+
+def _giver(word: str, others: Sequence[Chosen], run: Mapping[str, str]) -> str | None:
+    """The first of other parts that gives a word, or how the config says it of the run; None for nobody."""
+    return next((str(other) for other in others if word in other.words), run.get(word))
 
 
 def chosen_parts(config: SimConfig, rule: Aggregator) -> list[Chosen]:
@@ -244,10 +259,11 @@ def require_members(config: SimConfig, rule: Aggregator, manifest: Manifest) -> 
             )
 
 
-def notes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
-    """What is allowed, but hardly what anybody wants: classes that are tested before a calibrator is told of them, and tasks of a
-    single class, of which nothing is learned."""
-    return (*_untold(config, manifest), *_learned_nothing(config, manifest))
+def notes(config: SimConfig, rule: Aggregator, manifest: Manifest) -> tuple[str, ...]:
+    """What is allowed, but hardly what anybody wants: what parts mind of each other, classes that are tested before a calibrator
+    is told of them, and tasks of a single class, of which nothing is learned."""
+    told = minded(chosen_parts(config, rule), run_words(config), config)
+    return (*told, *_untold(config, manifest), *_of_single_classes(config, manifest))
 
 
 def _untold(config: SimConfig, manifest: Manifest) -> Iterator[str]:
@@ -272,8 +288,8 @@ def _untold(config: SimConfig, manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _learned_nothing(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
-    """Of tasks of a single class."""
+def _of_single_classes(config: SimConfig, manifest: Manifest) -> tuple[str, ...]:
+    """That tasks have a single class, of which nothing is learned."""
     alone = [name for name, classes in zip(manifest.task_names, manifest.task_classes, strict=True) if len(classes) == 1]
     learners = configs.build_learners(config.client.learners).values()
     learned = any(contracts.ONE_CLASS in learner.traits.gives for learner in learners)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import require_updates
+from fedsim.core.contracts import OUTSIDE_SPAN, Traits, require_updates
 from fedsim.core.errors import AggregationError, ConfigError, did_you_mean
 from fedsim.core.messages import ClientUpdate, State, Tensors
 
@@ -52,6 +52,7 @@ REFUSED = {
 
 _ADAPTIVE = ("FedAdagrad", "FedAdam", "FedYogi")
 _STEPPING = (*_ADAPTIVE, "FedAvgM", "QFedAvg")
+_BY_NUMBER = (*_ADAPTIVE, "FedMedian", "FedTrimmedAvg", "Bulyan")
 _UNWEIGHTED = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg")
 EXEMPT: Mapping[str, tuple[tuple[str, ...], str]] = {  # law -> strategies that cannot keep it, and why
     "fixed_point": (_STEPPING, "goes a step of its own size from the server's parameters towards the clients'"),
@@ -97,6 +98,10 @@ class Aggregator(contracts.Aggregator):
         self._build()
         kept = {law: why for law, (names, why) in EXEMPT.items() if self.strategy in names}
         object.__setattr__(self, "exempt", kept)  # not one set for the class: the laws that hold depend on the strategy
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN} if self.strategy in _BY_NUMBER else ())
 
     @property
     def least(self) -> int:

@@ -107,6 +107,15 @@ def test_what_is_said_is_filled_in() -> None:
     assert obstacle([alone], {"context control": "client.control: true"}, {}) is None
 
 
+def test_what_a_part_minds_is_noted_and_nothing_more() -> None:
+    picky = Traits(minds={"red": "is slower with {other}", "blue": "is never asked", "green": "needs more rounds"})
+    parts = [Chosen("learner", "a", picky), Chosen("adapter", "lora", Traits(gives={"red"})), Chosen("learner", "b", picky)]
+    run = {"green": "server.rounds: 1"}
+    assert obstacle(parts, run, {}) is None
+    each = ("learner {} is slower with adapter lora", "learner {} needs more rounds ('green' comes with server.rounds: 1)")
+    assert suitable.minded(parts, run, {}) == tuple(line.format(name) for name in "ab" for line in each)
+
+
 def test_a_part_may_need_or_refuse_a_kind_or_a_plugin_and_give_what_it_refuses() -> None:
     only = Traits(needs={"head cosine": "reads prototypes, which {head} has not: use head: cosine"})
     assert obstacle([Chosen("learner", "a", only), Chosen("head", "cosine", Traits())], {}, {}) is None
@@ -145,7 +154,7 @@ def test_words_of_our_own_parts_are_explained_and_can_be_met() -> None:
     given_, asked = set[str](), set[str]()
     for found in every.values():
         given_ |= {*found.gives, *found.takes}
-        asked |= {*found.needs, *found.refuses}
+        asked |= {*found.needs, *found.refuses, *found.minds}
     run = words_of_runs()
     assert given_ <= set(WORDS)
     assert asked <= {*WORDS, *run, *map(plugins.singular, kinds), *every}

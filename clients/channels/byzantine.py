@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Parcel
+from fedsim.core.contracts import OUTSIDE_SPAN, Parcel, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 
@@ -50,6 +50,10 @@ class Channel(contracts.Channel):
             raise ConfigError(f"factor must be above 0, got {self.factor}")
         if any(c < 0 for c in self.clients) or len(set(self.clients)) < len(self.clients):
             raise ConfigError(f"clients must be numbers of clients, from 0, each once, got {self.clients}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN} if self.clients and self.attack == "gaussian" else ())
 
     @property
     def covers(self) -> Sequence[str]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import UNIFORM_SUM, Parcel, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_SUM, Parcel, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.tensors import matching
@@ -119,7 +119,7 @@ class Channel(contracts.Channel):
             "part of the sum has no bound) or merges in another way: use aggregator fairavg, or noise: 0"
         )
         several = "adds noise to one sum over all tensors, which a list of rules does not make: use one rule, or noise: 0"
-        return Traits(needs={UNIFORM_SUM: weighed}, refuses={"several rules": several})
+        return Traits(gives={OUTSIDE_SPAN}, needs={UNIFORM_SUM: weighed}, refuses={"several rules": several})
 
     def suits(self, trained: Sequence[str], rounds: int, clients: int) -> tuple[str, ...]:
         idle = [g.match for g, (names, _) in zip(self.groups, self._members(trained), strict=False) if not names]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Parcel
+from fedsim.core.contracts import OUTSIDE_SPAN, Parcel, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 
@@ -46,6 +46,10 @@ class Channel(contracts.Channel):
         require_choice("bits", self.bits, (8, 4))
         if self.block is not None and self.block < 1:
             raise ConfigError(f"block must be at least 1 (null: a tensor is one block), got {self.block}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN})
 
     @property
     def covers(self) -> Sequence[str]:

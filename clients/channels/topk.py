@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import NEW_BASIS, Code, Parcel, Traits
+from fedsim.core.contracts import NEW_BASIS, OUTSIDE_SPAN, Code, Parcel, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 
@@ -59,7 +59,7 @@ class Channel(contracts.Channel):
             "keeps a residual for every factor of a LoRA pair, but {aggregator} gives its product other factors in every round: "
             "use another rule, or feedback: false"
         )
-        return Traits(refuses={NEW_BASIS: why} if self.feedback else {})
+        return Traits(gives={OUTSIDE_SPAN} if self.share < 1 else (), refuses={NEW_BASIS: why} if self.feedback else {})
 
     def send(self, start: Tensors, parcel: Parcel, memory: Tensors, draw: torch.Generator) -> tuple[Parcel, Tensors]:
         if not parcel.delta:

@@ -11,7 +11,7 @@ import torch
 
 from clients.learners._subspaces import SpanLearner, protected
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import OWN, WHOLE_PAIRS, ClientWork, Context, IntArray, LocalState, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, OWN, WHOLE_PAIRS, ClientWork, Context, IntArray, LocalState, Traits
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import State, Tensors
 
@@ -29,8 +29,9 @@ class Learner(SpanLearner):
     `project: steps` does not let them. What of the module is no linear map (norms, biases) stays as the first task left it
     [ours]; rows of old classes in the head are left alone by the cross-entropy.
 
-    The average of clients that kept to the free directions keeps to them too. Rules that solve for a module (lorm, regmean) do
-    not average: there `fot`, which projects on the server, holds what this one does not.
+    The average of clients that kept to the free directions keeps to them too. Rules that do not average them (lorm and regmean,
+    which solve for a module, fedadam, medians), and channels that treat numbers unlike (quantise, topk), leave these directions,
+    and the run says so: there `fot`, which projects on the server, holds what this one does not.
 
     Down: the bases, D · K numbers of every map, once per task. Up: at a task's end once, what the bases are made of. In memory:
     nothing. The paper takes the inputs of some hundred samples on one machine; here they are those of all clients' [ours].
@@ -51,13 +52,16 @@ class Learner(SpanLearner):
     @property
     def traits(self) -> Traits:
         shared = super().traits
-        return replace(shared, refuses={**shared.refuses, **WHOLE_PAIRS})
+        leaves = "keeps clients' steps to the free directions, which {other} leaves: use fot, which projects on the server"
+        minds = dict.fromkeys((OUTSIDE_SPAN, "rule remembers tasks"), leaves) if self.threshold or self.growth else {}
+        return replace(shared, refuses={**shared.refuses, **WHOLE_PAIRS}, minds=minds)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
-        name, decay = config.client.optimizer.lower(), config.client.weight_decay
-        if self.project == STEPS or (name == "sgd" and not decay):
+        client = config.client
+        decays = client.weight_decay or any(group.weight_decay for group in client.groups)
+        if self.project == STEPS or (client.optimizer.lower() == "sgd" and not decays):
             return ()
-        why = f"client.weight_decay is {decay}" if name == "sgd" else f"client.optimizer is {config.client.optimizer}"
+        why = "there is weight decay" if client.optimizer.lower() == "sgd" else f"client.optimizer is {client.optimizer}"
         return (f"learner gpm projects gradients, but {why}: steps leave the free directions. Use project: steps, or plain sgd",)
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:

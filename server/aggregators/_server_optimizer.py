@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import UNIFORM_MEAN, UNIFORM_SUM, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_MEAN, UNIFORM_SUM, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
@@ -115,6 +115,10 @@ class Adaptive(ServerOptimizer):
     def rate(self, round: int) -> float:
         """η of a round."""
         return self.lr
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={*super().traits.gives, OUTSIDE_SPAN})
 
     def first(self, delta: Tensor) -> Moments:
         return {"m": torch.zeros_like(delta), "v": torch.full_like(delta, self.tau**2 if self.v0 is None else self.v0)}

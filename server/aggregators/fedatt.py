@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
+from fedsim.core.contracts import OUTSIDE_SPAN, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import sum_in_order
@@ -53,6 +54,10 @@ class Aggregator(contracts.Aggregator):
             raise ConfigError(f"step must be positive, got {self.step}")
         if not self.noise >= 0:
             raise ConfigError(f"noise must not be negative, got {self.noise}")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN} if self.noise else ())
 
     def combine(
         self, state: State, params: Tensors, updates: Sequence[ClientUpdate], draw: torch.Generator

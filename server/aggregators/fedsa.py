@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import TAKES_RANKS, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, TAKES_RANKS, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.tensors import LORA_B
 from server.merging import mean
@@ -35,7 +35,7 @@ class Aggregator(contracts.AdditiveAggregator):
     @property
     def traits(self) -> Traits:
         alone = "leaves B with the clients, and what they become by themselves is a model without it: leave out server.unlearning"
-        return Traits(gives={TAKES_RANKS}, refuses={"unlearning": alone})
+        return Traits(gives={OUTSIDE_SPAN, TAKES_RANKS}, refuses={"unlearning": alone})
 
     def init(self, params: Tensors, task: int = 0) -> State:
         require_pairs(params, "fedsa")

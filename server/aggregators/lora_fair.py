@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import TAKES_RANKS, Member, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, TAKES_RANKS, Member, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from fedsim.core.tensors import LORA_B
@@ -46,7 +46,7 @@ class Aggregator(contracts.Aggregator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives={TAKES_RANKS})
+        return Traits(gives={OUTSIDE_SPAN, TAKES_RANKS})
 
     def init(self, params: Tensors, task: int = 0) -> State:
         require_pairs(params, "lora_fair")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Member
+from fedsim.core.contracts import OUTSIDE_SPAN, Member, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -76,6 +76,10 @@ class Aggregator(contracts.AdditiveAggregator):
         require_ridge(self.ridge)
         if self.gram == "full" and (self.ridge or self.form == "diagonal"):
             raise ConfigError("gram must be 'projected' with a ridge or with form: diagonal, got 'full'")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN})
 
     def init(self, params: Tensors, task: int = 0) -> State:
         """Raises ConfigError when an adapter's tensor is no LoRA factor."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import Member
+from fedsim.core.contracts import OUTSIDE_SPAN, Member, Traits
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging.regmean import Merging
 
@@ -42,6 +42,10 @@ class Aggregator(contracts.AdditiveAggregator):
 
     def __post_init__(self) -> None:
         self._merging()  # checks the options
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(gives={OUTSIDE_SPAN})
 
     def plan(self, state: State, round: int) -> RoundPlan:
         return RoundPlan(statistics=self._merging().asks())

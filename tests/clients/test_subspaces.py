@@ -234,6 +234,42 @@ def test_the_second_task_leaves_what_the_first_ones_inputs_hear(
     assert bool(others) == (adapter == "full")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "leaves"),
+    [
+        (["server.aggregator=fedavg"], ""),
+        (["server.aggregator=fairavg", "server.channel=[{name: clip_noise, clip: 0.1}]"], ""),
+        (["server.aggregator=fedavgm"], ""),
+        (["server.aggregator=fedatt"], ""),
+        (["server.aggregator={name: merged, rule: task_arithmetic}"], ""),
+        (["server.aggregator=lorm", "server.rounds=2"], "aggregator lorm"),
+        (["server.aggregator=fedadam"], "aggregator fedadam"),
+        (["server.aggregator={name: fedavgm, reset_on_task: false}"], "aggregator fedavgm"),
+        (["server.aggregator={name: merged, rule: {name: ties, density: 0.5}}"], "aggregator merged"),
+        (["server.channel=[{name: quantise, bits: 4}]"], "channel quantise"),
+        (["server.channel=[{name: topk, share: 0.5}]"], "channel topk"),
+    ],
+)  # fmt: skip
+def test_a_run_says_what_leaves_the_free_directions(
+    overrides: list[str], leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note, where the second task's change is heard by the first one's inputs, and none where it is not."""
+    gpm_exact = "client.learners=[{name: gpm, form: gram, project: steps, threshold: 0.8}]"
+    config = tiny(*SMALL, gpm_exact, *overrides, output=tmp_path)
+    first, second = ends(config, monkeypatch)
+    bases = second.learners["gpm"]["bases"]
+    change = {n: (second.params[n] - first.params[n]).double() for n in bases}
+    heard = sum(float((change[n] @ basis.double()).square().sum()) for n, basis in bases.items()) ** 0.5
+    all_of_it = sum(float(t.square().sum()) for t in change.values()) ** 0.5
+    notes = [note for note in prepare(config).notes if "free directions" in note]
+    if leaves:
+        assert heard > 1e-3 * all_of_it
+        why = f"which {leaves} leaves: use fot, which projects on the server"
+        assert notes == [f"learner gpm keeps clients' steps to the free directions, {why}"]
+    else:
+        assert all_of_it > 0 and heard < 1e-5 * all_of_it and not notes
+
+
 def test_bytes_and_the_null_option(tmp_path: Path) -> None:
     """Up: D · q + 1 numbers of every map, client and task, or D (D + 1) / 2 where D < 2 q. Down: bases, of GPM alone. Without a
     share it is FedAvg."""
@@ -291,6 +327,7 @@ def test_what_cannot_be() -> None:
     for project in (gpm.GRADIENTS, gpm.STEPS):  # a projection mixes the ranks that a client has with those that it has not
         with pytest.raises(ConfigError, match=r"learner gpm keeps numbers for every tensor .* leave that out"):
             prepare(tiny(*SMALL, f"client.learners=[{{name: gpm, project: {project}}}]", "client.ranks=[1, 2, 2]"))
-    assert any("learner gpm projects gradients, but client.optimizer is adamw" in n for n in prepare(
-        tiny(*SMALL, "client.learners=[gpm]")
-    ).notes)  # fmt: skip
+    sgd, decay = "client.optimizer=sgd", "client.groups=[{match: 'head.*', lr: 0.1}, {match: '*', weight_decay: 0.1}]"
+    for options, why in (((), "client.optimizer is adamw"), ((sgd, decay), "there is weight decay"), ((sgd,), "")):
+        notes = [n for n in prepare(tiny(*SMALL, "client.learners=[gpm]", *options)).notes if "free directions" in n]
+        assert len(notes) == bool(why) and all(n.startswith(f"learner gpm projects gradients, but {why}") for n in notes)

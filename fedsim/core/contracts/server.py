@@ -30,6 +30,7 @@ BENEATH = "a module beneath"  # a word of `Traits`: of a rule whose rounds leave
 NEW_BASIS = "pairs in a new basis"  # a word of `Traits`: of a rule that makes new factors of a product in every round
 UNIFORM_SUM = "uniform sum"  # a word of `Traits`: clients are summed with weight one each, whatever is made of the sum
 UNIFORM_MEAN = "uniform mean"  # the same, and what comes out is their mean
+OUTSIDE_SPAN = "outside the clients' span"  # a word of `Traits`: of a rule or channel that treats a tensor's numbers unlike
 TAKES_RANKS = "takes unequal ranks"  # a word of `Traits`: of a rule for clients with `client.ranks`
 BESIDE = "past modules beside"  # a word of `Traits`: who gives it starts every task with `TaskStart.trains_beside`
 

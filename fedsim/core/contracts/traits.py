@@ -31,6 +31,7 @@ WORDS: Mapping[str, str] = {
     "other tensors deployed": "what is evaluated at a task's end has other tensors than what is trained",
     "uniform sum": "clients are summed under their tensors' own names, each with weight one, and counted",
     "uniform mean": "what a round gives is the mean of its clients' tensors, each with weight one",
+    "outside the clients' span": "a tensor's change in a round is no combination of its clients' changes, with a number for each",
     "rule remembers tasks": "at a task's start the rule knows something of the clients of earlier tasks",
     "the cross-entropy": "the loss term that every client has, unless a learner stands in its place",
     "the buffer": "samples that a client held before, kept and replayed by one learner",
@@ -63,6 +64,7 @@ class Traits:
         takes a place gives its word too.
     needs: word -> what is said where nobody gives it.
     refuses: word -> what is said where another part, or the run, gives it.
+    minds: the same, of what is allowed: the run says it in a note.
 
     What is said goes on after the part's own kind and name: "composes what every client learned by itself, but {aggregator}
     merges it: use aggregator: collect". It may hold {other} (who gives a refused word), kinds ({adapter} is "adapter vpt"), and
@@ -73,10 +75,11 @@ class Traits:
     takes: Collection[str] = frozenset()
     needs: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
+    minds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, wanted = getattr(self, f.name), Mapping if f.name in ("needs", "refuses") else Collection
+            value, wanted = getattr(self, f.name), Collection if f.name in ("gives", "takes") else Mapping
             if isinstance(value, str) or not isinstance(value, wanted) or not all(isinstance(word, str) for word in value):
                 what = "map words to what is said" if wanted is Mapping else 'be a set of words, such as {"affine features"}'
                 raise PluginError(f"{f.name} of a part's traits must {what}, got {value!r}")
