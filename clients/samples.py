@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from clients.cache import Cache
 from fedsim.core.contracts import ArraySplit, IntArray
 
+LABELS = "labels"
 LIMIT = 1 << 29  # bytes that one worker keeps of what it made of them, and the most that a single shard may take
 
 
@@ -22,7 +24,7 @@ class Samples:
     """
 
     def __init__(self, split: ArraySplit, device: torch.device) -> None:
-        self._arrays = dict(split.inputs) | {"labels": split.labels}
+        self._arrays = dict(split.inputs) | {LABELS: split.labels}
         self._device = device
         self.cache = Cache[Any](LIMIT)
         self._resident: dict[str, Tensor] = {}
@@ -31,12 +33,18 @@ class Samples:
 
     def batch(self, positions: IntArray) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs (b, …) and labels (b,) at these positions."""
+        inputs = self._at(positions, self._arrays)
+        return inputs, inputs.pop(LABELS)
+
+    def labels(self, positions: IntArray) -> Tensor:
+        """Labels (b,) at these positions, without their inputs."""
+        return self._at(positions, (LABELS,))[LABELS]
+
+    def _at(self, positions: IntArray, names: Iterable[str]) -> dict[str, Tensor]:
         if self._resident:
             index = torch.from_numpy(positions).to(self._device)
-            inputs = {k: t[index] for k, t in self._resident.items()}
-        else:
-            inputs = {k: torch.from_numpy(_gather(a, positions)) for k, a in self._arrays.items()}
-        return inputs, inputs.pop("labels")
+            return {k: self._resident[k][index] for k in names}
+        return {k: torch.from_numpy(_gather(self._arrays[k], positions)) for k in names}
 
 
 def _gather(array: NDArray[np.generic], positions: IntArray) -> NDArray[np.generic]:

@@ -183,7 +183,7 @@ class Work:
 
     def labels(self, positions: IntArray) -> Tensor:
         """Head rows, on the device."""
-        return self.samples.batch(positions)[1]
+        return self.samples.labels(positions)
 
     @contextmanager
     def on_past_modules(self) -> Iterator[None]:

@@ -79,6 +79,10 @@ class Watched(Samples):
         self.seen |= set(positions.tolist())
         return super().batch(positions)
 
+    def labels(self, positions: IntArray) -> Tensor:
+        self.seen |= set(positions.tolist())
+        return super().labels(positions)
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
