@@ -117,6 +117,7 @@ def test_newest_share_by_hand() -> None:
     assert metrics.newest_share([(0, False), (7, True)]) == 100.0
     assert metrics.newest_share([(7, False), (0, True)]) == 0.0
     assert metrics.newest_share([]) is metrics.newest_share([(0, True)]) is None
+    assert metrics.newest_share([(7, False), (3, False)]) is None, "the last task brought no class"
 
 
 # ---------------------------------------------------------------- accuracy at the clients

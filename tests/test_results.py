@@ -140,6 +140,16 @@ def test_share_of_the_newest_classes() -> None:
     assert one_task.metrics["newest_share"] is None
 
 
+def test_a_domain_brings_no_class_that_predictions_could_have_a_share_of() -> None:
+    """Runs of earlier versions, which wrote 0 for it, are read."""
+    again = tuple(dataclasses.replace(c, task=1) for c in CLASSES[:2])
+    domains = dataclasses.replace(known(), classes=(*CLASSES[:2], *again))
+    assert domains.metrics["newest_share"] is None
+    domains._require_metrics(domains.metrics | {"newest_share": 0.0})
+    with pytest.raises(ValueError, match=r"newest_share is 5\.0, but the counts give None"):
+        domains._require_metrics(domains.metrics | {"newest_share": 5.0})
+
+
 def test_drift_is_a_mean_over_rounds() -> None:
     """Rounds in which a measure is undefined do not count; a measure that never is defined has no name."""
     drift = {name: value for name, value in known().metrics.items() if name.startswith("drift_")}

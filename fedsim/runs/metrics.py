@@ -194,10 +194,12 @@ def plasticity(a_TT: FloatArray) -> float:
 def newest_share(predicted: Sequence[tuple[int, bool]]) -> float | None:
     """Percent of all predictions after the last task that fall on the classes which it brought; (count, is new) per class.
 
-    With test sets of equal size 100/T is fair; more is the incremental bias that HGP (Mosconi et al. 2024) describes.
+    With test sets of equal size 100/T is fair; more is the incremental bias that HGP (Mosconi et al. 2024) describes. None where
+    that task brought no class, as a new domain does not.
     """
     total = sum(count for count, _ in predicted)
-    return 100.0 * sum(count for count, new in predicted if new) / total if total else None
+    brought = [count for count, new in predicted if new]
+    return 100.0 * sum(brought) / total if total and brought else None
 
 
 def product_error(counts: Counts) -> float | None:

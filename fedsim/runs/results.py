@@ -38,6 +38,7 @@ TABLES = {"partition.csv": "holdings", "rounds.csv": "rows", "classes.csv": "cla
 LINES = ("failures", "notes")  # fields of Results that are lines, each in a file of its own if there are any
 COUNTS = tuple(f.name for f in dataclasses.fields(Row))
 DRIFT_MEASURES = tuple(f.name for f in dataclasses.fields(DriftRow))[4:]
+FORMERLY = {"newest_share": 0.0}  # metric -> what earlier versions wrote where it is undefined
 COLUMNS = (*COUNTS, "accuracy", "accuracy_task_incremental")
 
 
@@ -175,9 +176,10 @@ class Results:
                 continue
             value = self.metrics.get(name)
             then = written.get(name, value)  # a metric that came into being later
-            same = value is then or (
-                value is not None and then is not None and math.isclose(value, then, rel_tol=1e-6, abs_tol=1e-9)
-            )
+            if value is None or then is None:
+                same = value is then or (value is None and then == FORMERLY.get(name))
+            else:
+                same = math.isclose(value, then, rel_tol=1e-6, abs_tol=1e-9)
             if not same:
                 raise ValueError(f"{name} is {then}, but the counts give {value}")
 
