@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -80,9 +80,9 @@ def note_failure(folder: Path, entry: Entry, error: str, attempt: int, details: 
 
 
 def measure(config: SimConfig) -> Cost | str:
-    """Play one round; or the error, in one line."""
+    """Play one round and evaluate it, whenever the run itself evaluates; or the error, in one line."""
     try:
-        results = simulation.rehearse(config, rounds=1)
+        results = simulation.rehearse(replace(config, server=replace(config.server, evaluate="round")), rounds=1)
     except Exception as e:
         return one_line(e)
     return Cost(results, hardware.peak_memory())

@@ -11,7 +11,7 @@ from rich.console import Console
 from fedsim import simulation
 from fedsim.sweeps import estimate
 from fedsim.sweeps.display import SweepDisplay, progress, share_done
-from fedsim.sweeps.job import Cost, JobResult
+from fedsim.sweeps.job import Cost, JobResult, measure
 from fedsim.sweeps.launch import Begun, Ended, Tick
 from fedsim.sweeps.plan import SweepPlan
 from tests.sweep.test_plan import plan_of
@@ -96,6 +96,18 @@ def test_bytes_of_an_estimate_are_those_of_the_run(tmp_path: Path) -> None:
     seconds = of_round.costs["seconds"]
     assert one.seconds == pytest.approx(4 * (seconds["train"] + seconds["combine"]) + 9 * seconds["evaluate"])
     assert (one.peak_bytes, one.measured) == (10**9, True)
+
+
+def test_evaluations_are_estimated_whenever_they_are_made(tmp_path: Path) -> None:
+    """Two tasks of two rounds: 3 evaluations of a task at the ends of tasks, and 6 more where every round has them."""
+    for when, number in (("task", 3), ("round", 9)):
+        (run,) = plan_of(tmp_path, set={"server.evaluate": when}).runs
+        cost = measure(run.config)
+        assert isinstance(cost, Cost)
+        seconds = cost.results.costs["seconds"]
+        assert seconds["evaluate"] > 0
+        training = sum(seconds.get(phase, 0.0) for phase in ("train", "statistics", "combine"))
+        assert estimate.of_run(run, cost).seconds == pytest.approx(4 * training + number * seconds["evaluate"])
 
 
 def test_kinds_of_runs(tmp_path: Path) -> None:
