@@ -47,6 +47,13 @@ def test_a_preset_is_a_stream_and_a_method(path: Path) -> None:
     assert load(path).identity() == load([stream, method]).identity()
 
 
+def test_every_method_is_a_preset_too() -> None:
+    """Of its own name, on the stream of all others: a method's bare name is a whole run, comparable with theirs."""
+    named = {path.stem: configs.read_yaml(path)["extends"] for path in PRESETS}
+    assert {method.stem for method in METHODS} <= set(named)
+    assert all(f"methods/{method.stem}.yaml" in named[method.stem] for method in METHODS)
+
+
 def test_a_preset_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it is a whole run; several are a stream and a method; files of one's own may build on them."""
     monkeypatch.chdir(tmp_path)
