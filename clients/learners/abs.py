@@ -34,9 +34,13 @@ class Learner(aer.Learner):
     round, where nobody has learned its classes yet, it is that of the client's own model at the end of the last forgetting epoch
     (with none, of the last step).
 
-    Reconstructed from the abstract (purity for the current task, complex samples for the past) and from what is known of
-    mammoth's er_ace_aer_abs; the paper was not read. Ours: 1 − q as weights; that the whole shard is weighed in every round,
-    which a client has at hand as long as the task lasts (the reference sees a stream go by); and the model that judges.
+    Reconstructed from the abstract (purity for the current task, complex samples for the past), beside mammoth's er_ace_aer_abs;
+    the paper was not read. In mammoth samples go by in a stream: in forgetting epochs the quarter of each batch with the smallest
+    losses is offered to a reservoir, and what takes a place there drives out a sample of the current task by its loss, or one of
+    the past by one minus its loss (losses scaled to 0 … 1, taken when the sample was last drawn; which of the two by their shares
+    of the buffer). Classes are not balanced there. Ours: as many of every class; 1 − q as weights; that the whole shard is
+    weighed in every round, which a client has at hand as long as the task lasts; and the model that judges. How training differs
+    see `aer`.
     Fashion-MNIST with 40 % of the labels wrong: after a task's first round 10 % of the quarter of its samples that is likeliest
     to the merged model are wrong. In buffers after two tasks it is 27 %, and 31 % to 34 % where clients' own models judge.
 

@@ -31,9 +31,17 @@ class Learner(_buffers.Rehearsal):
     replay the losses of samples with wrong labels rise above those of the others. Who chooses samples by loss sees them apart
     then (learner `abs`, which with this one makes up the paper's method).
 
-    Reconstructed from the abstract and from what is known of mammoth's er_ace_aer_abs; the paper was not read. Ours: rounds are
-    part of the count, epoch e of round r being the (r · epochs + e)-th of rounds · epochs of the task, and the last one learns.
-    There is no fitting of the buffer by MixMatch at a task's end.
+    Reconstructed from the abstract, beside mammoth's er_ace_aer_abs; the paper was not read. Ours: rounds are part of the count,
+    epoch e of round r being the (r · epochs + e)-th of rounds · epochs of the task, and the last one learns. There is no fitting
+    of the buffer by MixMatch at a task's end. In mammoth
+
+        a learning epoch starts from the model that the last learning epoch ended with: what was forgotten in between is undone;
+        of epochs 0, 1, … of a task the odd ones learn, and the last one counts as one (of even number, it replays nothing);
+        samples enter the buffer in forgetting epochs alone, of each batch the quarter with the smallest losses;
+        what is replayed is compared over all rows of the head, and a batch over its own classes and those not seen yet.
+
+    Here every epoch goes on from the one before, a round's samples are offered to the buffer at its end, all of them, and classes
+    are the task's and those seen.
 
     Nothing travels. Memory: as of `er`, n samples with their labels and two numbers.
 

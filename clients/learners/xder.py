@@ -53,9 +53,10 @@ class Learner(_buffers.Rehearsal):
     rows. What the paper has and a client here has not: strong augmentations for the contrast (views are of `transform.augment`,
     the first being what is in the batch anyway; without augmentation all are alike, and one is taken); the division of future
     classes into tasks (as many as the present task has, in the order of the head's rows); which classes were a replayed sample's
-    task (all past classes are taken). Ours, too: logits are brought up to date at a task's end alone, not at every step too; a
-    label's stored logit below 0 limits by a shift, since scaling would turn signs. The constraint on past logits is in mammoth's
-    code.
+    task (all past classes are taken). Ours, too: the future margin looks at x, where mammoth takes both draws, every sample once;
+    logits are brought up to date at a task's end alone, not at every step too; they are limited wherever the largest is above
+    γ · h_y, where mammoth leaves one between γ · h_y and h_y as it is; a label's stored logit below 0 limits by a shift, since
+    scaling would turn signs. The constraint on past logits is in mammoth's code.
 
     A head that starts at zero has no future logits to contrast, and no gradient of it: the preset takes head: cosine.
 
@@ -166,7 +167,7 @@ class Learner(_buffers.Rehearsal):
         return torch.stack([contrastive(F.normalize(z, dim=1), labels, self.temperature) for z in tasks]).mean()
 
     def _constraints(self, future: Sequence[int], past: Sequence[int], step: Step, first: slice) -> list[Tensor]:
-        """Of future logits, and of past ones."""
+        """Of future logits, over own samples and the first draw, and of past ones, over own samples."""
         own_bC, found = step.logits[step.own], list[Tensor]()
         if future:
             rows = [(own_bC, step.classes)] + ([(step.logits[first], past)] if first.stop > first.start else [])
@@ -206,7 +207,7 @@ def later_classes(work: ClientWork) -> list[int]:
 
 def transplanted(logits_nK: Tensor, true_n: Tensor, gamma: float) -> Tensor:
     """Logits of classes that are not a sample's own, none above γ times that of its own, `true`: scaled down until the largest is
-    just that, or, where that is below 0, shifted down."""
+    just that, or, where that is below 0, shifted down. (Mammoth scales where the largest is above `true` itself.)"""
     limit_n, top_n = gamma * true_n, logits_nK.amax(1)
     scale_n = torch.where((top_n > limit_n) & (limit_n >= 0), limit_n / top_n, 1.0)
     shift_n = torch.where((top_n > limit_n) & (limit_n < 0), top_n - limit_n, 0.0)

@@ -196,8 +196,9 @@ class ServerConfig:
 
     rounds: of every task.
     participation: share of the clients that is drawn afresh in every round, in (0, 1].
-    pass_participation: who takes part in a pass for statistics at a task's start or end, for consolidators and calibrators that
-        ask for one: all clients | drawn (as many as in a round, drawn afresh).
+    pass_participation: who takes part in a pass at a task's start or end, for consolidators, calibrators and learners that ask
+        for one: all clients | drawn (as many as in a round, drawn afresh). With drawn, who is not drawn at a task's end stores no
+        exemplars of that task where learners pick them then (icarl, glfc, xder).
     aggregator: a rule, or a list of {match: "head.*", name: ..., ...}: the first match decides for a tensor.
     consolidator: how tasks' modules become the model that is deployed. calibrator: what repairs the head; null: nothing.
     channel: what happens to updates on the wire, a list in the order in which it happens on the way up.
