@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedsim.core import contracts
 from fedsim.core.contracts import OWN, ClientWork, Context, LocalState, Step, Traits
@@ -22,6 +23,7 @@ from fedsim.core.tensors import LORA_A, from_upper_triangle, without_prefix
 
 SAMPLES = "samples"
 INPUTS, OUTPUTS, ROWS = "inputs/", "outputs/", "rows/"
+_matrices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # triangle -> matrix, for as long as the triangle is held
 SUBJECTS = (LORA_A, ".tangent_B", ".tangent_weight")  # a tensor that says that its layer's weight is changed
 
 
@@ -66,9 +68,7 @@ class Learner(contracts.Learner):
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         told = context[OWN]
-        inputs, outputs = (
-            {n: from_upper_triangle(t) for n, t in without_prefix(told, form).items()} for form in (INPUTS, OUTPUTS)
-        )
+        inputs, outputs = ({n: _whole(t) for n, t in without_prefix(told, form).items()} for form in (INPUTS, OUTPUTS))
         return {"factors": {layer: (inputs[layer], outputs[layer]) for layer in inputs}, "work": work}
 
     def loss(self, state: LocalState, step: Step) -> Tensor | None:
@@ -117,6 +117,17 @@ def penalty(change: Sequence[Tensor], inputs_dd: Tensor, outputs_mm: Tensor) -> 
         return ((outputs_mm @ w_md) * (w_md @ inputs_dd)).sum()
     left_mr, right_rd = change
     return ((left_mr.T @ outputs_mm @ left_mr) * (right_rd @ inputs_dd @ right_rd.T)).sum()
+
+
+def _whole(triangle: Tensor) -> Tensor:
+    """The matrix of an upper triangle, once for all clients that are told of it, and for triangles that are equal, as those of
+    queries, keys and values are."""
+    if triangle not in _matrices:
+        like = [t for t in _matrices if (t.shape, t.dtype, t.device) == (triangle.shape, triangle.dtype, triangle.device)]
+        equal = next((_matrices[t] for t in like if torch.equal(t, triangle)), None)
+        _matrices[triangle] = from_upper_triangle(triangle) if equal is None else equal
+    matrix: Tensor = _matrices[triangle]
+    return matrix
 
 
 def _by_layer(tensors: Tensors) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import ClientJob, RoundPlan, Tensors
 from fedsim.core.rng import torch_stream
-from fedsim.core.tensors import from_upper_triangle
+from fedsim.core.tensors import from_upper_triangle, upper_triangle
 from fedsim.core.work import ArraySplit
 from fedsim.models import model as models
 from fedsim.simulation import run
@@ -53,6 +55,28 @@ def test_the_penalty_is_that_of_the_kronecker_product() -> None:
     (gradient,) = torch.autograd.grad(penalty((delta,), p, q), delta)
     close(gradient, 2 * q @ delta.detach() @ p)
     assert float(penalty((torch.zeros(4, 2).double(), right), p, q)) == 0
+
+
+def test_clients_of_a_round_share_the_matrices_which_go_with_what_was_told() -> None:
+    """Unpacked once, equal ones together; other numbers of the same shape are others; nothing is held when the round is over."""
+    triangles = {
+        "inputs/adapter.q": spd(4),
+        "inputs/adapter.k": spd(4),
+        "outputs/adapter.q": draw(4, 4),
+        "outputs/adapter.k": spd(3),
+    }
+    told = {n: upper_triangle(t + t.T) for n, t in triangles.items()}
+    work: Any = None
+    begun = [Learner().begin(work, {}, {"own": told}, torch.Generator())["factors"] for _ in range(2)]
+    for layer in ("adapter.q", "adapter.k"):
+        for place, form in enumerate(("inputs", "outputs")):
+            first, second = (factors[layer][place] for factors in begun)
+            assert first is second and torch.equal(first, triangles[f"{form}/{layer}"] + triangles[f"{form}/{layer}"].T)
+    assert begun[0]["adapter.q"][0] is begun[0]["adapter.k"][0] is not begun[0]["adapter.q"][1]
+    left = weakref.ref(begun[0]["adapter.q"][0])
+    del begun, told, first, second
+    gc.collect()
+    assert left() is None
 
 
 # ---------------------------------------------------------------- the statistic
