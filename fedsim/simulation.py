@@ -19,7 +19,7 @@ from clients import optim
 from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
-from fedsim.core.config import SimConfig
+from fedsim.core.config import SimConfig, splits
 from fedsim.core.contracts import Adapter, Aggregator, Consolidator, TaskStart, require_finite_numbers
 from fedsim.core.defaults import torch_defaults
 from fedsim.core.errors import ConfigError, DataError, FedsimError, ModelError, PluginError, one_line
@@ -198,6 +198,7 @@ class Prepared:
 
 def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
+    splits.require(config)
     with torch_defaults(config.runtime.threads):  # the rules' arithmetic, too, has the same bits whatever the caller has set
         return _prepared(config, aggregator)
 
@@ -205,7 +206,8 @@ def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared
 def prepare_again(run_dir: RunDir, config: SimConfig | None = None, aggregator: Aggregator | None = None) -> Prepared:
     """`prepare` of a run that was begun, with its data where they lie now. Raises RunDirError for another backbone."""
     try:
-        parts = prepare(run_dir.located(config), aggregator)
+        with torch_defaults(run_dir.config.runtime.threads):
+            parts = _prepared(run_dir.located(config), aggregator)
     except DataError as e:
         raise DataError(f"{e} (have the data moved? fedsim run --resume {run_dir.path} data.path=NEW)") from e
     run_dir.require_backbone(parts.model.backbone.digest)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,13 @@ import pytest
 import torch
 
 from fedsim import matrix
+from fedsim.core import config as configs
 from fedsim.core import plugins
+from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError
-from fedsim.simulation import run
-from tests.tiny import final_state, same_bits, tiny
+from fedsim.data.partitions import iid
+from fedsim.simulation import prepare, run
+from tests.tiny import TINY, final_state, plain_vit, same_bits, tiny
 
 FEDAVG = ("server.aggregator=fedavg", "server.consolidator=none")
 
@@ -149,11 +155,70 @@ def test_passes_between_tasks_are_over_all_clients_or_those_drawn(consolidator: 
 def test_a_manifest_repeats_a_split_elsewhere(tmp_path: Path) -> None:
     first = run(tiny("seed=3", output=tmp_path))
     assert first.path is not None
-    again = run(tiny("seed=3", "partition.alpha=7", f"manifest={first.path / 'manifest.json'}", output=tmp_path))
+    again = run(tiny("seed=3", f"manifest={first.path / 'manifest.json'}", output=tmp_path))
     np.testing.assert_array_equal(first.accuracy, again.accuracy)
     assert first.manifest_hash == again.manifest_hash
     with pytest.raises(ConfigError, match="clients"):
         run(tiny("partition.clients=2", f"manifest={first.path / 'manifest.json'}", output=tmp_path))
+
+
+def test_a_config_says_what_its_manifest_was_made_with(tmp_path: Path) -> None:
+    """Whatever preset lies beneath it; what is set beside it or later must agree, but for what does not decide the split."""
+    preset = {**TINY, "stream": {"tasks": 3, "noise": {"share": 0.4}, "online": True}, "partition": {"name": "iid", "clients": 5}}
+    made = prepare(tiny("partition.alpha=0.7", "stream.order=shuffle", model=plain_vit()))
+    path = tmp_path / "m.json"
+    made.manifest.save(path)
+
+    def composed(*overrides: str, **told: Any) -> SimConfig:
+        layers = [preset, {"model": plain_vit(), "manifest": str(path), **told}, configs.parse_overrides(overrides)]
+        return configs.compose(layers)
+
+    found = composed("seed=9")
+    assert found.partition == made.config.partition
+    assert found.stream == replace(made.config.stream, online=True), "how the stream is played, the manifest does not say"
+    assert prepare(found).manifest == made.manifest
+    assert composed("stream.name=task_incremental").stream.name == "task_incremental", "it has the same splits"
+    assert composed("manifest=null").partition["name"] == "iid"
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text), indent=1, sort_keys=False))
+    assert composed("seed=9").partition == made.config.partition, "whoever wrote the file"
+    path.write_text(text)
+    for wrong, line in {
+        "partition.alpha=100.0": r"partition.alpha is 100.0, but the manifest .*m.json was made with 0.7: leave the key out, or",
+        "partition=iid": r'partition.name is "iid", but the manifest .* was made with "dirichlet"',
+        "stream.noise.share=0.4": r"stream.noise.share is 0.4, but the manifest .* was made with 0.0",
+        "stream.tasks=3": r"stream.tasks is 3, but the manifest .* was made with 2",
+        "stream.validation=0.1": r"stream.validation is 0.1, but the manifest",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{line}"):
+            prepare(composed(wrong))
+    with pytest.raises(ConfigError, match=r"^partition.alpha is 0.5, but the manifest"):
+        prepare(composed(**{"partition.alpha": 0.5}))
+
+
+def test_a_manifest_of_domains_is_no_stream_of_classes(tmp_path: Path) -> None:
+    domains = ("stream.name=domain_incremental", "stream.tasks=null")
+    options = ("server.aggregator=fedavg", "server.consolidator=none", "data.domains=2")
+    path = tmp_path / "m.json"
+    prepare(tiny(*options, *domains, model=plain_vit())).manifest.save(path)
+    with pytest.raises(ConfigError, match=r'^stream.name is "class_incremental", but the manifest .* "domain_incremental"'):
+        prepare(tiny(*options, f"manifest={path}", model=plain_vit()))
+    layers = [TINY, configs.parse_overrides(options), {"model": plain_vit(), "manifest": str(path)}]
+    assert configs.compose(layers).stream == tiny(*domains).stream
+    with pytest.raises(ConfigError, match=r"^learner xder"):  # which cannot learn what it has learned before
+        prepare(configs.compose([*layers, {"client": {"learners": [{"name": "xder", "size": 8}]}}]))
+
+
+def test_a_manifest_by_a_partition_of_ones_own_goes_with_the_copies(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(inspect.getsource(iid))
+    first = run(tiny(f"partition={tmp_path / 'mine.py'}", output=tmp_path))
+    assert first.path is not None
+    manifest = first.path / "manifest.json"
+    second = run(tiny(f"partition={tmp_path / 'mine.py'}", f"manifest={manifest}", output=tmp_path))
+    assert second.path is not None and second.manifest_hash == first.manifest_hash
+    (tmp_path / "mine.py").unlink()
+    again = prepare(configs.load(second.path / "config.yaml"))  # names the copies
+    assert again.manifest.hash == first.manifest_hash
 
 
 def test_more_heterogeneity_means_a_smaller_alpha_that_came_out(tmp_path: Path) -> None:

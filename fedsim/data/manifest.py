@@ -46,7 +46,7 @@ class Manifest(ShardLookup):
     histograms: per task (K, C), training samples of the task's classes at every client, by their true classes.
     flips: training samples with a wrong label; they are part of the hash where there are any.
     alpha: maximum-likelihood Dirichlet α per task; overall_alpha: of all tasks together.
-    asked: the sections of the config and the seed that made it (for the reader; not part of the hash).
+    asked: the sections of the config and the seed that made it (not part of the hash; what a config that names it says).
     """
 
     data: str
@@ -113,8 +113,8 @@ class Manifest(ShardLookup):
 def make(config: SimConfig, dataset: Dataset) -> Manifest:
     """The stream and the partition of a config; read from `config.manifest` where that names a file.
 
-    Task t is split with `rng.stream(seed, "partition", t)`. The stream and the partition's options in the config count for
-    nothing when a file is given, except that the numbers of clients must agree.
+    Task t is split with `rng.stream(seed, "partition", t)`. When a file is given, nothing is drawn; that stream and partition
+    of the config are those that it was made with, `core.config.splits` sees to.
     Raises ConfigError, PartitionError (with the task), DataError (a manifest of other data).
     """
     if config.manifest is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fedsim.core import hardware, plugins, presets
+from fedsim.core.config import splits
 from fedsim.core.config.layers import merge, nested, on_a_stream, parse_overrides, read_layers
 from fedsim.core.config.schema import ONE_BY_ONE, PLUGIN_KEYS, SECTIONS, Section, SimConfig, name_key
 from fedsim.core.config.text import resolved
@@ -37,11 +38,16 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (),
 
 
 def compose(layers: Iterable[Mapping[str, Any]], begun: bool = False) -> SimConfig:
-    """Merge plain mappings, the later one winning, and check the whole. What this machine cannot do is replaced, with a warning,
-    unless a run was `begun` with it."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = merge(merged, nested(layer))
+    """Merge plain mappings, the later one winning, and check the whole. The layer that names a manifest says with it which stream
+    and partition made the file. What this machine cannot do is replaced, with a warning, unless a run was `begun` with it."""
+    plain, merged = [nested(layer) for layer in layers], dict[str, Any]()
+    naming = max((number for number, layer in enumerate(plain) if "manifest" in layer), default=None)
+    for number, layer in enumerate(plain):
+        if number == naming and not begun:
+            stream = merged.get("stream")
+            name = stream.get("name") if isinstance(stream, dict) else None
+            merged = merge(merged, nested(splits.asked(layer["manifest"], name)))
+        merged = merge(merged, layer)
     config = from_dict(merged)
     if begun:
         return config

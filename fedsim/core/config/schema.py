@@ -295,8 +295,10 @@ class SimConfig:
     """A whole run. See the classes of its sections for every key.
 
     name: of the run, the first part of its directory's name. seed: of every draw, 0 or more.
-    manifest: a file that holds the split (of another run, say); null: it is drawn. data: {source: omniglot, ...}: where samples
-        come from. partition, adapter, head: a plug-in each, by its name or as {name: ..., option: ...}.
+    manifest: a file that holds the split (of another run, say); null: it is drawn. With it, stream and partition are those that
+        made the file: keys of the split are left out, or say the same; others, such as stream.online or the seed, are free.
+    data: {source: omniglot, ...}: where samples come from. partition, adapter, head: a plug-in each, by its name or as
+        {name: ..., option: ...}.
     transform, stream, model, client, server, runtime: sections, below.
     trackers: copies of what the run tells about itself, for tools such as TensorBoard: names, or {name: ..., option: ...}.
     """
