@@ -9,7 +9,10 @@ import torch
 
 
 def seed_sequence(seed: int, *address: str | int) -> np.random.SeedSequence:
-    """The seed sequence of `(seed, *address)`: words are hashed, numbers are taken as they are (non-negative)."""
+    """The seed sequence of `(seed, *address)`: words are hashed, numbers are taken as they are (non-negative).
+
+    numpy fills short addresses up with zeros, so that `(seed, "x")` is `(seed, "x", 0)`: a purpose stands alone everywhere, or
+    has something behind it everywhere, and a word where it also stands alone."""
     words = [int.from_bytes(hashlib.sha256(a.encode()).digest()[:8], "little") if isinstance(a, str) else a for a in address]
     return np.random.SeedSequence([seed, *words])
 
