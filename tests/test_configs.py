@@ -54,6 +54,12 @@ def test_every_method_is_a_preset_too() -> None:
     assert all(f"methods/{method.stem}.yaml" in named[method.stem] for method in METHODS)
 
 
+def test_every_method_takes_a_stream_of_as_many_tasks_as_the_data_have() -> None:
+    """`stream.tasks: null` is no number that a method's options could be set to."""
+    for path in sorted((ROOT / "configs/methods").glob("*.yaml")):
+        assert load([ROOT / "configs/streams/digits.yaml", path], ["stream.tasks=null"]).stream.tasks is None, path
+
+
 def test_a_preset_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it is a whole run; several are a stream and a method; files of one's own may build on them."""
     monkeypatch.chdir(tmp_path)

@@ -84,7 +84,7 @@ class FinishedRun(OpenedRun):
         return {c: float(sizes[c] / sizes[part].sum()) for c in part}
 
     def vectors(self, task: int, name: str) -> dict[str, Tensor]:
-        """Tensors that the run kept, in the order of its parameters. Raises RunDirError if it kept none, or the file is damaged."""
+        """Tensors that the run kept, in its parameters' order. Raises RunDirError if it kept none, or the file is damaged."""
         path = self.dir.vectors(task, name)
         alone = [f for f in self.state.failures if f.task == task and f.stage.startswith(ALONE)]
         if not path.is_file() and name in {f"client-{f.client_id}" for f in alone}:

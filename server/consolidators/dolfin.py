@@ -23,6 +23,7 @@ from server.consolidators._pairs import require_pairs
 from server.gpm import InputSpan
 
 GRAM = "gram.full/"
+USUAL_TASKS = 10  # of T where nobody says how many there are
 SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 
 
@@ -44,8 +45,9 @@ class Consolidator(contracts.Consolidator):
     inputs counted once. Sums over clients decide D_t and M: exactly as if all data were in one place, as long as all clients take
     part in these passes (`server.pass_participation: all`, the default), whoever is drawn for the rounds.
 
-    threshold, threshold_end, tasks: ε_0, ε_1 and T, the number of tasks over which the one rises towards the other. Energies are
-        squares of second moments, so inputs with a large mean reach ε with a few directions.
+    threshold, threshold_end, tasks: ε_0, ε_1 and T, the number of tasks over which the one rises towards the other (null: 10, for
+        a stream of as many as its data have). Energies are squares of second moments, so inputs with a large mean reach ε with a
+        few directions.
     guarantee: False keeps one vector less at the first task, as the code of InfLoRA does: less than ε_0 of the energy.
     when_full: error | shrink (use the free directions there are, the rest of D_t is zero) when fewer than r are free.
     shared_inputs: names of layers (globs) that get the same inputs where one module holds them. A wrong entry voids D_t M = 0.
@@ -66,7 +68,7 @@ class Consolidator(contracts.Consolidator):
     )
     threshold: float = 0.95
     threshold_end: float = 1.0
-    tasks: int = 10
+    tasks: int | None = USUAL_TASKS
     guarantee: bool = True
     when_full: str = "error"
     shared_inputs: list[list[str]] = field(default_factory=lambda: [list(names) for names in SHARED])
@@ -77,7 +79,7 @@ class Consolidator(contracts.Consolidator):
                 f"threshold and threshold_end must be in (0, 1], the end not below the start, got {self.threshold} and "
                 f"{self.threshold_end}"
             )
-        if self.tasks < 1:
+        if self.tasks is not None and self.tasks < 1:
             raise ConfigError(f"tasks must be at least 1, got {self.tasks}")
         require_choice("when_full", self.when_full, ("error", "shrink"))
 
@@ -117,7 +119,7 @@ class Consolidator(contracts.Consolidator):
 
     def end_task(self, state: State, params: Tensors, total: Tensors, draw: torch.Generator) -> State:
         task: int = state["task"]
-        threshold = self.threshold + (self.threshold_end - self.threshold) * min(task / self.tasks, 1.0)
+        threshold = self.threshold + (self.threshold_end - self.threshold) * min(task / (self.tasks or USUAL_TASKS), 1.0)
         spans = {}
         for first in self._groups(params):
             old = _span(state, first, params[first + LORA_A])

@@ -210,6 +210,19 @@ def sent(rule: Dolfin, params: dict[str, Tensor], address: object, opening: bool
     return {f"gram.full/{n}": upper_triangle(gram_of(f"{address} {n}", **options)) for n in matching(params, request.match)}
 
 
+def test_a_stream_that_names_no_number_of_tasks_has_the_usual_one() -> None:
+    grams = [torch.eye(4).double().index_fill(0, torch.tensor(range(k + 1, 4)), 0.1) for k in range(3)]
+    bases = []
+    for rule in (Dolfin(0.5, 0.9), Dolfin(0.5, 0.9, tasks=None)):
+        state = rule.init()
+        for gram in grams:
+            module = {"adapter.fc.lora_A": torch.ones(1, 4), "adapter.fc.lora_B": torch.ones(2, 1)}
+            total = {"gram.full/adapter.fc.lora_A": upper_triangle((gram + gram.T) / 2)}
+            state = rule.end_task(state, module, total, torch_stream(0, "draw"))
+        bases.append(state["spans"]["adapter.fc"]["basis"])
+    assert torch.equal(*bases)
+
+
 def play(rule: Dolfin, tasks: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[State, dict[str, Tensor]]:
     """After these tasks, every one of which trains another B."""
     state, params = rule.init(), {"head.weight": draw(4, 3, address="head").to(dtype), **module("first", dtype=dtype)}
