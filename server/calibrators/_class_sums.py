@@ -70,9 +70,9 @@ class SumsCalibrator(contracts.Calibrator):
         return {**state, **_added(state, total, classes[-1], len(state["count"]), -1.0)}
 
     def deployed(self, state: State, params: Tensors) -> Tensors:
-        rows_R = (state["count"] > 0).nonzero()[:, 0] if state else ()
-        if not len(rows_R):
+        if not state or not bool(state["count"].any()):
             return params
+        rows_R = (state["count"] > 0).nonzero()[:, 0]
         mean_RD = state["sum"][rows_R] / state["count"][rows_R][:, None]
         return with_rows(params, rows_R.tolist(), self.head(state, rows_R, mean_RD))
 
