@@ -75,10 +75,10 @@ class SpanLearner(contracts.Learner):
             return None
         maps = matching(params, MAPS)
         exact = [n for n in maps if self.form == GRAM or (params[n].dim() == 2 and params[n].shape[1] < 2 * self.columns)]
-        asked = {GRAM: (exact, {"form": "full"}), SKETCH: ([n for n in maps if n not in exact], {"columns": self.columns})}
-        return RoundPlan(
-            train=(), statistics=tuple(StatisticRequest(n, tuple(of), options) for n, (of, options) in asked.items() if of)
-        )
+        others = [n for n in maps if n not in exact]
+        grams = (StatisticRequest(GRAM, tuple(exact), {"form": "full"}),) if exact else ()
+        sketches = (StatisticRequest(SKETCH, tuple(others), {"columns": self.columns}),) if others else ()
+        return RoundPlan(train=(), statistics=(*grams, *sketches))
 
     def closed(self, state: State, params: Tensors, total: Tensors) -> State:
         share = min(self.threshold + self.growth * state["task"], 1.0)

@@ -65,7 +65,7 @@ class Statistic(contracts.Statistic):
             yield _Accumulator(sums)
 
     def synthetic(self, seen: contracts.Seen, params: Tensors, subjects: Sequence[str]) -> dict[str, Tensor]:
-        out = {}
+        out: dict[str, Tensor] = {}
         for subject in subjects:
             if self._required(subject) and layer_of(subject) in seen.inputs:
                 one = self._sum(params, subject)

@@ -89,7 +89,8 @@ def left_over(sketch_Dq: Tensor) -> Tensor:
         taken = (directions.T @ own).square().sum(1)
         taken = torch.cat([taken.new_zeros(1), taken.cumsum(0)])[:count]
         left_q += own.square().sum() - torch.cat([taken, taken[-1:].expand(count - len(taken))])
-    return left_q / count
+    mean_q: Tensor = left_q / count
+    return mean_q
 
 
 def root(gram_DD: Tensor) -> Tensor:
