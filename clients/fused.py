@@ -285,7 +285,7 @@ class _Step:
         received = work.received
         if any(params is told for told in (received.params, *received.context.values())):
             if id(params) not in self._common:
-                self._common[id(params)] = local.through(work, self.frame, params, self._features)
+                self._common[id(params)] = local.through(work, self.frame, params, self._features, self.slots)
             common = self._common[id(params)]
             return Outputs(*(t[k * width : k * width + rows] for t in common))
         own = {n: t[k * width : k * width + rows] for n, t in self._inputs.items()}

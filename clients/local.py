@@ -18,7 +18,7 @@ from clients.learning import Learning, follows, reviewed, statistic_of
 from clients.lower_states import NOTHING, Kept
 from clients.work import Work, batches
 from fedsim.core import ranks
-from fedsim.core.contracts import Outputs, WorkStatistic
+from fedsim.core.contracts import Outputs, Slots, WorkStatistic
 from fedsim.core.errors import ClientFailed, FedsimError, NonFinite
 from fedsim.core.messages import ClientUpdate, StatisticRequest, Tensors
 from fedsim.core.tensors import matching, require_finite, stack_modules, with_prefix
@@ -139,9 +139,9 @@ def redrawn(model: Model, drawn: Tensor) -> torch.Generator:
 
 
 @torch.no_grad()
-def through(work: Work, frame: Frame, params: Tensors, features: Callable[[], Tensor]) -> Outputs:
-    """What other tensors make of a batch, while those that are trained step aside."""
-    with frame.left(), work.beneath(params), work.model.merged(params):
+def through(work: Work, frame: Frame, params: Tensors, features: Callable[[], Tensor], slots: Slots | None = None) -> Outputs:
+    """What other tensors make of a batch, while those that are trained step aside. slots: of several clients' samples."""
+    with frame.left(), work.looking(params, slots):
         features_bD = features()
         return Outputs(features_bD, work.model.logits(features_bD, params))
 

@@ -19,7 +19,7 @@ from clients.lower_states import Kept, queries_of
 from clients.samples import Samples
 from fedsim.core import ranks, rng
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs
+from fedsim.core.contracts import TEACHER, IntArray, Learner, Outputs, Slots
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import BACKGROUND, BENEATH, ClientJob, RoundPlan, Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -197,7 +197,20 @@ class Work:
 
     def beneath(self, params: Tensors) -> AbstractContextManager[None]:
         """The same, for whoever looks through these tensors; the teacher's are whole by themselves."""
-        return nullcontext() if params is self.received.context.get(TEACHER) else self.on_past_modules()
+        return nullcontext() if self.is_teacher(params) else self.on_past_modules()
+
+    def is_teacher(self, params: Tensors) -> bool:
+        """Whether they are what the last task's end deployed: the context's own mapping, not a copy."""
+        return params is self.received.context.get(TEACHER)
+
+    @contextmanager
+    def looking(self, params: Tensors, slots: Slots | None = None) -> Iterator[None]:
+        """While open, features are those of these tensors, without gradients to them: with the prompts that training gives the
+        samples while the client trains; in a pass of its own, and of the teacher, with those of inference. slots: see
+        `Adapter.as_trained`."""
+        inference = self.is_teacher(params) or not self.trained
+        with self.beneath(params), self.model.merged(params) if inference else self.model.as_trained(params, slots):
+            yield
 
     def gradients(
         self, positions: IntArray, params: Tensors, names: Sequence[str], loss: Callable[[Tensor, Tensor], Tensor]
@@ -247,11 +260,13 @@ class Work:
 
     @torch.no_grad()
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
-        """What these tensors make of samples, in evaluation: no augmentation, no dropout, no gradient."""
+        """What these tensors make of samples, each by itself: no augmentation, no dropout, no gradient."""
         found: list[Outputs] = []
         kept = Kept(queries=queries_of(self.model, self.samples, positions, self.config.runtime))
-        with self.beneath(params), self.model.merged(params):
+        alone = Slots(1, ())
+        with self.looking(params, alone):
             for some in batches(positions, self.config.runtime.eval_batch):
+                alone.rows = (1,) * len(some)
                 features_bD = kept.asked(self.model, self.samples.batch(some)[0], some, lean=True).features
                 found.append(Outputs(features_bD, self.model.logits(features_bD, params)))
         return Outputs(torch.cat([o.features for o in found]), torch.cat([o.logits for o in found]))

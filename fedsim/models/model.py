@@ -102,6 +102,10 @@ class Model:
         """Like `applied`, in the cheapest form for inference."""
         return self.adapter.merged(self.backbone, _adapter_tensors(params))
 
+    def as_trained(self, params: Tensors, slots: Slots | None = None) -> AbstractContextManager[None]:
+        """Like `merged`, with the prompts that training gives the samples, see `Adapter.as_trained`."""
+        return self.adapter.as_trained(self.backbone, _adapter_tensors(params), slots)
+
     def stacked(self, params: Tensors, slots: Slots) -> AbstractContextManager[None]:
         """Like `applied` for K clients in one batch: `adapter.*` tensors with a leading axis of clients, or common to all."""
         return self.adapter.stacked(self.backbone, _adapter_tensors(params), slots)

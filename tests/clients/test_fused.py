@@ -39,6 +39,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "apt": {"name": "apt", "memory": 3},
     "tangent": {"name": "tangent", "rank": 2, "targets": "all-linear", "alpha": 3.0, "full_blocks": 1},
     "l2p": {"name": "l2p", "size": 5, "top": 2, "length": 3},
+    "l2p, batchwise": {"name": "l2p", "size": 5, "top": 2, "length": 3, "batchwise": True},
     "dualprompt": {"name": "dualprompt", "shared_blocks": [0], "own_blocks": [1], "shared": 2, "own": 3},
     "codaprompt": {"name": "codaprompt", "length": 2, "blocks": "all", "components": 2, "mu": 0.1},
     "none": {"name": "none"},

@@ -17,6 +17,7 @@ from fedsim.core import contracts
 from fedsim.core.contracts import ClientWork, Context, Ending, IntArray, LocalState, Outputs, Step, Synthetic
 from fedsim.core.errors import ClientFailed
 from fedsim.core.messages import ClientUpdate, RoundPlan, Tensors
+from fedsim.core.tensors import matching
 from fedsim.models.adapters import lora
 from fedsim.simulation import run
 from tests.clients.test_fused import CLASSES, Here, doubled, require_same, work
@@ -563,3 +564,46 @@ def test_what_trains_on_past_modules_is_looked_at_on_top_of_them_and_a_teacher_i
         torch.testing.assert_close(on_top["on_top.own"], on_top["on_top.received"])
         torch.testing.assert_close(on_top["on_top.teacher"], alone["on_top.teacher"])
         assert not torch.allclose(on_top["on_top.received"], alone["on_top.received"])
+
+
+@dataclass(frozen=True)
+class Twin(contracts.Learner):
+    """Holds a client's first step against the received model and the teacher: how far they are in the step, and in a pass."""
+
+    received: list[tuple[float, float]] = field(default_factory=list)
+    taught: list[tuple[float, float]] = field(default_factory=list)
+
+    def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
+        return {"received": work.params, "teacher": context[contracts.TEACHER]}
+
+    def loss(self, state: LocalState, step: Step) -> Tensor | None:
+        if not state.get("seen"):
+            for others, told in ((state["received"], self.received), (state["teacher"], self.taught)):
+                found = step.model(others).features, step.outputs(step.positions, others).features
+                own = step.features.detach()
+                told.append((float((own - found[0]).abs().max()), float((own - found[1]).abs().max())))
+            state["seen"] = True
+        return None
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("adapter", ["dualprompt", "l2p", "l2p, batchwise", "codaprompt"])
+def test_the_received_model_chooses_prompts_as_the_step_does(adapter: str, together: bool) -> None:
+    """In a second task. Nothing has moved at the first step, so that features are the received model's; the teacher's, of the
+    same numbers, are those of inference, where dualprompt chooses among tasks. What a batch votes for, no sample says alone."""
+    here = doubled(work("client.epochs=1", adapter=adapter))
+    draw = torch.Generator().manual_seed(5)
+    params = {n: torch.randn(t.shape, generator=draw).double() for n, t in here.model.grown(here.jobs[0].params, draw).items()}
+    query_D = here.model.query(here.samples.batch(np.arange(9))[0]).mean(0)
+    params |= {n: query_D * (1 if "task0" in n else -1) for n in params if ".key.task" in n}  # the nearest is the first task's
+    frozen = matching(params, here.model.frozen(params))
+    plan = RoundPlan(train=tuple(n for n in params if n not in frozen), context={contracts.TEACHER: dict(params)})
+    twin = Twin()
+    here = replace(here, jobs=[replace(j, params=params, plan=plan) for j in here.jobs], learners={"twin": twin})
+    updates = here.together() if together else here.one_by_one()
+    assert all(isinstance(update, ClientUpdate) for update in updates) and not here.told
+    voted, tasks = adapter.endswith("batchwise"), adapter == "dualprompt"
+    in_step, alone = (max(apart) for apart in zip(*twin.received, strict=True))
+    assert len(twin.received) > 2 and in_step < 1e-9 and (alone > 1e-3 if voted else alone < 1e-9)
+    for apart in zip(*twin.taught, strict=True):
+        assert max(apart) > 1e-3 if voted or tasks else max(apart) < 1e-9

@@ -149,8 +149,10 @@ class ClientWork(Protocol):
         ...
 
     def outputs(self, positions: IntArray, params: Tensors) -> Outputs:
-        """Of these samples of the training split, in evaluation: no augmentation, no dropout, no gradient. On top of past modules
-        where clients train on top of them, but for the teacher, which is whole: the context's own mapping, not a copy."""
+        """Of these samples of the training split, each by itself: no augmentation, no dropout, no gradient. On top of past
+        modules where clients train on top of them, and with the prompts that training gives a sample where an adapter chooses;
+        but for the teacher (the context's own mapping, not a copy), which is whole, and in passes without training: as in
+        inference."""
         ...
 
     def labels(self, positions: IntArray) -> Tensor:
@@ -174,10 +176,10 @@ class Step:
     −1 for a synthetic one; labels: head rows, −1 for none; features and logits as in `Outputs`, with gradients. params: the
     tensors being trained; start: the same, as received. classes, seen: head rows of the current task, and of all tasks so far.
     query: what an adapter with queries was asked with, (b, D). draw: this learner's generator (CPU). model: runs other tensors (a
-    teacher's) on the same inputs, augmented alike, without gradient, and on past modules as in `ClientWork.outputs`; once per
-    batch for one mapping, however many learners ask. head: logits of features (…, D), through the tensors that are trained
-    (gradients flow to them), or through other ones. outputs: `ClientWork.outputs`, which by itself is for before and after the
-    steps. What a mapping lacks that is handed to these three (as `start` does where a rule trains one factor of a pair) is as
+    teacher's) on the same inputs, augmented alike, without gradient, on past modules and with prompts as in `ClientWork.outputs`,
+    so that `start` gives what the step itself gives before the first one; once per batch for one mapping, however many learners
+    ask. head: logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones.
+    outputs: `ClientWork.outputs`, which by itself is for before and after the steps. What a mapping lacks that is handed to these three (as `start` does where a rule trains one factor of a pair) is as
     received; the teacher, the context's own mapping, is whole. blocks: what comes out of every block of the encoder, (b, L, D)
     each, with gradients, for a learner that says so (`Learner.blocks`).
     """

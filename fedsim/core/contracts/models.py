@@ -97,6 +97,11 @@ class Adapter(Part, ABC):
         is trained client by client."""
         raise ModelError(f"the adapter {type(self).__module__} cannot train several clients at once: it has no method 'stacked'")
 
+    def as_trained(self, backbone: BackboneLike, tensors: Tensors, slots: Slots | None = None) -> AbstractContextManager[None]:
+        """Like `merged`, but with the prompts that training gives the samples, where those of inference may be others: what the
+        features of a step are compared with. slots: K clients' samples share the batch, all with the same tensors."""
+        return self.merged(backbone, tensors)
+
     def asked(self, backbone: BackboneLike, query_bD: Tensor) -> AbstractContextManager[None]:
         """Of an adapter with `queries`. While open, inside `applied`, `merged` or `stacked`, the samples that go through the
         encoder have these queries; outside of it, what is applied does nothing, and features are the bare backbone's."""

@@ -57,6 +57,10 @@ class Pool(contracts.Adapter):
         """As in training, every client's samples with its own tensors."""
         return _opened(backbone.encoder, lambda query_bD: self.prompted(backbone, tensors, query_bD, True, slots))
 
+    def as_trained(self, backbone: BackboneLike, tensors: Tensors, slots: Slots | None = None) -> AbstractContextManager[None]:
+        """As in training, of tensors that nobody trains."""
+        return _opened(backbone.encoder, lambda query_bD: self.prompted(backbone, tensors, query_bD, True, slots))
+
     def asked(self, backbone: BackboneLike, query_bD: Tensor) -> AbstractContextManager[None]:
         """What the pool that is open does for samples with these queries; nothing where none is."""
         prompting: Prompting | None = backbone.encoder.__dict__.get(OPEN)
