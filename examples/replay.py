@@ -42,7 +42,8 @@ class Learner(BaseLearner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(takes={"the buffer"})  # a second method with a buffer is refused beside this one
+        # refused: a second method with a buffer, and a consolidator that keeps the head's rows of old classes as they are
+        return Traits(gives={"old head rows rewritten"}, takes={"the buffer"})
 
     def begin(self, work: ClientWork, memory: Tensors, context: Context, draw: torch.Generator) -> LocalState:
         stored = memory.get("positions", torch.zeros(0, dtype=torch.int64)).cpu().numpy()

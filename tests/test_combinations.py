@@ -19,6 +19,7 @@ from fedsim.core.config import SimConfig
 from fedsim.core.errors import ConfigError
 from fedsim.data.partitions import iid
 from fedsim.simulation import prepare, run
+from fedsim.suitable import chosen_parts, obstacle, run_words
 from tests.tiny import TINY, final_state, plain_vit, same_bits, tiny
 
 FEDAVG = ("server.aggregator=fedavg", "server.consolidator=none")
@@ -54,9 +55,19 @@ def test_task_incremental_reports_the_argmax_inside_the_task(tmp_path: Path) -> 
     assert (told.accuracy[1] >= untold.accuracy[1]).all()
 
 
-def test_classes_of_old_tasks_keep_their_rows(tmp_path: Path) -> None:
+SMALL = "steps: 2, batch: 4, latent: 4, width: 2"
+REWRITING = [  # learners that train rows of old classes
+    *(f"{{name: {name}, size: 6}}" for name in ("er", "derpp", "xder", "icarl", "glfc")),
+    "lwf", "{name: lwf, form: sigmoids}", "{name: square, classes: all}", f"{{name: mfcl, {SMALL}}}",
+    f"{{name: target, images: 6, warmup: 0, {SMALL}}}", str(Path(__file__).parents[1] / "examples/replay.py"),
+]  # fmt: skip
+KEEPING = ["", "square", "pip", "feature_distillation"]
+
+
+@pytest.mark.parametrize("learner", [*KEEPING, *REWRITING])
+def test_classes_of_old_tasks_keep_their_rows_but_where_a_learner_trains_them(learner: str, tmp_path: Path) -> None:
     """Training masks the loss to the task's classes: rows of other classes do not move, neither does their bias."""
-    config = tiny(*FEDAVG, "server.rounds=1", output=tmp_path)
+    config = tiny(*FEDAVG, "server.rounds=1", f"client.learners=[{learner}]", output=tmp_path)
     seen: list[Any] = []
     from server import checkpoint
 
@@ -65,9 +76,23 @@ def test_classes_of_old_tasks_keep_their_rows(tmp_path: Path) -> None:
         patched.setattr(checkpoint, "save", lambda path, state, *rest: (seen.append(state), real(path, state, *rest)))
         run(config)
     before, after = seen[1].params, seen[-1].params  # after task 0, after task 1
-    assert torch.equal(before["head.weight"][:3], after["head.weight"][:3])
-    assert torch.equal(before["head.bias"][:3], after["head.bias"][:3])
+    moved = {not torch.equal(before[n][:3], after[n][:3]) for n in ("head.weight", "head.bias")}
+    assert moved == {learner in REWRITING}
     assert not torch.equal(before["head.weight"][3:], after["head.weight"][3:])
+
+
+@pytest.mark.parametrize("learner", [*KEEPING, *REWRITING, "aer", "abs", "{name: lwf, alpha: 0.0}"])
+@pytest.mark.parametrize("keeper", ["dolfin", "{name: sum, keep_old_rows: true}"])
+def test_who_trains_rows_of_old_classes_is_refused_where_they_are_kept(learner: str, keeper: str) -> None:
+    """What such a learner makes of them would be undone after every merge."""
+    config = tiny("server.aggregator=fedavg", f"server.consolidator={keeper}", f"client.learners=[{learner}]")
+    parts = chosen_parts(config, configs.build_aggregator(config.server.aggregator))
+    line = obstacle(parts, run_words(config), config)
+    assert (line is not None) == (learner in [*REWRITING, "aer", "abs"])
+    assert line is None or "keeps the head's rows of old tasks as they are, which learner " in line
+    assert line is None or line.endswith(
+        "keep_old_rows to false" if "sum" in keeper else "or use another consolidator, such as sum"
+    )
 
 
 @pytest.mark.parametrize(

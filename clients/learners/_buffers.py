@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsim.core import contracts
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import BUFFER, ClientWork, Context, IntArray, LocalState, Step, Traits
+from fedsim.core.contracts import BUFFER, REWRITES, ClientWork, Context, IntArray, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import Tensors
 
@@ -201,7 +201,7 @@ class Rehearsal(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(takes={BUFFER})
+        return Traits({REWRITES}, {BUFFER})
 
     def room(self, clients: int) -> int:
         """Samples in the buffer of each of so many clients."""

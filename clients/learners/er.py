@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.learners import _buffers
 from clients.learners._buffers import replays, rows_of
-from fedsim.core.contracts import BUFFER, CROSS_ENTROPY, ClientWork, Ending, LocalState, Step, Traits
+from fedsim.core.contracts import BUFFER, CROSS_ENTROPY, REWRITES, ClientWork, Ending, LocalState, Step, Traits
 from fedsim.core.messages import Tensors
 from fedsim.models.logits import masked_cross_entropy
 
@@ -47,7 +47,7 @@ class Learner(_buffers.Rehearsal):
 
     @property
     def traits(self) -> Traits:
-        return Traits(takes={CROSS_ENTROPY, BUFFER})
+        return Traits({REWRITES}, {CROSS_ENTROPY, BUFFER})
 
     def loss(self, state: LocalState, step: Step) -> Tensor:
         rows = rows_of(step)

@@ -21,6 +21,7 @@ from fedsim.core.contracts import (
     BUFFER,
     CROSS_ENTROPY,
     ONE_CLASS,
+    REWRITES,
     ClientWork,
     Context,
     Ending,
@@ -84,7 +85,7 @@ class Learner(_buffers.Rehearsal):
             "picks exemplars by one model's features, but what {other} deploys are the clients' models: use another aggregator"
         )
         needs = _teacher.NEEDS if self.relation else {}
-        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs=needs, refuses={"a module per client": composed})
+        return Traits({ONE_CLASS, REWRITES}, {CROSS_ENTROPY, BUFFER}, needs=needs, refuses={"a module per client": composed})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.stream.name == "domain_incremental":

@@ -20,6 +20,7 @@ from fedsim.core.contracts import (
     BUFFER,
     CROSS_ENTROPY,
     ONE_CLASS,
+    REWRITES,
     ClientWork,
     Context,
     Ending,
@@ -75,7 +76,7 @@ class Learner(_buffers.Rehearsal):
             "a module per client": "takes means of one model's features, but what {other} deploys are the clients' models: use "
             "another aggregator",
         }
-        return Traits({ONE_CLASS}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=refused)
+        return Traits({ONE_CLASS, REWRITES}, {CROSS_ENTROPY, BUFFER}, needs={**_teacher.NEEDS, **head}, refuses=refused)
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         return (*super().suits(config, sizes_TK), *_buffers.picked_at_the_end("icarl", config))

@@ -60,8 +60,8 @@ class Learner(contracts.Learner):
     @property
     def traits(self) -> Traits:
         if self.form == SIGMOIDS:
-            return Traits(gives={contracts.ONE_CLASS}, takes={contracts.CROSS_ENTROPY}, needs=_teacher.NEEDS)
-        return Traits(needs=_teacher.NEEDS if self.alpha else {})
+            return Traits({contracts.ONE_CLASS, contracts.REWRITES}, {contracts.CROSS_ENTROPY}, needs=_teacher.NEEDS)
+        return Traits({contracts.REWRITES}, needs=_teacher.NEEDS) if self.alpha else Traits()
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if self.form == SIGMOIDS and config.stream.name == "domain_incremental":

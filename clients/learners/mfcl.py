@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.learners import _generator, _teacher
 from clients.learners._generator import ImageGenerator
 from fedsim.core import contracts
-from fedsim.core.contracts import OWN, ClientWork, Context, IntArray, LocalState, ServerWork, Step, Synthetic, Traits
+from fedsim.core.contracts import OWN, REWRITES, ClientWork, Context, IntArray, LocalState, ServerWork, Step, Synthetic, Traits
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import without_prefix
@@ -99,7 +99,7 @@ class Learner(contracts.Learner):
         if not self.head and not self.features:
             return Traits()
         composed = "asks the head of the last task's model about a client's features, and {other} keeps a head per client"
-        return Traits(needs=_generator.NEEDS, refuses={**_generator.REFUSES, "a module per client": composed})
+        return Traits({REWRITES}, needs=_generator.NEEDS, refuses={**_generator.REFUSES, "a module per client": composed})
 
     # ------------------------------------------------ on the client
 

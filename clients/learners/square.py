@@ -42,7 +42,8 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(gives=frozenset({contracts.ONE_CLASS}), takes=frozenset({contracts.CROSS_ENTROPY}))
+        gives = {contracts.ONE_CLASS, contracts.REWRITES} if self.classes == ALL else {contracts.ONE_CLASS}
+        return Traits(gives, {contracts.CROSS_ENTROPY})
 
     def loss(self, state: LocalState, step: Step) -> Tensor:
         """Over the client's own part of the batch. A label that is none of the task's classes is an error of torch."""

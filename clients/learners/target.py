@@ -18,7 +18,7 @@ from clients import optim
 from clients.learners import _generator, _teacher
 from clients.learners._generator import ImageGenerator
 from fedsim.core import contracts
-from fedsim.core.contracts import OWN, ClientWork, Context, IntArray, LocalState, ServerWork, Step, Synthetic, Traits
+from fedsim.core.contracts import OWN, REWRITES, ClientWork, Context, IntArray, LocalState, ServerWork, Step, Synthetic, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import State, Tensors
 from fedsim.models.logits import columns, masked_cross_entropy
@@ -94,7 +94,7 @@ class Learner(contracts.Learner):
 
     @property
     def traits(self) -> Traits:
-        return Traits(needs=_generator.NEEDS, refuses=_generator.REFUSES) if self.distillation else Traits()
+        return Traits({REWRITES}, needs=_generator.NEEDS, refuses=_generator.REFUSES) if self.distillation else Traits()
 
     # ------------------------------------------------ on the client
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.learners import _buffers
 from clients.learners._buffers import Buffer
 from fedsim.core.config import SimConfig
-from fedsim.core.contracts import BUFFER, ClientWork, Context, Ending, IntArray, LocalState, Step, Traits
+from fedsim.core.contracts import BUFFER, REWRITES, ClientWork, Context, Ending, IntArray, LocalState, Step, Traits
 from fedsim.core.errors import ConfigError
 from fedsim.core.messages import Tensors
 from fedsim.core.names import HEAD_WEIGHT
@@ -105,7 +105,7 @@ class Learner(_buffers.Rehearsal):
             "keeps logits of the deployed model, but what {other} deploys are the clients' models, which say nothing of classes "
             "to come: use another aggregator"
         )
-        return Traits(takes={BUFFER}, refuses={"a module per client": composed})
+        return Traits({REWRITES}, {BUFFER}, refuses={"a module per client": composed})
 
     def suits(self, config: SimConfig, sizes_TK: IntArray) -> tuple[str, ...]:
         if config.stream.name == "domain_incremental":

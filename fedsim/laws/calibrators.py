@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core.contracts import Calibrator
+from fedsim.core.contracts import REWRITES, Calibrator
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.tensors import same_layout
@@ -35,7 +35,6 @@ from fedsim.laws.made_up import CLASSES, make_params, some_clients, synthesise
 TASKS: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4))
 ROUNDS, CLIENTS = 2, 6
 HEAD = "head."
-REWRITES = "old head rows rewritten"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clients.learning import statistic_of
-from fedsim.core.contracts import BESIDE, Consolidator, TaskStart, lift_statistics
+from fedsim.core.contracts import BESIDE, REWRITES, Consolidator, TaskStart, lift_statistics
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.rng import torch_stream
 from fedsim.core.sums import summed
@@ -35,7 +35,6 @@ from fedsim.laws.made_up import make_params, some_clients, stepped, synthesise
 TASKS, CLIENTS = 3, 3
 ADAPTER, CLIENT = "adapter.", "source.client"
 APART = "a module per client"  # the word of those that take no merged module
-REWRITES = "old head rows rewritten"  # the word of calibrators that do not go with rows that are kept
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BESIDE, Opening, Past, TaskStart, Traits
+from fedsim.core.contracts import BESIDE, REWRITES, Opening, Past, TaskStart, Traits
 from fedsim.core.errors import AggregationError, ConfigError, require_choice
 from fedsim.core.messages import RoundPlan, State, StatisticRequest, Tensors
 from fedsim.core.tensors import LORA_A, LORA_B, from_upper_triangle, lora_layers, matching, with_prefix
@@ -87,9 +87,9 @@ class Consolidator(contracts.Consolidator):
     def traits(self) -> Traits:
         rewritten = (
             "keeps the head's rows of old tasks as they are, which {other} trains: let that train the current task's classes "
-            "only, or use another consolidator"
+            "only, or use another consolidator, such as sum"
         )
-        return Traits(gives={BESIDE}, refuses={"old head rows rewritten": rewritten})
+        return Traits(gives={BESIDE}, refuses={REWRITES: rewritten})
 
     def init(self) -> State:
         return {"task": 0, "past": [], "spans": {}}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import BESIDE, Past, TaskStart, Traits
+from fedsim.core.contracts import BESIDE, REWRITES, Past, TaskStart, Traits
 from fedsim.core.messages import State, Tensors
 from fedsim.core.tensors import with_prefix
 from server.consolidators._pairs import require_pairs
@@ -35,7 +35,7 @@ class Consolidator(contracts.Consolidator):
         rewritten = (
             "keeps the head's rows of old tasks as they are, which {other} trains: set server.consolidator.keep_old_rows to false"
         )
-        return Traits(gives={BESIDE}, refuses={"old head rows rewritten": rewritten} if self.keep_old_rows else {})
+        return Traits(gives={BESIDE}, refuses={REWRITES: rewritten} if self.keep_old_rows else {})
 
     def init(self) -> State:
         return {"past": []}

@@ -58,7 +58,7 @@ from fedsim.core.contracts.server import (
     statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import HOLDS_FACTORS, HOLDS_ON, ONE_ROUND, WHOLE_PAIRS, WORDS, Part, Traits
+from fedsim.core.contracts.traits import HOLDS_FACTORS, HOLDS_ON, ONE_ROUND, REWRITES, WHOLE_PAIRS, WORDS, Part, Traits
 from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
@@ -79,6 +79,7 @@ __all__ = [
     "ONE_ROUND",
     "OUTSIDE_SPAN",
     "OWN",
+    "REWRITES",
     "RULE",
     "STATISTICS",
     "TAKES_RANKS",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.core.contracts.clients import Learner
 from fedsim.core.contracts.merging import Further
-from fedsim.core.contracts.traits import Part, Traits
+from fedsim.core.contracts.traits import REWRITES, Part, Traits
 from fedsim.core.errors import AggregationError, PluginError
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from fedsim.core.numbers import IntArray
@@ -313,7 +313,7 @@ class Calibrator(Part):
     @property
     def traits(self) -> Traits:
         """By default it may change the head's rows of classes of past tasks; a calibrator that leaves them alone says so."""
-        return Traits(gives={"old head rows rewritten"})
+        return Traits(gives={REWRITES})
 
     def init(self) -> State:
         return {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from fedsim.core.contracts.plugin import Plugin
 from fedsim.core.errors import FedsimError, PluginError
 
+REWRITES = "old head rows rewritten"  # who gives it does not go with a consolidator that keeps these rows
 WORDS: Mapping[str, str] = {
     "a module per client": "what is deployed has a leading axis of clients, in place of one merged module and head",
     "composes modules": "makes one prediction of tensors with such an axis",
@@ -19,7 +20,7 @@ WORDS: Mapping[str, str] = {
     "an affine head": "logits are W inputs + b, of head.weight and head.bias",
     "a quadratic head": "logits are −½ (inputs − w)ᵀ P (inputs − w) + b, of head.weight, head.precision and head.offset",
     "keeps every module": "takes tensors with such an axis from task to task",
-    "old head rows rewritten": "the head's rows of classes of past tasks are changed",
+    REWRITES: "the head's rows of classes of past tasks are changed, by training or afterwards",
     "past modules beside": "a task's module is trained on top of those of past tasks, which stay as they are",
     "a module beneath": "rounds leave part of the model beneath the module that is trained, whose tensors then begin anew",
     "pairs in a new basis": "a round brings LoRA pairs back as factors of which only the product goes on from those before it",
