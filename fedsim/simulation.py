@@ -19,6 +19,7 @@ from clients import optim
 from fedsim import probe, suitable
 from fedsim.core import config as configs
 from fedsim.core import hardware, plugins, rng
+from fedsim.core.blame import blamed
 from fedsim.core.config import SimConfig, splits
 from fedsim.core.contracts import Adapter, Aggregator, Consolidator, TaskStart, require_finite_numbers
 from fedsim.core.defaults import torch_defaults
@@ -42,6 +43,7 @@ from fedsim.runs.results import Results
 from fedsim.watch import tracking
 from fedsim.watch.progress import showing
 from server import checkpoint, loop, planning, sampling
+from server.outcomes import require_plain
 from server.state import PROCESSOR, ServerState, Simulation
 from server.store import ClientStore
 
@@ -199,7 +201,8 @@ class Prepared:
 def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared:
     """Read the data, split it, build the model and the rules (or take this one). Raises what can be known before training."""
     splits.require(config)
-    with torch_defaults(config.runtime.threads):  # the rules' arithmetic, too, has the same bits whatever the caller has set
+    # the rules' arithmetic, too, has the same bits whatever the caller has set
+    with torch_defaults(config.runtime.threads), blamed("before any training"):
         return _prepared(config, aggregator)
 
 
@@ -280,10 +283,13 @@ def _steps(sim: Simulation, state: ServerState) -> Iterator[Event | ServerState]
     """The loop, under torch's defaults; between two steps the caller's own work goes by the caller's settings."""
     steps = loop.run(sim, state)
     while True:
-        with torch_defaults(sim.config.runtime.threads):
+        with torch_defaults(sim.config.runtime.threads), blamed(sim.when(state)):
             step = next(steps, None)
         if step is None:
             return
+        if isinstance(step, ServerState):
+            state = step
+            checkpoint.require_kept(sim, state)
         yield step
 
 
@@ -361,14 +367,16 @@ def first_state(config: SimConfig, model: Model, rule: Aggregator) -> tuple[Serv
         wrong = f"start_task must give a fedsim.core.contracts.TaskStart, got {type(start).__name__}"
         raise PluginError(f"consolidator {config.server.consolidator['name']}: {wrong}")
     start = grown(config, model, 0, start)
-    state = rule.init(start.params)
+    state, kept = rule.init(start.params), consolidator.init()
+    require_plain(rule, state)
+    require_plain(consolidator, kept)
     plans = [rule.plan(state, r) for r in range(min(config.server.rounds, 4))]
     suitable.require_trained(config, rule, start, plans)
     suitable.require_linear_map(config, start.params, plans[0])
     check_statistics(plans[0].statistics)
     trained = {n for plan in plans for n in planning.trained(start.frozen, params, plan)}
     head = with_prefix(params, HEAD) if config.server.calibrator is not None else {}
-    first = ServerState(task=0, round=0, params=params, consolidator=consolidator.init(), first_head=head)
+    first = ServerState(task=0, round=0, params=params, consolidator=kept, first_head=head)
     return first, [n for n in params if n in trained], plans[0]
 
 

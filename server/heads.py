@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from fedsim.core.tensors import with_prefix
 from fedsim.core.work import seen_classes
 from server.dispatch import statistics_pass
 from server.gather import Round
+from server.outcomes import outcome, shown
 from server.state import ServerState, Simulation
 
 
@@ -25,8 +27,10 @@ def calibrate(sim: Simulation, state: ServerState, params: Tensors, round: Round
     rule, classes, draw = sim.calibrator, sim.task_classes[: state.task + 1], _draw(sim, state)
     assert rule is not None
     if CALIBRATOR in round.totals:
-        return rule.finish(state.calibrator, params, round.totals[CALIBRATOR], classes, draw)
-    return rule.calibrate(state.calibrator, params, round.updates, classes, draw)
+        repaired = partial(rule.finish, state.calibrator, params, round.totals[CALIBRATOR], classes, draw)
+    else:
+        repaired = partial(rule.calibrate, state.calibrator, params, round.updates, classes, draw)
+    return outcome(rule, sim.when(state), params, repaired)
 
 
 def repaired_at_end(
@@ -41,7 +45,7 @@ def repaired_at_end(
     total, state = yield from statistics_pass(sim, state, plan, deployed, CALIBRATOR)
     clock = time.perf_counter()
     kept = rule.end_task(state.calibrator, deployed, total, classes, _draw(sim, state))
-    deployed = rule.deployed(kept, deployed)
+    deployed = shown(rule, sim.when(state), deployed, rule.deployed(kept, deployed))
     return deployed, replace(state, calibrator=kept, seconds=state.spent("combine", time.perf_counter() - clock))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from fedsim.core.contracts import CLOSING, LEARNER, TEACHER, Learner
 from fedsim.core.events import Event
 from fedsim.core.messages import RoundPlan, ServerJob, State, Tensors
 from server.dispatch import statistics_pass
 from server.gather import Round
+from server.outcomes import outcome, shown
 from server.state import ServerState, Simulation
 
 
@@ -34,7 +36,8 @@ def merged(sim: Simulation, state: ServerState, params: Tensors, round: Round) -
         total = round.totals.get(f"{LEARNER}.{name}")
         if total is not None:
             states[name] = rule.heard(states[name], total, clients)
-        states[name], params = rule.merged(states[name], state.params, params, taken, clients)
+        merged = partial(rule.merged, states[name], state.params, params, taken, clients)
+        states[name], params = outcome(rule, sim.when(state), params, merged)
     return states, params
 
 
@@ -51,7 +54,7 @@ def closed(sim: Simulation, state: ServerState, deployed: Tensors) -> Generator[
     if wants_teacher(sim.learners):
         state = replace(state, teacher=deployed)
     for name, rule in sim.learners.items():
-        deployed = rule.deployed(state.learners[name], deployed)
+        deployed = shown(rule, sim.when(state), deployed, rule.deployed(state.learners[name], deployed))
     return deployed, state
 
 

@@ -27,7 +27,6 @@ from fedsim.core import rng
 from fedsim.core.events import Event, RoundDone, Row, RunStarted, TaskDone, TensorsKept
 from fedsim.core.messages import Tensors
 from fedsim.core.ranks import rank_of
-from fedsim.core.tensors import require_finite
 from fedsim.core.work import seen_classes
 from server import heads, learners, planning, sampling
 from server.beneath import model_of
@@ -38,6 +37,7 @@ from server.gather import merge
 from server.isolation import isolated_clients
 from server.ledger import mean_loss
 from server.looks import looked_further
+from server.outcomes import outcome, shown
 from server.state import ServerState, Simulation
 
 
@@ -84,7 +84,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     draw = rng.torch_stream(sim.config.seed, "aggregate", state.task, state.round)
     aggregator, told, params, beneath = state.aggregator, state.learners, state.params, state.beneath
     if not planning.rests(sim, state):
-        aggregator, params = merge(sim.aggregator, aggregator, params, round, draw)
+        merged = partial(merge, sim.aggregator, aggregator, params, round, draw)
+        aggregator, params = outcome(sim.aggregator, sim.when(state), params, merged)
         beneath = beneath.with_part(f"{state.task}.{state.round}", sim.aggregator.beneath(aggregator))
     if plan.train:
         told, params = learners.merged(sim, state, params, round)
@@ -92,7 +93,6 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     if repair is not None:
         calibrator, params = heads.calibrate(sim, state, params, round)
     params = heads.old_rows_restored(sim, state, params)
-    require_finite(params, f"task {state.task}, round {state.round}: after the merge,")
     spent = state.spent("combine", time.perf_counter() - clock)
     state = replace(state, aggregator=aggregator, calibrator=calibrator, learners=told, params=params)
     state = replace(state, beneath=beneath, drifts=drifts, seconds=spent)
@@ -113,14 +113,13 @@ def end_task(sim: Simulation, state: ServerState) -> Generator[Event, None, Serv
     module = model_of(sim.aggregator, state.aggregator, state.params, state.beneath)
     draw = rng.torch_stream(sim.config.seed, "consolidate", state.task)
     consolidator = sim.consolidator.end_task(state.consolidator, module, total, draw)
-    deployed = sim.consolidator.deployed(consolidator, module, finished=True)
+    deployed = shown(sim.consolidator, sim.when(state), module, sim.consolidator.deployed(consolidator, module, finished=True))
     if sim.config.server.unlearning:
         yield TensorsKept(state.task, "end", state.params)
         yield TensorsKept(state.task, "module", module)
         yield TensorsKept(state.task, "total", total)
     state = replace(state, consolidator=consolidator, seconds=state.spent("combine", time.perf_counter() - clock))
     deployed, state = yield from heads.repaired_at_end(sim, state, deployed)
-    require_finite(deployed, f"task {state.task}: after the consolidation,")
     deployed, state = yield from learners.closed(sim, state, deployed)
     deployed = heads.answering(state.first_head, deployed, seen_classes(sim.task_classes, state.task))
     if sim.config.server.keep == "tasks":

@@ -44,6 +44,10 @@ class Simulation:
     learners: Mapping[str, Learner] = field(default_factory=dict)
     sample_bytes: int = 0  # of a training sample and its label
 
+    def when(self, state: ServerState) -> str:
+        """task 0, round 2 | task 0, at its end: for errors."""
+        return f"task {state.task}, " + (f"round {state.round}" if state.round < self.config.server.rounds else "at its end")
+
 
 @dataclass(frozen=True)
 class Delivered:

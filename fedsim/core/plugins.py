@@ -11,14 +11,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fedsim.core.errors import PluginError, did_you_mean, one_line
+
+USER_FILE = "fedsim_user_"  # how modules of files of the user's own are called
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,38 @@ def load(kind: str, name: str) -> type[Any]:
     abstract = sorted(getattr(found, "__abstractmethods__", ()))
     if abstract:
         raise PluginError(f"{name}: class {what.class_name} lacks the method{'s' * (len(abstract) > 1)} {', '.join(abstract)}")
+    _require_signatures(name, found, what)
     return found
+
+
+@cache
+def _require_signatures(name: str, found: type[Any], what: Kind) -> None:
+    """Raise PluginError for a method that cannot be called as its contract's is, and for one in the place of a property."""
+    for member, promised in vars(what.contract).items():
+        own, see = inspect.getattr_static(found, member), f"see fedsim.core.contracts.{what.class_name}"
+        if member.startswith("_") or own is promised or not inspect.isfunction(own):
+            continue
+        if isinstance(promised, property):
+            raise PluginError(f"{name}: its {member} must be a property, with @property above it, {see}")
+        if inspect.isfunction(promised) and not _takes(own, promised):
+            names = list(inspect.signature(promised).parameters)[1:]
+            raise PluginError(f"{name}: its {member} must take ({', '.join(names)}), {see}")
+
+
+def _takes(own: Callable[..., Any], promised: Callable[..., Any]) -> bool:
+    """Whether it can be called with all that is promised: by position, or what has a default by name."""
+    asked = inspect.signature(promised).parameters.values()
+    by_name = dict.fromkeys(p.name for p in asked if p.kind is p.KEYWORD_ONLY)
+    defaults = dict.fromkeys(p.name for p in asked if p.default is not p.empty)
+    positional = [p for p in asked if p.name not in by_name]
+    ways = (positional, by_name), ([p for p in positional if p.name not in defaults], by_name | defaults)
+    for args, kwargs in ways:
+        try:
+            inspect.signature(own).bind(*args, **kwargs)
+        except TypeError:
+            continue
+        return True
+    return False
 
 
 def kinds_of(name: str) -> list[str]:
@@ -163,7 +199,7 @@ def _module_from_file(path: Path) -> ModuleType:
         what = "no file" if isinstance(e, FileNotFoundError) else f"{one_line(e)}:"
         raise PluginError(f"{what} {path}: a plug-in named by path is looked for beside the YAML that names it") from e
     # the source is part of the name: a file that was edited is another module, in a long session too
-    name = f"fedsim_user_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:8]}"
+    name = f"{USER_FILE}{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

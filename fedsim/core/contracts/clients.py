@@ -179,9 +179,10 @@ class Step:
     teacher's) on the same inputs, augmented alike, without gradient, on past modules and with prompts as in `ClientWork.outputs`,
     so that `start` gives what the step itself gives before the first one; once per batch for one mapping, however many learners
     ask. head: logits of features (…, D), through the tensors that are trained (gradients flow to them), or through other ones.
-    outputs: `ClientWork.outputs`, which by itself is for before and after the steps. What a mapping lacks that is handed to these three (as `start` does where a rule trains one factor of a pair) is as
-    received; the teacher, the context's own mapping, is whole. blocks: what comes out of every block of the encoder, (b, L, D)
-    each, with gradients, for a learner that says so (`Learner.blocks`).
+    outputs: `ClientWork.outputs`, which by itself is for before and after the steps. What a mapping lacks that is handed to these
+    three (as `start` does where a rule trains one factor of a pair) is as received; the teacher, the context's own mapping, is
+    whole. blocks: what comes out of every block of the encoder, (b, L, D) each, with gradients, for a learner that says so
+    (`Learner.blocks`).
     """
 
     inputs: Tensors
