@@ -153,10 +153,12 @@ def reached(results: Results, made: Mapping[str, Results]) -> dict[str, float]:
     of_tasks = next((run for run in (results, *made.values()) if not run.config.stream.joint), results)
     joint = made.get("joint")
     if joint is not None and of_tasks.config.stream.name != "task_incremental" and same_tests(of_tasks, joint):
-        found["joint"] = joint_accuracy(of_tasks, joint)
-        if math.isnan(found["joint"]):
+        over_tasks = joint_accuracy(of_tasks, joint)
+        if math.isnan(over_tasks):
             ncm = made["ncm"].metrics[MICRO] if "ncm" in made else None
-            found |= {"joint": None, "joint_micro": joint.metrics[MICRO], "ncm_micro": ncm}
+            found |= {"joint_micro": joint.metrics[MICRO], "ncm_micro": ncm}
+        else:
+            found["joint"] = over_tasks
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -224,8 +224,9 @@ def _require_settings(frame: pd.DataFrame, axes: Sequence[str], path: Path) -> N
         if differ:
             levels = ", ".join(map(label, dict.fromkeys(runs[differ[0]].dropna())))
             raise ConfigError(f"{where} has runs of several settings, with {differ[0]} {levels}: leave one of them in the table")
-        for seed, alike in runs.groupby("seed"):
+        for _, alike in runs.groupby("seed"):
             if len(alike) > 1:
+                seed = alike["seed"].tolist()[0]
                 told = f" ({', '.join(map(str, alike['run']))})" if "run" in alike else ""
                 raise ConfigError(f"{where} holds {len(alike)} runs of seed {label(seed)}{told}: leave one of them in the table")
 
