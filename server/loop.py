@@ -100,7 +100,8 @@ def play_round(sim: Simulation, state: ServerState) -> Generator[Event, None, Se
     rows: tuple[Row, ...] = ()
     if sim.config.server.evaluate == "round":
         module = model_of(sim.aggregator, aggregator, params, beneath)
-        rows, state = measure(sim, state, sim.consolidator.deployed(state.consolidator, module, finished=False), "round")
+        deployed = sim.consolidator.deployed(state.consolidator, module, finished=False)
+        rows, state = measure(sim, state, shown(sim.consolidator, sim.when(state), module, deployed), "round")
     yield RoundDone(state.task, state.round, rows, mean_loss(round.updates), time.perf_counter() - start)
     return replace(state, round=state.round + 1)
 

@@ -17,7 +17,7 @@ from fedsim.core.names import HEAD
 from fedsim.core.tensors import require_finite, with_prefix
 
 # what a checkpoint may hold: torch reads nothing else without running code that lies in the file
-PLAIN = frozenset((bool, int, float, complex, str, bytes, bytearray, type(None)))
+PLAIN = frozenset((bool, int, float, complex, str, type(None)))
 PLAIN |= {Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device}
 MAPPINGS, SEQUENCES = (dict, OrderedDict, Counter), (list, tuple, set)
 
