@@ -5,6 +5,7 @@ Shape suffixes: D draws, C classes of the task, K clients.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedsim.data.partitions import _common
 
 CHUNK = 1 << 20  # cells drawn at once: part of the bits, so a constant
 WORK = 1 << 30  # cells drawn in all: about a minute
+HOPELESS = -20.0  # ln of a probability: a split is not looked for that all draws together find more rarely
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Partition(contracts.Partition):
       per client, p_k ~ Dir(α·1_C), for client sizes chosen beforehand, and sample classes from it until they run out. There α
       spreads one client over classes: 0.1 means "about one class per client", sizes as told, while here sizes vary too.
 
-    Raises PartitionError at once when clients × min_samples exceeds the samples, and after the last draw otherwise.
+    Raises PartitionError at once when clients × min_samples exceeds the samples, or when α is so small that all draws together
+    find a split with probability below exp(-20) (`reached`), and after the last draw otherwise.
     """
 
     min_samples: int = 6
@@ -65,6 +68,12 @@ class Partition(contracts.Partition):
         """
         cells = len(sizes_C) * self.clients
         budget = min(self.max_draws, max(1, WORK // cells))
+        if self.min_samples and math.log(budget) + reached(sizes_C, self.clients, self.alpha) < HOPELESS:
+            raise PartitionError(
+                f"no split of {int(sizes_C.sum())} samples in {len(sizes_C)} classes over {self.clients} clients with alpha "
+                f"{self.alpha} gives every client {self.min_samples} samples: a class goes to so few clients that not all get "
+                f"any; raise alpha, lower min_samples, or use fewer clients"
+            )
         drawn, step, best = 0, 1, 0
         while drawn < budget:
             step = min(step, budget - drawn, max(1, CHUNK // cells))
@@ -82,3 +91,16 @@ class Partition(contracts.Partition):
             f"{self.alpha} gave every client {self.min_samples} samples in {drawn} draws (best: {best}): "
             f"raise alpha, lower min_samples, or use fewer clients"
         )
+
+
+def reached(sizes_C: IntArray, clients: int, alpha: float) -> float:
+    """A bound from above on ln of the probability that one draw gives every client a sample.
+
+    The clients of a class are a Pólya urn: with θ = Kα, its sample i (0-based) goes to a client that has none of the class with
+    probability θ/(θ + i) at most. So the clients reached by all classes are no more than C and a sum of independent coins with
+    mean λ = Σ_c Σ_{0<i<n_c} θ/(θ + i), of which a = K − C have to fall: P ≤ exp(−λ) (eλ/a)^a for a > λ (Chernoff).
+    """
+    theta, wanted = clients * min(alpha, 1e12), clients - len(sizes_C)
+    more_C = np.maximum(sizes_C - 1, 0)  # samples after the first; their sum of 1/(θ + i) from its first term and an integral
+    lam = float(theta * np.where(more_C > 0, 1 / (theta + 1) + np.log((theta + more_C.clip(1)) / (theta + 1)), 0.0).sum())
+    return wanted - lam - wanted * math.log(wanted / lam) if wanted > lam > 0 else -math.inf if wanted > lam else 0.0
