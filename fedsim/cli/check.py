@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         for result in results:
             for line in law_lines(result, out.width):
                 print_line(line)
+        for line in laws.strangers(kind, args.plugin):
+            print_line(f"note    {line}")
         print_line(f"{args.plugin}: {_counts(results)}")
         broken += sum(not r.ok for r in results)
     return 1 if broken else 0

@@ -188,7 +188,7 @@ def _module(kind: str, name: str) -> ModuleType:
         if "." in name:
             raise PluginError(f"no module '{name}' for {KINDS[kind].class_name}: is it on PYTHONPATH?") from e
         raise PluginError(f"unknown {singular(kind)} '{name}'.{did_you_mean(name, names(kind))}") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a script that ends itself is no plug-in
         raise PluginError(f"{singular(kind)} '{name}' does not load: {one_line(e)}") from e
 
 
@@ -208,7 +208,7 @@ def _module_from_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         exec(compile(source, path, "exec"), module.__dict__)  # past the bytecode cache, which trusts the file's second
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a script that ends itself is no plug-in
         del sys.modules[name]
         raise PluginError(f"{path} does not load: {one_line(e)}") from e
     return module

@@ -5,6 +5,6 @@ every plug-in that comes with fedsim, `fedsim check` for a user's own. Nothing i
 against is made up (`made_up.py`), and small.
 """
 
-from fedsim.laws.frame import Law, LawBroken, LawResult, check, check_named, hold, laws_of
+from fedsim.laws.frame import Law, LawBroken, LawResult, check, check_named, hold, laws_of, strangers
 
-__all__ = ["Law", "LawBroken", "LawResult", "check", "check_named", "hold", "laws_of"]
+__all__ = ["Law", "LawBroken", "LawResult", "check", "check_named", "hold", "laws_of", "strangers"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from fedsim.core import config as configs
 from fedsim.core import plugins
 from fedsim.core.defaults import torch_defaults
-from fedsim.core.errors import ConfigError, FedsimError
+from fedsim.core.errors import ConfigError, FedsimError, nearest
 
 P = TypeVar("P")
 Play = TypeVar("Play", bound=Callable[..., Any])
@@ -93,6 +94,16 @@ def check_named(kind: str, name: str, options: Mapping[str, Any] | None = None) 
             if before is None or (before.ok, before.exempt is None) > (result.ok, result.exempt is None):
                 found[result.name] = result
     return list(found.values())
+
+
+def strangers(kind: str, name: str) -> list[str]:
+    """A line for every public method of a plug-in that its contract has not: nobody else calls it."""
+    found, contract = plugins.load(kind, name), plugins.KINDS[kind].contract
+    known = [n for n in dir(contract) if not n.startswith("_")]
+    own = [
+        n for n, value in vars(found).items() if inspect.isfunction(value) and not n.startswith("_") and n not in dir(contract)
+    ]
+    return [f"'{n}' is no method of {contract.__name__}: fedsim never calls it.{nearest(n, known)}" for n in own]
 
 
 def _made(kind: str, section: Mapping[str, Any]) -> Any:

@@ -270,15 +270,15 @@ class Collection:
         return {name: self.members[i].labels.get(name) if self.sweep else self.varying[name][i] for name in self.factors}
 
 
-def collect(paths: Sequence[str | Path], sweep: str | None = None, everything: bool = False) -> Collection:
-    """The runs in these folders (run directories, or folders of them), and those of tables (`fedsim results --csv`).
+def collect(paths: str | Path | Sequence[str | Path], sweep: str | None = None, everything: bool = False) -> Collection:
+    """The runs in these folders (or in one: run directories, or folders of them), and those of tables (`fedsim results --csv`).
 
     When a folder holds the record of one sweep, that sweep says which runs count, in which order, under which labels;
     `sweep` chooses among several, `everything` takes every run and no record. Of a run that lies there nothing is taken from a
     table. Raises RunDirError when there is nothing, and for a table beside runs that are of no sweep; DataError for a table that
     cannot be read.
     """
-    places = [Path(p).absolute() for p in paths]
+    places = [Path(p).absolute() for p in ([paths] if isinstance(paths, str | Path) else paths)]
     tables = [path for path in places if path.suffix == known.SUFFIX]
     folders = [path for path in places if path not in tables]
     name = places[0].stem if len(places) == 1 and tables else folders[0].name if len(folders) == 1 else ""

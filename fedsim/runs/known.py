@@ -110,6 +110,8 @@ def table(path: Path) -> pd.DataFrame:
     exact = before if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
     try:
         frame: pd.DataFrame = pd.read_csv(path, dtype=dict.fromkeys((*HASHES, *MADE), str), low_memory=False, **exact)
+    except pd.errors.EmptyDataError as e:
+        raise DataError(f"{path} is empty: write the table again (fedsim results --csv)") from e
     except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
         raise DataError(f"{path} cannot be read: {one_line(e)}") from e
     return frame.copy()  # in one piece: columns are added to it

@@ -342,6 +342,8 @@ def _named(axes: Any, folder: Path) -> list[list[Level]]:
                 raise ConfigError(f"list.{axis}: no file is called {variants} in {folder} (presets go in a list: [{variants}])")
             variants = {Path(file).stem: {"extends": file} for file in found_files}
         if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
+            if twice := [name for i, name in enumerate(variants) if name in variants[:i]]:
+                raise ConfigError(f"list.{axis} names '{twice[0]}' twice: leave one out")
             variants = {name: {"extends": name} for name in variants}
         levels = []
         for name, changes in _nonempty(variants, f"list.{axis}", "variants", Mapping).items():

@@ -19,6 +19,8 @@ def read_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[dict[str,
     path = Path(os.path.expanduser(path)).resolve()
     if path in seen:
         raise ConfigError(f"extends goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a config file in it")
     if not path.is_file():
         hint = f", which {seen[-1].name} extends" if seen else ""
         if not seen and path.suffix not in (".yaml", ".yml"):

@@ -21,8 +21,8 @@ from fedsim.core.config.typed import typed
 from fedsim.core.errors import ConfigError, PluginError, did_you_mean
 
 
-def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), begun: bool = False) -> SimConfig:
-    """Read a YAML file with its `extends`, apply overrides such as "partition.alpha=0.1", and check it.
+def load(path: str | Path | Sequence[str | Path], overrides: str | Sequence[str] = (), begun: bool = False) -> SimConfig:
+    """Read a YAML file with its `extends`, apply overrides (or one) such as "partition.alpha=0.1", and check it.
 
     A word such as "lorm" is the preset of that name; of several files or presets, such as a stream and a method, the later one
     wins. Several of which none says what the data are stand on the quickstart's stream, as a method by itself does.
@@ -30,6 +30,7 @@ def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = (),
     begun: it is the config of a run that was begun, maybe on another machine. Raises ConfigError or PluginError, one line each.
     """
     paths = presets.located([path] if isinstance(path, str | Path) else path, Path.cwd())
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     name = "-".join(Path(p).stem for p in paths)
     layers = [layer for p in paths for layer in read_layers(p)]
     if not any(layers):

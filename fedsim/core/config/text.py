@@ -75,10 +75,20 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except Exception as e:  # no text, no file, and all that PyYAML finds: its constructors raise what they like
-        raise ConfigError(f"{path} is not a YAML mapping: {one_line(e)}") from e
+        reason = one_line(e)
+        mark = getattr(e, "problem_mark", None)
+        if mark is not None and "cannot start any token" in reason and _tabbed(path, mark.line):
+            reason = f"a tab{_place(mark)}: use spaces"
+        raise ConfigError(f"{path} is not a YAML mapping: {reason}") from e
     if not isinstance(found, dict | None):
         raise ConfigError(f"{path} is not a YAML mapping of keys")
     return {str(k): v for k, v in (found or {}).items()}
+
+
+def _tabbed(path: Path, line: int) -> bool:
+    """Whether a line of a file is indented by a tab."""
+    text = path.read_text(encoding="utf-8").split("\n")[line]
+    return "\t" in text[: len(text) - len(text.lstrip())]
 
 
 def value_of(text: str, where: str) -> Any:
@@ -138,7 +148,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         return home(str.__str__(value))
     if isinstance(value, int):
         if value not in WHOLE_NUMBERS:
-            raise ConfigError(f"{where} must lie between -2**63 and 2**63 - 1, got a number of {value.bit_length()} bits")
+            least = 0 if where.rpartition(".")[2] == "seed" else "-2**63"
+            raise ConfigError(f"{where} must lie between {least} and 2**63 - 1, got a number of {value.bit_length()} bits")
         return int(value)
     if isinstance(value, float):
         return float(value)
