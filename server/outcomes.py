@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core.blame import who
-from fedsim.core.contracts import Plugin
+from fedsim.core.contracts import Part, Plugin
 from fedsim.core.errors import PluginError
 from fedsim.core.messages import State, Tensors
 from fedsim.core.names import HEAD
@@ -19,6 +19,7 @@ from fedsim.core.tensors import require_finite, with_prefix
 # what a checkpoint may hold: torch reads nothing else without running code that lies in the file
 PLAIN = frozenset((bool, int, float, complex, str, type(None)))
 PLAIN |= {Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device}
+EVERY_MODULE = "keeps every module"  # a word of `Traits`
 MAPPINGS, SEQUENCES = (dict, OrderedDict, Counter), (list, tuple, set)
 
 
@@ -41,13 +42,14 @@ def outcome(part: Plugin, when: str, params: Tensors, make: Callable[[], tuple[S
     return state, tensors
 
 
-def shown(part: Plugin, when: str, params: Tensors, deployed: Tensors) -> Tensors:
+def shown(part: Part, when: str, params: Tensors, deployed: Tensors) -> Tensors:
     """What a part deploys in the place of these parameters. Raises PluginError unless it is tensors with a head of the same
     layout, NonFinite if they hold NaN or infinity."""
     blame = f"{who(part)}: {when}: it"
     if not isinstance(deployed, Mapping):
         raise PluginError(f"{blame} deploys {_named(deployed)} where tensors by name are wanted")
-    require_layout(with_prefix(deployed, HEAD), with_prefix(params, HEAD), blame)
+    if EVERY_MODULE not in part.traits.gives:  # those have heads of several tasks side by side
+        require_layout(with_prefix(deployed, HEAD), with_prefix(params, HEAD), blame)
     require_finite(deployed, f"{blame} deploys parameters of which")
     return deployed
 

@@ -236,7 +236,7 @@ def test_a_source_of_the_users_own_is_held_to_its_promises(tmp_path: Path, make_
 
 def test_a_source_with_another_contract(tmp_path: Path, make_config: Make) -> None:
     assert len(of_a_user(tmp_path, make_config).train) == 80
-    with pytest.raises(PluginError, match=r"mine.py': its load must take \(tokenizer_of, by_domain\)"):
+    with pytest.raises(PluginError, match=r"mine.py'?: its load must take \(tokenizer_of, by_domain\)"):
         of_a_user(tmp_path, make_config, arguments="tokenizer_of=None")
     with pytest.raises(PluginError, match=r"mine.py': its load gave a tuple, it must give a Dataset"):
         of_a_user(tmp_path, make_config, result="(train, test)")
