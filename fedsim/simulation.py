@@ -209,7 +209,7 @@ def prepare(config: SimConfig, aggregator: Aggregator | None = None) -> Prepared
 def prepare_again(run_dir: RunDir, config: SimConfig | None = None, aggregator: Aggregator | None = None) -> Prepared:
     """`prepare` of a run that was begun, with its data where they lie now. Raises RunDirError for another backbone."""
     try:
-        with torch_defaults(run_dir.config.runtime.threads):
+        with torch_defaults(run_dir.config.runtime.threads), blamed("before any training"):
             parts = _prepared(run_dir.located(config), aggregator)
     except DataError as e:
         raise DataError(f"{e} (have the data moved? fedsim run --resume {run_dir.path} data.path=NEW)") from e

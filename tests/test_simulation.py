@@ -417,10 +417,10 @@ def test_skip_goes_on_without_failing_clients(tmp_path: Path, monkeypatch: pytes
 def test_notes_are_said_once_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, prepared = Worker.train, simulation.prepare
+    whole, prepared = Worker.train, simulation._prepared
     noting = lambda *args: replace(whole(*args), notes=("slower than asked",))  # noqa: E731
     monkeypatch.setattr(Worker, "train", noting)
-    monkeypatch.setattr(simulation, "prepare", lambda *args: replace(prepared(*args), notes=("known before",)))
+    monkeypatch.setattr(simulation, "_prepared", lambda *args: replace(prepared(*args), notes=("known before",)))
     config, events = tiny("server.aggregator=fedavg", "server.consolidator=none", output=tmp_path), list[Any]()
     with monkeypatch.context() as stopped:
         stopped.setattr(checkpoint, "save", stopping(after=1))

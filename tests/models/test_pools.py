@@ -238,7 +238,7 @@ def test_outputs_between_rounds_find_the_queries_of_a_shard() -> None:
     """Half of the passes are saved."""
     one = second_task("dualprompt").works()[0]
     inputs, encoder, passes = one.samples.batch(one.shard)[0], one.model.backbone.encoder, list[int]()
-    with torch.no_grad(), one.model.merged(one.params):
+    with torch.no_grad(), one.looking(one.params):
         want = one.model.features(inputs)
     for expected in (2, 1):
         with inject.installed([lambda: encoder.register_forward_hook(lambda *told: passes.append(1))]):
