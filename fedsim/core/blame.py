@@ -9,7 +9,7 @@ from types import TracebackType
 
 from fedsim.core import plugins
 from fedsim.core.contracts import Plugin, Pool
-from fedsim.core.errors import FedsimError, PluginError, one_line
+from fedsim.core.errors import FedsimError, PluginFailed, one_line
 
 PLACES = {
     "aggregators": "server.aggregator",
@@ -43,8 +43,8 @@ def name_of(part: Plugin) -> str:
 
 @contextmanager
 def blamed(when: str) -> Iterator[None]:
-    """Errors that nobody expected, of code that was called on a plug-in, become a PluginError of one line that names the plug-in,
-    the method and when it was. Others go through: those of fedsim say by themselves who is to blame.
+    """Errors that nobody expected, of code that was called on a plug-in, become a PluginFailed of one line that names the
+    plug-in, the method and when it was. Others go through: those of fedsim say by themselves who is to blame.
 
     Of plug-ins that call each other the innermost of the user's own is named, else the innermost."""
     try:
@@ -58,7 +58,7 @@ def blamed(when: str) -> Iterator[None]:
             raise
         part, method = (own or found)[-1]
         advice = f"hold it against the laws with fedsim check {name_of(part)}" if own else "run with --debug for the traceback"
-        raise PluginError(f"{who(part)}: {when}: {method} fails: {one_line(e)}: {advice}") from e
+        raise PluginFailed(f"{who(part)}: {when}: {method} fails: {one_line(e)}: {advice}") from e
 
 
 def _plugins_in(trace: TracebackType | None) -> Iterator[tuple[Plugin, str]]:

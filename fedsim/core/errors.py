@@ -41,6 +41,12 @@ class PluginError(FedsimError):
     exit_code = 2
 
 
+class PluginFailed(PluginError):
+    """A plug-in's code raised what nobody expected, which another attempt may not (memory, a file, chance)."""
+
+    exit_code = 1
+
+
 class DataError(FedsimError):
     exit_code = 2
 

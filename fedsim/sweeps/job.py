@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from fedsim import simulation
 from fedsim.core import hardware
 from fedsim.core.config import SimConfig
-from fedsim.core.errors import ConfigError, FedsimError, InUse, RunDirError, one_line
+from fedsim.core.errors import ConfigError, FedsimError, InUse, PluginFailed, RunDirError, one_line
 from fedsim.core.files import storage_errors, write_atomic
 from fedsim.runs.collection import Entry, failure_file, verified
 from fedsim.runs.metrics import HEADLINE
@@ -54,7 +54,8 @@ def perform(config: SimConfig, folder: Path, entry: Entry, attempt: int) -> JobR
         return JobResult("elsewhere")
     except Exception as e:
         final = isinstance(e, FedsimError) and e.exit_code == 2
-        note_failure(folder, entry, one_line(e), attempt, "" if isinstance(e, FedsimError) else traceback.format_exc())
+        told = isinstance(e, FedsimError) and not isinstance(e, PluginFailed)  # says by itself what was wrong
+        note_failure(folder, entry, one_line(e), attempt, "" if told else traceback.format_exc())
         return JobResult("failed", time.perf_counter() - start, error=one_line(e), final=final)
 
 

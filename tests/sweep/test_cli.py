@@ -22,8 +22,9 @@ def test_what_it_prints_and_leaves(
     name = tmp_path.name
     assert out[:2] == [f"{name}: 4 runs, 0 finished already, 4 to make", "folder: out"]
     assert sum(": accuracy " in line for line in out) == 2
-    assert sum("failed, will be tried again: ValueError: no such luck" in line for line in out) == 2
-    assert "failed: rule=bad seed=1: ValueError: no such luck" in out
+    luck = "fails: ValueError: no such luck"
+    assert sum("failed, will be tried again: server.aggregator" in line and luck in line for line in out) == 2
+    assert sum(line.startswith("failed: rule=bad seed=1: server.aggregator") and luck in line for line in out) == 1
     assert out[-1] == "more: fedsim results out   fedsim report out"
     record = json.loads((tmp_path / "out" / "sweeps" / f"{name}.json").read_text())
     assert [run["labels"] for run in record["runs"]] == [
@@ -72,7 +73,8 @@ def test_a_dry_run_ends_with_the_first_kind_that_fails(
     sweep(tmp_path, list={"rule": {"bad": logging(tmp_path, fail="always"), "lorm": {}}}, seeds=1)
     assert cli.main(["sweep", "sweep.yaml", "--output", "out", "--dry-run", "--jobs", "1"]) == 2
     found = capsys.readouterr()
-    assert "rule=bad seed=0 fails in its first round: ValueError: no such luck" in found.err
+    assert "rule=bad seed=0 fails in its first round: server.aggregator" in found.err
+    assert "fails: ValueError: no such luck" in found.err
     assert "[1/2]" not in found.out
 
 
