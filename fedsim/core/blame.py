@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from fedsim.core import plugins
+from fedsim.core.config.schema import PLUGIN_KEYS, SERVER_PLUGIN_KEYS
 from fedsim.core.contracts import Plugin, Pool
 from fedsim.core.errors import FedsimError, PluginFailed, one_line
 
 PLACES = {
-    "aggregators": "server.aggregator",
-    "consolidators": "server.consolidator",
-    "calibrators": "server.calibrator",
+    **{kind: key for key, kind in PLUGIN_KEYS.items()},
+    **{kind: f"server.{key}" for key, kind in SERVER_PLUGIN_KEYS.items()},
     "learners": "client.learners",
-    "channels": "server.channel",
-    "sources": "data",
 }
 
 

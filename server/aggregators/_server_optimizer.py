@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_MEAN, UNIFORM_SUM, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_MEAN, UNIFORM_SUM, Traits, holding
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
@@ -57,7 +57,7 @@ class ServerOptimizer(contracts.AdditiveAggregator):
     def traits(self) -> Traits:
         uniform = self.weights == "uniform"
         words = {UNIFORM_SUM: uniform, UNIFORM_MEAN: uniform and self.is_mean, REMEMBERS: not self.reset_on_task}
-        return Traits(gives={word for word, given in words.items() if given})
+        return Traits(gives=holding(words))
 
     @abstractmethod
     def first(self, delta: Tensor) -> Moments:

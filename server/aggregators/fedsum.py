@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import contracts
-from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_SUM, Traits
+from fedsim.core.contracts import OUTSIDE_SPAN, UNIFORM_SUM, Traits, holding
 from fedsim.core.errors import require_choice
 from fedsim.core.messages import ClientUpdate, State, Tensors
 from server.merging import mean
@@ -46,7 +46,7 @@ class Aggregator(contracts.AdditiveAggregator):
     @property
     def traits(self) -> Traits:
         words = {UNIFORM_SUM: not self.threshold, OUTSIDE_SPAN: self.sum_of == "weights"}
-        return Traits(gives={word for word, given in words.items() if given})
+        return Traits(gives=holding(words))
 
     @property
     def additive(self) -> bool:

@@ -10,7 +10,17 @@ from typing import Any, ClassVar
 import torch
 
 from fedsim.core import contracts
-from fedsim.core.contracts import NEW_BASIS, OUTSIDE_SPAN, TAKES_RANKS, AdditiveMerging, ChainedMerging, Further, Member, Traits
+from fedsim.core.contracts import (
+    NEW_BASIS,
+    OUTSIDE_SPAN,
+    TAKES_RANKS,
+    AdditiveMerging,
+    ChainedMerging,
+    Further,
+    Member,
+    Traits,
+    holding,
+)
 from fedsim.core.errors import ConfigError, require_choice
 from fedsim.core.messages import ClientUpdate, RoundPlan, State, Tensors
 from server.merging import _products, _rule
@@ -75,7 +85,7 @@ class Aggregator(contracts.AdditiveAggregator):
             NEW_BASIS: self.products and not isinstance(self.merging, ChainedMerging),
             OUTSIDE_SPAN: self.products or not (self.merging.linear or isinstance(self.merging, Krum)),
         }
-        return Traits(gives={word for word, given in words.items() if given})
+        return Traits(gives=holding(words))
 
     @property
     def additive(self) -> bool:

@@ -58,7 +58,7 @@ from fedsim.core.contracts.server import (
     statistic,
 )
 from fedsim.core.contracts.trackers import Outcome, Recording, TrackedRun, Tracker
-from fedsim.core.contracts.traits import HOLDS_FACTORS, HOLDS_ON, ONE_ROUND, REWRITES, WHOLE_PAIRS, WORDS, Part, Traits
+from fedsim.core.contracts.traits import HOLDS_FACTORS, HOLDS_ON, ONE_ROUND, REWRITES, WHOLE_PAIRS, WORDS, Part, Traits, holding
 from fedsim.core.numbers import MAY_BE_INFINITE, IntArray, require_finite_numbers
 from fedsim.core.work import ArraySplit
 
@@ -136,6 +136,7 @@ __all__ = [
     "TrainingStatistic",
     "Traits",
     "WorkStatistic",
+    "holding",
     "is_additive",
     "lift_statistics",
     "lifts_of",

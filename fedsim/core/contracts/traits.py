@@ -55,6 +55,11 @@ ONE_ROUND: Mapping[str, str] = {  # for a part's `refuses`
 }
 
 
+def holding(words: Mapping[str, bool]) -> frozenset[str]:
+    """The words that hold: what a part gives that depends on its options."""
+    return frozenset(word for word, holds in words.items() if holds)
+
+
 @dataclass(frozen=True)
 class Traits:
     """Words that decide what goes with what. `WORDS` are those of fedsim's own parts; a plug-in may bring others.
