@@ -60,7 +60,8 @@ def test_a_misspelt_method_is_noted(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from dataclasses import dataclass\nfrom fedsim import Learner as Base\n\n"
-        "@dataclass(frozen=True)\nclass Learner(Base):\n    def losss(self, state, step):\n        return None\n"
+        "@dataclass(frozen=True)\nclass Learner(Base):\n    def losss(self, state, step):\n        return self.halved(2.0)\n\n"
+        "    def halved(self, x):\n        return x / 2\n"  # a method of its own, which it calls
     )
     assert laws.strangers("learners", str(path)) == [
         "'losss' is no method of Learner: fedsim never calls it. Did you mean 'loss'?"

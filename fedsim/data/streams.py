@@ -149,7 +149,9 @@ def _plain_name(name: str) -> str:
 def _cut(config: StreamConfig, order: Sequence[int], known: int) -> list[list[int]]:
     """Classes in order, cut into tasks by `tasks` and `classes_per_task`. known: classes that the data names."""
     tasks, size = config.tasks, config.classes_per_task
-    there = f"{len(order)} classes{' with samples' if len(order) < known and isinstance(config.order, str) else ''}"
+    there = _counted(config, len(order), "classes")
+    if isinstance(config.order, str) and len(order) < known:
+        there += " with samples"
     if tasks is None and size is None:
         raise ConfigError(
             "stream.tasks or stream.classes_per_task must be given (stream.tasks may be null only with a grouping or domains)"
@@ -191,9 +193,15 @@ def _first(config: StreamConfig, order: list[int], what: str) -> list[int]:
     """The first `tasks` of the groups or domains; all if that is null."""
     if config.tasks is not None and config.tasks > len(order):
         raise ConfigError(
-            f"stream.tasks is {config.tasks}, but there are only {len(order)} {what}: use at most {len(order)}, or null for all"
+            f"stream.tasks is {config.tasks}, but there are only {_counted(config, len(order), what)}: "
+            f"use at most {len(order)}, or null for all"
         )
     return order[: config.tasks]
+
+
+def _counted(config: StreamConfig, count: int, what: str) -> str:
+    """How many there are, and whether that is because of a list in stream.order."""
+    return f"{count} {what}{'' if isinstance(config.order, str) else ' in stream.order, which leaves the others out'}"
 
 
 def _ordered(order: Any, names: Sequence[str], what: str, seed: int, usable: Sequence[int] | None = None) -> list[int]:

@@ -11,6 +11,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -97,13 +98,19 @@ def check_named(kind: str, name: str, options: Mapping[str, Any] | None = None) 
 
 
 def strangers(kind: str, name: str) -> list[str]:
-    """A line for every public method of a plug-in that its contract has not: nobody else calls it."""
+    """A line for every public method of a plug-in that nobody calls: its contract has none, its other methods do not name it."""
     found, contract = plugins.load(kind, name), plugins.KINDS[kind].contract
     known = [n for n in dir(contract) if not n.startswith("_")]
-    own = [
-        n for n, value in vars(found).items() if inspect.isfunction(value) and not n.startswith("_") and n not in dir(contract)
-    ]
+    methods = {n: value for n, value in vars(found).items() if inspect.isfunction(value)}
+    named = {word for n, value in methods.items() for word in _names_in(value.__code__) if word != n}
+    own = [n for n in methods if not n.startswith("_") and n not in dir(contract) and n not in named]
     return [f"'{n}' is no method of {contract.__name__}: fedsim never calls it.{nearest(n, known)}" for n in own]
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names of attributes and globals that a function speaks of, and so the functions inside it."""
+    inner = (_names_in(part) for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _made(kind: str, section: Mapping[str, Any]) -> Any:

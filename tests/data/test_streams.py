@@ -132,6 +132,10 @@ def test_classes_per_task() -> None:
         ({"order": [True]}, "stream.order must hold names or ids, got True"),
         ({"order": [1.5]}, "stream.order must hold names or ids, got 1.5"),
         ({"order": []}, "stream.order is an empty list: name at least one class"),
+        ({"order": ["cat", 1], "tasks": 3}, "stream.tasks is 3, but there are only 2 classes in stream.order, which leaves"),
+        ({"order": [0, 1, 2], "tasks": 2, "classes_per_task": 2}, "stream.tasks × stream.classes_per_task is 2 × 2 = 4, but "
+         "there are only 3 classes in stream.order, which leaves the others out: use at most 1 tasks of 2"),
+        ({"group": "kind", "order": ["fish"], "tasks": 2}, "stream.tasks is 2, but there are only 1 groups in stream.order"),
         ({"group": "kid"}, "stream.group 'kid' is not a grouping of the data. Did you mean 'kind'?"),
         ({"group": "kind", "order": ["fsh"]}, "stream.order: the data has no kind 'fsh'. Did you mean 'fish'?"),
         ({"group": "kind", "tasks": 3}, "stream.tasks is 3, but there are only 2 groups: use at most 2, or null for all"),
