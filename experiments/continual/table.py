@@ -23,19 +23,30 @@ ACCURACY, TIME = "final_average_accuracy", "processor_seconds"
 
 
 def rows(frame: pd.DataFrame, remarks: dict[str, str]) -> list[str]:
-    """One line per method. A joint run has no α: it stands in both columns. Time is a mean over the runs that counted it."""
+    """One line per method. A joint run has no α: it stands in both columns. Time is in units of FedAvg's, a mean over runs."""
+    frame = frame.assign(time=in_units_of_fedavg(frame))
     split = {alpha: frame[frame["partition.alpha"].isna() | (frame["partition.alpha"] == alpha)] for alpha in (0.5, 0.1)}
     half = split[0.5].groupby("method")
-    unit = half[TIME].mean()["fedavg"]
     lines = []
     for method in half[ACCURACY].mean().sort_values(ascending=False, kind="stable").index:
         group = half.get_group(method)
         cells = [_spread(part.loc[part["method"] == method, ACCURACY]) for part in split.values()]
         cells += [_number(group[c].mean()) for c in (f"{ACCURACY}_task_incremental", "forgetting")]
         cells += [_number(group[c].mean() / 1e6) for c in ("bytes_up", "bytes_down")]
-        cells += [_number(group["stored_mean"].mean() / 1e3), _number(group[TIME].mean() / unit, 2)]
+        cells += [_number(group["stored_mean"].mean() / 1e3), _number(group["time"].mean(), 2)]
         lines.append(f"| {remarks.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return lines
+
+
+def in_units_of_fedavg(frame: pd.DataFrame) -> pd.Series:
+    """Of every run: beside the FedAvg of its seed on a processor of the same name, or else of all seeds on such a one. NaN where
+    the run did not count its time, or no such FedAvg did."""
+    processor = frame["processor"].fillna("")
+    half = frame[(frame["method"] == "fedavg") & (frame["partition.alpha"] == 0.5)].assign(processor=processor)
+    of_seed, of_any = (half.groupby(keys)[TIME].mean() for keys in (["processor", "seed"], "processor"))
+    places = pd.MultiIndex.from_arrays([processor, frame["seed"]])
+    unit = pd.Series(of_seed.reindex(places).to_numpy(), frame.index).fillna(processor.map(of_any))
+    return frame[TIME] / unit
 
 
 def agreement(frame: pd.DataFrame) -> Iterator[str]:

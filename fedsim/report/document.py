@@ -25,7 +25,7 @@ from fedsim.report.figures import vega_lite
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUNDING = "whose last bits may differ, and with them accuracies by some tenths"  # of several processors
+ROUNDING = "whose speeds differ, and last bits, and with them accuracies by some tenths"  # of several processors
 
 
 def written(name: str, parts: Mapping[str, str], data: Any) -> str:

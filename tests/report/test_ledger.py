@@ -209,7 +209,7 @@ def test_runs_of_several_processors_are_said(tmp_path: Path) -> None:
     count = len(frame)
     frame.assign(processor=["<A>"] * (count - 2) + [None, "B"]).to_csv(tmp_path / "two.csv", index=False)
     text = ledger.write(ledger.read([tmp_path / name for name in ("one.csv", "two.csv")]), tmp_path / "l.html").path.read_text()
-    told = "whose last bits may differ, and with them accuracies by some tenths"
+    told = "whose speeds differ, and last bits, and with them accuracies by some tenths"
     assert f"<b>two</b> has runs of several processors, {told}: &lt;A&gt; ({count - 2}), not named (1), B (1)." in text
     assert "<b>one</b> has runs" not in text
 
