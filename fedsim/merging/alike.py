@@ -56,7 +56,8 @@ def _shown(a: Any, b: Any) -> str:
 def _backbone(run: OpenedRun) -> dict[str, Any]:
     told = dataclasses.asdict(run.config.model)
     told.pop("backbone"), told.pop("config")  # the weights tell, wherever they lie
-    return {"weights": run.parts.model.backbone.digest[:12], **told}
+    weights, _, use = run.parts.model.backbone.digest.partition(".")
+    return {"weights": weights[:12], "use": use, **told}
 
 
 def _inputs(run: OpenedRun) -> dict[str, Any]:

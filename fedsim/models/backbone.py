@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,8 @@ from fedsim.core.messages import Tensors
 from fedsim.core.tensors import digest
 from fedsim.models import families, kernels, layers, pretrained, resolution, vit
 
+USE = ("num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")  # of a config: no shape of a weight shows them
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -29,7 +33,8 @@ class Backbone:
     the patches are the tokens [first_patch, last_patch); image_size: (height, width); mean, std: per channel in 0..1;
     tokenizer_source: hub id or folder of the tokenizer that belongs to it; half: all weights and activations are bfloat16;
     features are not; lean: the last block may leave out tokens that no feature needs; by_encoder: features are the encoder's
-    `pooler_output`; places: images become (b, D, H, W), not tokens; digest: of the weights as they were read, "" if nobody asked.
+    `pooler_output`; places: images become (b, D, H, W), not tokens; digest: "W.U", of the weights as they were read and of how
+    they are used, "" if nobody asked.
     The image fields mean nothing for text.
     """
 
@@ -127,7 +132,7 @@ class Backbone:
 
 
 def load(config: ModelConfig, hashed: bool = False) -> Backbone:
-    """The frozen backbone of a config, float32 on the CPU, in evaluation mode. hashed: with the digest of its weights.
+    """The frozen backbone of a config, float32 on the CPU, in evaluation mode. hashed: with the digest of its weights and use.
 
     Raises ModelError (one line) for a folder or file that is missing or damaged, for weights that do not fit, and for an image
     size or a pooling that the architecture has not.
@@ -137,7 +142,15 @@ def load(config: ModelConfig, hashed: bool = False) -> Backbone:
     if config.image_size is not None:
         with pretrained.unseeded():
             encoder = resolution.changed(encoder, config.image_size)
-    return dataclasses.replace(made_of(encoder, config, preprocessor), digest=known)
+    made = made_of(encoder, config, preprocessor)
+    return dataclasses.replace(made, digest=f"{known}.{_use(made)}") if hashed else made
+
+
+def _use(backbone: Backbone) -> str:
+    """A digest of what no weight tells and a config.json or preprocessor_config.json may say otherwise tomorrow."""
+    layout: Any = backbone.encoder.config
+    told = {"mean": backbone.mean, "std": backbone.std, **{key: getattr(layout, key, None) for key in USE}}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def made_of(encoder: nn.Module, config: ModelConfig, preprocessor: Mapping[str, Any]) -> Backbone:

@@ -167,16 +167,26 @@ class RunDir:
         return str(self._status("manifest_hash"))
 
     def require_backbone(self, digest: str) -> None:
-        """Raise RunDirError when these are not the weights of the backbone that the run began with, if those are known."""
-        if self._backbone not in ("", digest):
+        """Raise RunDirError when this is not the backbone that the run began with, as far as that is known: not its weights, or
+        not its use (runs of older versions noted the weights alone)."""
+        began, began_use = self._backbone.partition(".")[::2]
+        weights, use = digest.partition(".")[::2]
+        name = self.config.model.backbone
+        if began not in ("", weights):
             raise RunDirError(
-                f"{self.path}: the weights of the backbone '{self.config.model.backbone}' are not those that the run began with "
-                "(or another version of transformers reads them otherwise): put those back, or start a new run"
+                f"{self.path}: the weights of the backbone '{name}' are not those that the run began with (or another version of "
+                "transformers reads them otherwise): put those back, or start a new run"
+            )
+        if began_use not in ("", use):
+            raise RunDirError(
+                f"{self.path}: the weights of the backbone '{name}' are those that the run began with, but its config.json or "
+                "preprocessor_config.json changed how they are used (heads, epsilon of norms, mean and deviation of images): put "
+                "the old file back, or start a new run"
             )
 
     @property
     def _backbone(self) -> str:
-        """What was noted of the backbone's weights; "" if nothing was."""
+        """What was noted of the backbone, `Backbone.digest`; "" if nothing was."""
         return str(_read_status(self.path).get("backbone", ""))
 
     @property
@@ -191,8 +201,8 @@ class RunDir:
 
     def write_start(self, manifest: SavesItself, data: configs.Section | None = None, backbone: str = "") -> None:
         """Write what is known before training. On a resumed run: check the split, and note the environment once more, and that
-        the data came from the section `data` if that is not where they lay before. backbone: the digest of its weights, of which
-        the identity holds the name or path alone.
+        the data came from the section `data` if that is not where they lay before. backbone: `Backbone.digest`, as the
+        identity holds its name or path alone.
 
         Raises RunDirError when a resumed run's data give another split than it began with.
         """

@@ -328,6 +328,22 @@ def test_weights_that_changed_since_the_first_runs(tmp_path: Path) -> None:
         verify(plan, plan.runs[1:])
 
 
+def test_a_backbone_that_is_used_otherwise_since_the_first_runs(tmp_path: Path) -> None:
+    """The same weights, images normalised in another way. A run of an older version, which noted the weights alone, goes on."""
+    shutil.copytree(plain_vit()["backbone"], tmp_path / "vit")
+    model = {"model": {"backbone": str(tmp_path / "vit")}}
+    first = sweep(tmp_path, set=model)
+    folder = path_of(first, first.runs[0])
+    run(first.runs[0].config, output=folder)
+    plan = sweep(tmp_path, set=model, seeds=2)
+    (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.4], "image_std": [0.2]}')
+    with pytest.raises(RunDirError, match=r"its config.json or preprocessor_config.json changed how they are used"):
+        verify(plan, plan.runs[1:])
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, "backbone": status["backbone"].partition(".")[0]}))
+    verify(plan, plan.runs[1:])
+
+
 def test_held_out_samples_are_no_other_data(one_ray: None, tmp_path: Path) -> None:
     """Runs with and without them share a data section, and each is held against the data that it was made with."""
     plan = sweep(tmp_path, grid={"stream.validation": [0.0, 0.3]})
