@@ -22,7 +22,7 @@ from fedsim.core import config as configs
 from fedsim.core import presets
 from fedsim.core.config import SimConfig
 from fedsim.finished import DeployedRun
-from fedsim.matrix import SMALL
+from fedsim.matrix import section
 from fedsim.simulation import run
 from tests.tiny import TINY, final_state, kept, plain_vit, tiny
 
@@ -63,20 +63,20 @@ def played_small(name: str, output: Path) -> SimConfig:
     whole = configs.load(["omniglot", name]).to_dict()
     method: dict[str, Any] = {key: whole[key] for key in ("adapter", "head", "client", "server")}
     for kind in ("adapter", "head"):
-        method[kind] |= SMALL.get((f"{kind}s", method[kind]["name"]), {})
-    learners = [
-        {**one, **SMALL.get(("learners", one["name"]), {}), **FELT.get(one["name"], {})} for one in whole["client"]["learners"]
-    ]
+        method[kind] |= section(f"{kind}s", method[kind]["name"])
+    learners = [one | section("learners", one["name"]) | FELT.get(one["name"], {}) for one in whole["client"]["learners"]]
     method["client"] |= {"epochs": 2, "batch_size": 8, "learners": learners}
     method["server"]["rounds"] = min(2, whole["server"]["rounds"])
-    scene = {key: TINY[key] for key in ("seed", "data", "partition")} | {
+    scene = {
         "name": "golden",
+        "seed": TINY["seed"],
+        "data": TINY["data"] | {"train_per_class": 24, "test_per_class": 20},
         "stream": {"tasks": 2, "joint": whole["stream"]["joint"]},
+        "partition": TINY["partition"] | {"clients": 8},
         "model": plain_vit(),
         "runtime": {"pool": "serial", "device": "cpu", "kernels": "torch", "output": str(output)},
     }
-    more = {"data": {"train_per_class": 24, "test_per_class": 20}, "partition": {"clients": 8}}
-    return configs.from_dict(configs.merge(configs.merge(scene, more), method))
+    return configs.from_dict(scene | method)
 
 
 def squares(value: Any) -> float:
@@ -112,8 +112,8 @@ def require_same(found: dict[str, Any], expected: dict[str, Any], rounded: float
     assert sent.keys() == told.keys()
     for way in told:
         assert sent[way] == pytest.approx(told[way], rel=rounded, abs=0), way
-    exact = found.keys() - {"norms", "bytes"}
-    assert {key: found[key] for key in exact} == {key: expected[key] for key in exact}
+    exact, told = ({key: value for key, value in one.items() if key not in ("norms", "bytes")} for one in (found, expected))
+    assert exact == told
 
 
 @pytest.mark.parametrize("name", RUNS)

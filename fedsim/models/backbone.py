@@ -22,7 +22,13 @@ from fedsim.core.messages import Tensors
 from fedsim.core.tensors import digest
 from fedsim.models import families, kernels, layers, pretrained, resolution, vit
 
-USE = ("num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon")  # of a config: no shape of a weight shows them
+USE = (
+    "num_attention_heads",
+    "num_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+)  # no shape of a weight tells them
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Layout:
     qkv_bias: bool
     layer_norm_eps: float
     model_type: str = "vit"
+    hidden_act: str = "gelu"
     _attn_implementation: str = SDPA
 
 

@@ -180,8 +180,8 @@ class RunDir:
         if began_use not in ("", use):
             raise RunDirError(
                 f"{self.path}: the weights of the backbone '{name}' are those that the run began with, but its config.json or "
-                "preprocessor_config.json changed how they are used (heads, epsilon of norms, mean and deviation of images): put "
-                "the old file back, or start a new run"
+                "preprocessor_config.json changed how they are used (heads, activation, epsilon of norms, mean and deviation of "
+                "images): put the old file back, or start a new run"
             )
 
     @property
